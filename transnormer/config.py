@@ -1,0 +1,251 @@
+"""What a model is: its configuration, the named sizes, and how many parameters they have. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The words each switch knows. `model/layers.py` and `model/mixers.py` hold one class or function per word.
+MIXERS = ("gla", "softmax")
+POSITIONS = ("lrpe", "rope", "ape", "none")
+DECAYS = ("alibi", "paper", "none")
+NORMS = ("srmsnorm", "rmsnorm", "layernorm")
+GLUS = ("sglu", "swiglu")
+ACTIVATIONS = (
+    "swish", "none", "1+elu", "2+elu", "elu", "relu", "leaky_relu", "gelu", "sigmoid", "sine", "exp",
+)  # fmt: skip
+
+# Keys that other libraries write into a config.json and that carry nothing we need.
+FOREIGN_KEYS = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A language model in one record; the names are Hugging Face's where they have one (paper section 3).
+
+    The defaults are TransNormerLLM as published. The softmax Transformer is the same record with other words:
+    `ModelConfig.named("385m", **TRANSFORMER)`.
+
+    Raises ValueError for a word or number that no model can have, naming the field and what would fit.
+    """
+
+    vocab_size: int = 64_000
+    hidden_size: int = 1_024  # D
+    num_hidden_layers: int = 24  # L
+    num_attention_heads: int = 8  # H
+    head_dim: int = 0  # V, and K before LRPE doubles it; 0 means hidden_size / num_attention_heads
+    intermediate_size: int = 2_816  # F
+    mixer: str = "gla"
+    position: str = "lrpe"
+    position_layers: str | tuple[int, ...] = "first"  # "first", "all" or the layers' numbers from 0
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 2_048  # rows of the learned position table; read by position "ape" alone
+    decay: str = "alibi"  # "alibi": the published checkpoints' slopes; "paper": equation 10
+    decay_temperature: bool = True  # the factor that weakens the decay from the first layer to the last
+    decay_scale: float = 1.0  # multiplies every log_decay
+    gate: bool = True
+    gate_rank: int | None = None  # None: a full gate projection; r: two thin ones, D -> r -> heads
+    activation: str = "swish"  # on q and k
+    glu: str = "sglu"
+    norm: str = "srmsnorm"  # in the blocks, over the heads' output, and before the head
+    norm_eps: float = 1e-6
+    embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
+    bias: bool = False  # on every linear map but the head
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "max_position_embeddings",
+        ):  # fmt: skip
+            _require(_is_int(value := getattr(self, name)) and value > 0, name, value, "a positive integer")
+        _require(_is_int(self.head_dim) and self.head_dim >= 0, "head_dim", self.head_dim, "an integer, 0 or more")
+        for name, words in _WORDS.items():
+            value = getattr(self, name)
+            _require(value in words, name, value, f"one of {', '.join(words)}{_nearest(value, words)}")
+        for name in ("decay_temperature", "gate", "embed_scale", "bias", "tie_word_embeddings"):
+            _require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
+        for name in ("rope_theta", "norm_eps", "initializer_range", "decay_scale"):
+            value = getattr(self, name)
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            _require(fits, name, value, "a finite number, 0 or more")
+        if not self.head_dim:
+            whole = self.hidden_size % self.num_attention_heads == 0
+            _require(whole, "num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.gate_rank is not None:
+            _require(_is_int(self.gate_rank) and self.gate_rank > 0, "gate_rank", self.gate_rank, "null or a positive integer")
+            _require(self.gate, "gate_rank", self.gate_rank, "null while gate is false")
+        if not isinstance(self.position_layers, str):
+            layers = self.position_layers
+            fits = isinstance(layers, (list, tuple)) and all(
+                _is_int(layer) and 0 <= layer < self.num_hidden_layers for layer in layers
+            )
+            _require(fits, "position_layers", layers, f"layer numbers from 0 to {self.num_hidden_layers - 1}")
+            object.__setattr__(self, "position_layers", tuple(sorted(set(layers))))
+        else:
+            words = ("first", "all")
+            _require(self.position_layers in words, "position_layers", self.position_layers, "first, all or a list")
+        _require(self.position != "rope" or self.head_dim % 2 == 0, "head_dim", self.head_dim, "even with position rope")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            fits = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
+            _require(fits, name, value, f"null or an id below vocab_size {self.vocab_size}")
+
+    @property
+    def inner_size(self) -> int:
+        """Width of all heads together, H * head_dim."""
+        return self.num_attention_heads * self.head_dim
+
+    def has_position(self, layer: int) -> bool:
+        """Whether the mixer of this layer (from 0) turns q and k by position (LRPE or RoPE)."""
+        if self.position not in ("lrpe", "rope"):
+            return False
+        if isinstance(self.position_layers, str):
+            return self.position_layers == "all" or layer == 0
+        return layer in self.position_layers
+
+    def log_decay(self, layer: int) -> list[float]:
+        """Natural logarithm of each head's decay per token in this layer (from 0): H numbers, all <= 0.
+
+        "alibi" is what the published checkpoints compute, "paper" is equation 10 with h and l from 0.
+        """
+        heads, layers = self.num_attention_heads, self.num_hidden_layers
+        if self.decay == "none":
+            return [0.0] * heads
+        if self.decay == "paper":
+            slopes = [8 * h / heads for h in range(heads)]
+            temperature = 1 - layer / layers
+        else:
+            slopes = _alibi_slopes(heads)
+            temperature = 1 - layer / (layers - 1) + 1e-5 if layers > 1 else 1.0
+        factor = self.decay_scale * (temperature if self.decay_temperature else 1.0)
+        return [-slope * factor for slope in slopes]
+
+    def parameter_count(self) -> int:
+        """Exact number of learned parameters, by formula; `model.parameter_count()` counts the real ones."""
+        d, inner, f, layers = self.hidden_size, self.inner_size, self.intermediate_size, self.num_hidden_layers
+        full_gate = self.gate and self.gate_rank is None
+        fused = (4 if full_gate else 3) * inner
+        linears = [(d, fused), (inner, d), (d, f), (d, f), (f, d)]
+        if self.gate_rank is not None:
+            linears += [(d, self.gate_rank), (self.gate_rank, inner)]
+        block = sum(i * o + (o if self.bias else 0) for i, o in linears)
+        per_norm = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}[self.norm]
+        block += per_norm * (2 * d + (inner if self.mixer == "gla" else 0))
+        total = layers * block + per_norm * d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        if self.position == "lrpe":
+            total += inner * sum(self.has_position(layer) for layer in range(layers))
+        if self.position == "ape":
+            total += self.max_position_embeddings * d
+        return total
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed; a changed width or head count gives head_dim its default again."""
+        if {"hidden_size", "num_attention_heads"} & changes.keys() and "head_dim" not in changes:
+            changes["head_dim"] = 0
+        return ModelConfig.from_dict({**dataclasses.asdict(self), **changes})
+
+    @classmethod
+    def named(cls, size: str, **changes: Any) -> ModelConfig:
+        """The configuration of a named size (`SIZES`), with some fields changed."""
+        if size not in SIZES:
+            raise ValueError(f"no model size {size!r}; there are {', '.join(SIZES)}")
+        return cls(**SIZES[size]).replace(**changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """From a record with exactly our keys (Hugging Face's bookkeeping keys are passed over)."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known and key not in FOREIGN_KEYS:
+                raise ValueError(f"unknown model config key {key!r}{_nearest(key, known)}")
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelConfig:
+        """Read a config.json of our format. ValueError names the file and what is wrong in it."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("not a JSON object")
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as config.json holds it."""
+        values = dataclasses.asdict(self)
+        if not isinstance(self.position_layers, str):
+            values["position_layers"] = list(self.position_layers)
+        return {"architectures": ["TransNormerForCausalLM"], "model_type": "transnormer", **values}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+_WORDS = {
+    "mixer": MIXERS, "position": POSITIONS, "decay": DECAYS, "activation": ACTIVATIONS, "glu": GLUS, "norm": NORMS,
+}  # fmt: skip
+
+# The softmax baseline (LLaMA style): the same model in other words.
+TRANSFORMER: dict[str, Any] = dict(
+    mixer="softmax", position="rope", position_layers="all", decay="none", gate=False, activation="none",
+    glu="swiglu", norm="rmsnorm",
+)  # fmt: skip
+
+
+def _size(layers: int, width: int, heads: int, glu: int, vocab: int = 64_000) -> dict[str, int]:
+    return dict(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=glu, vocab_size=vocab,
+    )  # fmt: skip
+
+
+# Rows 385m to 65b are the paper's (their parameter counts agree with it at vocabulary 50,272). No integer F gives the
+# paper's count for 175b: F = 32,768 is our choice. 10m, 45m and 160m are ours, for experiments.
+SIZES: dict[str, dict[str, int]] = {
+    "10m": _size(6, 320, 5, 880, 4_096),
+    "45m": _size(10, 512, 8, 1_408, 16_384),
+    "160m": _size(16, 768, 12, 2_304, 32_768),
+    "385m": _size(24, 1_024, 8, 2_816),
+    "1b": _size(16, 2_048, 16, 5_632),
+    "3b": _size(32, 2_560, 20, 6_912),
+    "7b": _size(30, 4_096, 32, 11_008),
+    "13b": _size(36, 5_120, 40, 13_824),
+    "65b": _size(72, 8_192, 64, 22_016),
+    "175b": _size(88, 12_288, 96, 32_768),
+}
+
+
+def _alibi_slopes(heads: int) -> list[float]:
+    """2^(-8 (h + 1) / H) for a power of two; otherwise those of the power of two below it, followed by every second
+    one of the power of two above it (ALiBi's rule, and the published checkpoints')."""
+
+    def geometric(n: int) -> list[float]:
+        return [2 ** (-8 * (h + 1) / n) for h in range(n)]
+
+    below = 2 ** (heads.bit_length() - 1)
+    return geometric(below) + geometric(2 * below)[0::2][: heads - below]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(fits: bool, name: str, value: object, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"model config: {name} = {value!r}, but must be {wanted}")
+
+
+def _nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(str(word), words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

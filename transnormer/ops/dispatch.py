@@ -1,0 +1,30 @@
+"""Which backend of an op runs a call: the one asked for, or the first that can; with the reason when one cannot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+_log = logging.getLogger("transnormer")
+_said: set[tuple[str, str]] = set()
+
+
+def choose(op: str, backend: str, refusals: Mapping[str, str | None]) -> str:
+    """The name of the backend to run.
+
+    refusals: every backend of the op, best first, with None where it can run this call and else the reason why not.
+    Raises ValueError for an unknown backend and RuntimeError, with the reason, for one that cannot run this call.
+    "auto" takes the first that can and logs its choice once.
+    """
+    if backend == "auto":
+        chosen = next(name for name, refusal in refusals.items() if refusal is None)
+        if (op, chosen) not in _said:
+            _said.add((op, chosen))
+            passed_over = "".join(f"; not {name}: {why}" for name, why in refusals.items() if why)
+            _log.info("%s runs on backend %s%s", op, chosen, passed_over)
+        return chosen
+    if backend not in refusals:
+        raise ValueError(f"{op}: no backend {backend!r}; there are auto, {', '.join(refusals)}")
+    if refusal := refusals[backend]:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {refusal}")
+    return backend

@@ -1,0 +1,318 @@
+"""Lightning Attention: linear attention with a fixed exponential decay per head.
+
+For every row and head, with state S [K, V], q_t and k_t [K], v_t [V] and lambda = exp(log_decay) <= 1:
+
+    S_t = lambda * S_{t-1} + k_t^T v_t          o_t = q_t S_t                       (paper section 3.4, robust inference)
+
+which is the same function as the quadratic form o_t = sum over s <= t of lambda^(t-s) (q_t . k_s) v_s.
+
+Shapes: q, k [B, T, H, K], v and output [B, T, H, V], log_decay [H], state [B, H, K, V]. K and V are free.
+Cost a token and head, forward, with chunks of C tokens: about 2 C (K + V) + 4 K V FLOPs; bytes: q, k, v and output once.
+No scale on q and no denominator. Only non-positive exponents are ever exponentiated, so nothing overflows at any length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal linear attention with decay, in O(T).
+
+    q, k: [B, T, H, K]; v: [B, T, H, V], all of one floating dtype, any strides.
+    log_decay: [H], natural logarithm of the decay per token, <= 0, not learned (no gradient).
+    state: [B, H, K, V] to go on from, or None for zeros; its gradient flows.
+    cu_seqlens: [N + 1] integers from 0 to T: row 0 (B = 1) holds N sequences one after another, each with its own
+        state ([N, H, K, V]); empty sequences are allowed.
+    return_state: also return the state after the last token, float32 (float64 for float64 inputs).
+    backend: "auto", "torch" (chunked) or "reference" (the loop over T).
+
+    Left padding is k = 0 on the padded tokens. Returns the output [B, T, H, V] in v's dtype, or (output, state).
+    Raises ValueError where shapes or dtypes do not fit, RuntimeError where the named backend cannot run the call.
+    """
+    _check(q, k, v, log_decay, state, cu_seqlens)
+    chosen = choose("lightning_attention", backend, {"torch": None, "reference": None})
+    if chosen == "reference":
+        output, last = lightning_reference(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
+    elif q.shape[1] == 1 and cu_seqlens is None:
+        output, last = _step(q, k, v, log_decay, state)
+    else:
+        output, last = lightning_chunked(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
+    return (output, last) if return_state else output
+
+
+def lightning_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The specification: the recurrence, one token after another, in `dtype` (default: at least float32).
+
+    Shapes as in `lightning_attention`. Differentiable in everything, log_decay too. Returns (output, state).
+    """
+    work = dtype or _work_dtype(q)
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = [
+            lightning_reference(
+                q[:, start:stop], k[:, start:stop], v[:, start:stop], log_decay,
+                state=None if state is None else state[n : n + 1], dtype=work,
+            )
+            for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]  # fmt: skip
+        return torch.cat([out for out, _ in parts], dim=1).to(v.dtype), torch.cat([last for _, last in parts])
+    decay = log_decay.to(work).exp()[:, None, None]  # [H, 1, 1]
+    s = _first_state(q, v, state, work)
+    outputs = []
+    for t in range(q.shape[1]):
+        kt, vt, qt = (x[:, t].to(work) for x in (k, v, q))
+        s = decay * s + kt.unsqueeze(-1) * vt.unsqueeze(-2)  # [B, H, K, V]
+        outputs.append((qt.unsqueeze(-2) @ s).squeeze(-2))
+    output = torch.stack(outputs, dim=1) if outputs else v.new_zeros(v.shape, dtype=work)
+    return output.to(v.dtype if dtype is None else dtype), s
+
+
+def lightning_quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """Plain linear attention, O = ((Q K^T) * M) V with M of T x T: what Lightning Attention is measured against.
+
+    Every tensor in the input dtype, O(T^2) time and memory. Shapes as in `lightning_attention`.
+    """
+    mask = _decay_mask(log_decay, q.shape[1], q.dtype)  # [H, T, T]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, .]
+    return ((q @ k.mT) * mask @ v).transpose(1, 2)
+
+
+def lightning_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Lightning Attention in plain torch: quadratic inside chunks, the state carried between them.
+
+    chunk: tokens a chunk, 0 for the measured best. One chunk >= T is the paper's own algorithm (Lightning Attention
+    1); short chunks are its successor's, O(T) in time, with nothing of size T x T. Backward walks the chunks again
+    and stores none of them. Shapes as in `lightning_attention`; returns (output, state).
+    """
+    return torch.ops.transnormer.lightning_chunked(q, k, v, log_decay, state, cu_seqlens, chunk or 64)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token: the recurrence itself."""
+    work = _work_dtype(q)
+    qt, kt, vt = (x.squeeze(1).to(work) for x in (q, k, v))
+    s = kt.unsqueeze(-1) * vt.unsqueeze(-2)
+    if state is not None:
+        s = s + log_decay.to(work).exp()[:, None, None] * state.to(work)
+    return (qt.unsqueeze(-2) @ s).transpose(1, 2).to(v.dtype), s
+
+
+# The chunked form: two walks over the chunks, registered as one op so that torch.compile passes through it.
+
+
+class _Powers:
+    """Powers of the decay for chunks of up to C tokens, heads last repeated for B rows: only exponents <= 0."""
+
+    def __init__(self, log_decay: Tensor, rows: int, chunk: int, work: torch.dtype):
+        exponents = torch.arange(chunk + 1, device=log_decay.device, dtype=torch.float64)
+        powers = (log_decay.double()[:, None] * exponents).exp().to(work)  # [H, C + 1]: lambda^0 .. lambda^C
+        self._mask = _decay_mask(log_decay, chunk, work)  # [H, C, C]: lambda^(i-j) where i >= j
+        self._powers = powers.repeat(rows, 1).unsqueeze(-1)  # [B*H, C + 1, 1]
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """scores [B*H, c, c] times the causal decay, in place."""
+        c = scores.shape[-1]
+        scores.view(-1, self._mask.shape[0], c, c).mul_(self._mask[:, :c, :c])
+        return scores
+
+    def since_start(self, c: int) -> Tensor:
+        """[B*H, c, 1]: what is left of the incoming state when token i reads it, lambda^(i+1)."""
+        return self._powers[:, 1 : c + 1]
+
+    def until_end(self, c: int) -> Tensor:
+        """[B*H, c, 1]: what is left of token j at the chunk's end, lambda^(c-1-j)."""
+        return self._powers[:, :c].flip(1)
+
+    def whole(self, c: int) -> Tensor:
+        """[B*H, 1, 1]: what is left of the incoming state at the chunk's end, lambda^c."""
+        return self._powers[:, c : c + 1]
+
+
+def _chunks(length: int, cu_seqlens: Tensor | None, chunk: int) -> list[tuple[int, int, int]]:
+    """(number of the sequence, first token, one past the last) of every chunk in order."""
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    return [
+        (n, start, min(start + chunk, stop))
+        for n, (first, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for start in range(first, stop, chunk)
+    ]
+
+
+def _by_head(x: Tensor, work: torch.dtype) -> Tensor:
+    """[B, T, H, K] -> contiguous [B*H, T, K]."""
+    return x.transpose(1, 2).to(work).contiguous().flatten(0, 1)
+
+
+def _by_token(x: Tensor, like: Tensor) -> Tensor:
+    """[B*H, T, K] -> contiguous [B, T, H, K] in the dtype of `like`."""
+    return x.unflatten(0, (-1, like.shape[2])).transpose(1, 2).to(like.dtype).contiguous()
+
+
+def _states(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, work: torch.dtype) -> list[Tensor]:
+    """The incoming state of every sequence, each [B*H, K, V] (B = 1 where packed)."""
+    if cu_seqlens is None:
+        return [_first_state(q, v, state, work).flatten(0, 1)]
+    if state is not None:
+        return list(state.to(work))
+    return [q.new_zeros(q.shape[2], q.shape[3], v.shape[3], dtype=work) for _ in range(len(cu_seqlens) - 1)]
+
+
+@torch.library.custom_op("transnormer::lightning_chunked", mutates_args=())
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    work, rows = _work_dtype(q), q.shape[0]
+    chunks = _chunks(q.shape[1], cu_seqlens, chunk)
+    power = _Powers(log_decay, rows, chunk, work)
+    states = _states(q, v, state, cu_seqlens, work)
+    q3, k3, v3 = (_by_head(x, work) for x in (q, k, v))
+    output = torch.empty_like(v3)
+    for n, start, stop in chunks:
+        c = stop - start
+        qc, kc, vc = (x[:, start:stop] for x in (q3, k3, v3))  # [B*H, c, .]
+        inside = power.mask(qc @ kc.mT) @ vc
+        output[:, start:stop] = torch.baddbmm(inside, qc * power.since_start(c), states[n])
+        states[n] = torch.baddbmm(states[n] * power.whole(c), (kc * power.until_end(c)).mT, vc)
+    last = torch.stack(states) if cu_seqlens is not None else states[0].unflatten(0, (rows, -1))
+    # an op may not return its own input
+    return _by_token(output, v), last.clone() if not chunks else last
+
+
+@_chunked.register_fake
+def _(q, k, v, log_decay, state, cu_seqlens, chunk):  # type: ignore[no-untyped-def]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
+    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=_work_dtype(q))
+
+
+@torch.library.custom_op("transnormer::lightning_chunked_backward", mutates_args=())
+def _chunked_backward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, chunk: int,
+    d_output: Tensor, d_last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and the incoming state [B or N, H, K, V]; the states are walked anew, not stored."""
+    work, rows = _work_dtype(q), q.shape[0]
+    chunks = _chunks(q.shape[1], cu_seqlens, chunk)
+    power = _Powers(log_decay, rows, chunk, work)
+    states = _states(q, v, state, cu_seqlens, work)
+    d_states = _states(q, v, d_last, cu_seqlens, work)
+    q3, k3, v3, g3 = (_by_head(x, work) for x in (q, k, v, d_output))
+    dq, dk, dv = (torch.empty_like(x) for x in (q3, k3, v3))
+    for n, start, stop in chunks:  # dq needs the states from the left
+        c = stop - start
+        kc, vc, gc = (x[:, start:stop] for x in (k3, v3, g3))
+        inside = power.mask(gc @ vc.mT) @ kc
+        dq[:, start:stop] = torch.baddbmm(inside, gc * power.since_start(c), states[n].mT)
+        states[n] = torch.baddbmm(states[n] * power.whole(c), (kc * power.until_end(c)).mT, vc)
+    for n, start, stop in reversed(chunks):  # dk and dv need the states' gradients from the right
+        c = stop - start
+        qc, kc, vc, gc = (x[:, start:stop] for x in (q3, k3, v3, g3))
+        left = power.until_end(c)
+        dk[:, start:stop] = torch.baddbmm(power.mask(gc @ vc.mT).mT @ qc, vc * left, d_states[n].mT)
+        dv[:, start:stop] = torch.baddbmm(power.mask(qc @ kc.mT).mT @ gc, kc * left, d_states[n])
+        d_states[n] = torch.baddbmm(d_states[n] * power.whole(c), (qc * power.since_start(c)).mT, gc)
+    d_state = torch.stack(d_states) if cu_seqlens is not None else d_states[0].unflatten(0, (rows, -1))
+    return _by_token(dq, q), _by_token(dk, k), _by_token(dv, v), d_state.clone() if not chunks else d_state
+
+
+@_chunked_backward.register_fake
+def _(q, k, v, log_decay, state, cu_seqlens, chunk, d_output, d_last):  # type: ignore[no-untyped-def]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    d_state = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=_work_dtype(q))
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), d_state
+
+
+def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
+    if d_output is None:
+        d_output = torch.zeros_like(v)
+    dq, dk, dv, d_state = torch.ops.transnormer.lightning_chunked_backward(
+        q, k, v, log_decay, state, cu_seqlens, ctx.chunk, d_output, d_last
+    )
+    return dq, dk, dv, None, None if state is None else d_state.to(state.dtype), None, None
+
+
+_chunked.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    """States and sums are float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _first_state(q: Tensor, v: Tensor, state: Tensor | None, work: torch.dtype) -> Tensor:
+    """[B, H, K, V] in the work dtype: the given state, or zeros."""
+    if state is not None:
+        return state.to(work)
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=work)
+
+
+def _decay_mask(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[H, T, T]: lambda^(i-j) where i >= j, else 0."""
+    index = torch.arange(length, device=log_decay.device, dtype=torch.float64)
+    distance = index[:, None] - index[None, :]
+    return (log_decay.double()[:, None, None] * distance.clamp(min=0)).exp().tril().to(dtype)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q and k must be [B, T, H, K] and v [B, T, H, V]; got {_shape(q)}, {_shape(k)} and {_shape(v)}"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
+        raise ValueError(f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+    rows, _, heads, width = q.shape
+    if log_decay.shape != (heads,):
+        raise ValueError(f"log_decay must be [{heads}], one number a head; got {_shape(log_decay)}")
+    if log_decay.requires_grad:
+        raise ValueError("log_decay is fixed and gets no gradient; detach it (learned decay diverges: paper section 3.1)")
+    if cu_seqlens is not None:
+        if rows != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
+            raise ValueError(f"cu_seqlens must be [N + 1] integers over one row (B = 1); got {_shape(cu_seqlens)}, B = {rows}")
+        rows = len(cu_seqlens) - 1
+    if state is not None and state.shape != (rows, heads, width, v.shape[3]):
+        raise ValueError(f"state must be {[rows, heads, width, v.shape[3]]}; got {_shape(state)}")
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
