@@ -1,0 +1,68 @@
+"""`transnormer.load(path)`: which kind of folder this is, and its model and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.tokenizer import load_tokenizer
+from ..files import damage, sealed_folders
+from ..model.language_model import LanguageModel
+from . import released
+
+
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model of any folder, its `tokenizer` attribute set where the folder has one (else None).
+
+    path: a run folder (its newest checkpoint is taken), a checkpoint or exported folder (config.json,
+        model.safetensors, tokenizer.json), or a folder in the published format.
+    dtype: of the weights in memory; None keeps the stored one.
+    Raises OSError or ValueError: one line that names the file and what is wrong, and for a damaged checkpoint the
+    newest good one.
+    """
+    folder = find_model(Path(path))
+    values = _read_config(folder)
+    read = released.load_published if released.is_published(values) else LanguageModel.from_pretrained
+    model = read(folder, device=device, dtype=dtype)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.bpe", "merges.txt")):
+        model.tokenizer = load_tokenizer(folder)
+        size = model.tokenizer.get_vocab_size()
+        if size > model.config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has {size:,} words, the model {model.config.vocab_size:,}")
+    return model
+
+
+def find_model(path: Path) -> Path:
+    """The folder with config.json that `path` stands for: itself, or the newest checkpoint of a run."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder")
+    if (path / "checkpoints").is_dir():
+        checkpoints = sealed_folders(path / "checkpoints")
+        if not checkpoints:
+            raise FileNotFoundError(f"{path}: the run has no complete checkpoint yet")
+        if wrong := damage(checkpoints[0], MODEL_FILES):
+            good = next((folder for folder in checkpoints[1:] if not damage(folder, MODEL_FILES)), None)
+            offer = f"the newest good one is {good}" if good else "no earlier one is good"
+            raise ValueError(f"{checkpoints[0]}: {wrong}; {offer}")
+        return checkpoints[0]
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: neither a run (checkpoints/) nor a model folder (config.json)")
+    return path
+
+
+MODEL_FILES = ("config.json", "model.safetensors")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder / 'config.json'}: not a JSON object")
+    return values

@@ -1,0 +1,255 @@
+"""The language model: embedding, blocks, norm, head. TransNormerLLM and the softmax baseline are one class."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..files import read_tensors, write_tensors, write_text
+from ..ops.loss import linear_cross_entropy
+from .layers import GLUS, LRPE, NORMS, Linear
+from .mixers import MIXERS, LayerState, Place
+from .state import State
+
+
+class Block(nn.Module):
+    """X += Mixer(Norm(X)); X += GLU(Norm(X)) (paper equation 9)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.mixer_norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
+        self.mixer = MIXERS[config.mixer](config, layer)
+        self.glu_norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
+        self.glu = GLUS[config.glu](config)
+
+    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
+        mixed, state = self.mixer(self.mixer_norm(x), state, place)
+        x = x + mixed
+        return x + self.glu(self.glu_norm(x)), state
+
+
+class LanguageModel(nn.Module):
+    """A causal language model built from a `ModelConfig`. B rows, T tokens, D model width.
+
+    One forward serves every use: a whole text, a piece of one, one token, packed sequences, left-padded rows. The
+    state of what came before is an argument and a result; nothing is remembered on the module.
+    """
+
+    tokenizer: Any = None  # set by `transnormer.load` where the folder has one
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embed_positions = None
+        if config.position == "ape":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        init_weights(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, D]: the embedding itself where the head is tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None, pad: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Logits of the next token after each of ids.
+
+        ids: [B, T] int64. state: what the rows have read before, or None.
+        cu_seqlens: [N + 1] integers from 0 to T: the one row (B = 1) holds N sequences, each with its own state row.
+        pad: [B] integers: how many tokens at the left of each row are padding, to be passed over.
+        Returns (logits [B, T, vocab], state after the last token); logits at padding mean nothing.
+        Raises ValueError where the shapes do not fit.
+        """
+        x, state = self.hidden(ids, state, cu_seqlens=cu_seqlens, pad=pad)
+        return F.linear(x, self.head_weight), state
+
+    def hidden(
+        self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None, pad: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The head's input [B, T, D] and the state; arguments as in `forward`."""
+        self._check(ids, state, cu_seqlens, pad)
+        if pad is not None:  # without padding, rows of unequal length are packed sequences
+            real = _real(ids, pad)
+            ends = (ids.shape[1] - pad.to(ids.device)).cumsum(0)
+            packed, state = self.hidden(ids[real][None], state, cu_seqlens=F.pad(ends, (1, 0)))
+            x = packed.new_zeros(*ids.shape, packed.shape[-1])
+            x[real] = packed[0]
+            return x, state
+        seen = None if state is None else state.seen
+        place = Place(_positions(ids, seen, cu_seqlens), seen, cu_seqlens)
+        x = self.embed_tokens(ids)
+        if self.config.embed_scale:
+            x = x * math.sqrt(self.config.hidden_size)
+        if self.embed_positions is not None:
+            if place.positions.numel() and int(place.positions.max()) >= self.embed_positions.num_embeddings:
+                raise ValueError(
+                    f"position {int(place.positions.max())} is past the learned table of "
+                    f"{self.embed_positions.num_embeddings} (max_position_embeddings)"
+                )
+            x = x + self.embed_positions(place.positions)
+        layers = []
+        for number, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state.layers[number], place)
+            layers.append(layer_state)
+        read = ids.new_full(ids.shape[:1], ids.shape[1]) if cu_seqlens is None else cu_seqlens.diff().to(ids)
+        return self.norm(x), State(layers, read if seen is None else seen + read)
+
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pad: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Cross entropy in nats of targets [B, T] (-100: does not count; padding never does), logits in slices.
+
+        reduction: "mean", "sum" or "none"; other arguments as in `forward`.
+        """
+        x, _ = self.hidden(ids, state, cu_seqlens=cu_seqlens, pad=pad)
+        if pad is not None:
+            targets = targets.masked_fill(~_real(ids, pad), -100)
+        return linear_cross_entropy(x, self.head_weight, targets, reduction=reduction)
+
+    def _check(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None, pad: Tensor | None) -> None:
+        if ids.dim() != 2 or ids.dtype.is_floating_point:
+            raise ValueError(f"ids must be [B, T] integers; got {list(ids.shape)} {ids.dtype}")
+        rows = ids.shape[0]
+        if cu_seqlens is not None:
+            if pad is not None:
+                raise ValueError("cu_seqlens and pad exclude each other: packed sequences have no padding")
+            if rows != 1:
+                raise ValueError(f"cu_seqlens needs one row of packed sequences; got {rows} rows")
+            rows = len(cu_seqlens) - 1
+        if pad is not None and pad.shape != (rows,):
+            raise ValueError(f"pad must be [{rows}], one count a row; got {list(pad.shape)}")
+        if state is not None and len(state.seen) != rows:
+            raise ValueError(f"the state holds {len(state.seen)} rows, the call {rows}")
+
+    def parameter_count(self) -> int:
+        """Number of learned parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int, chunk: int = 128) -> float:
+        """Floating-point operations of training one token, forward and backward (three times forward).
+
+        Matrix products only, look-ups not counted: 6 for every weight that multiplies a token, and the mixer's own:
+        linear attention in chunks of `chunk` tokens, softmax attention over half of seq_len on average.
+        """
+        tables = self.embed_positions.weight.numel() if self.embed_positions is not None else 0
+        tables += self.embed_tokens.weight.numel() if self.lm_head is not None else 0
+        mixers = 0.0
+        for layer in self.layers:
+            k, v, heads = layer.mixer.key_dim, layer.mixer.head_dim, layer.mixer.heads
+            span = min(seq_len, chunk) if self.config.mixer == "gla" else seq_len / 2
+            mixers += heads * (2 * span * (k + v) + (4 * k * v if self.config.mixer == "gla" else 0))
+        return 6.0 * (self.parameter_count() - tables) + 3 * mixers
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and, where there is one, tokenizer.json; each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "model.safetensors", self.state_dict(), {"format": "pt"})
+        if self.tokenizer is not None:
+            write_text(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        write_text(folder / "config.json", self.config.to_json())  # last: a folder without it is not a model
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> LanguageModel:
+        """Read a folder that `save_pretrained` wrote (for every other kind there is `transnormer.load`).
+
+        dtype: of the weights in memory; None keeps the stored one.
+        Raises ValueError or OSError naming the file, and every tensor that is missing, unknown or of another shape.
+        """
+        folder = Path(folder)
+        config = ModelConfig.from_json(folder / "config.json")
+        tensors, _ = read_tensors(folder / "model.safetensors")
+        return cls.from_tensors(config, tensors, folder / "model.safetensors", device=device, dtype=dtype)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> LanguageModel:
+        """A model with exactly these weights; `source` is named in errors. Raises ValueError where they do not fit."""
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = model.state_dict()
+        problems = [f"{name} is missing" for name in wanted if name not in tensors]
+        problems += [f"{name} is unknown" for name in tensors if name not in wanted]
+        problems += [
+            f"{name} is {list(tensors[name].shape)}, not {list(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise ValueError(f"{source} does not fit its config: {'; '.join(problems[:4])}{more}")
+        model.to_empty(device="cpu")  # gives the decays, which are not stored, their values
+        model.load_state_dict(tensors, assign=True)
+        return model.to(device=device, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def init_weights(model: LanguageModel, seed: int | None = None) -> None:
+    """Normal weights of `initializer_range`, zero biases and pad row, norms at one, LRPE geometric: as published.
+
+    seed: None draws one from torch's generator. Each tensor has a generator of its own, seeded by its name, so that
+    its values do not depend on what else is initialised, or where.
+    """
+    if model.device.type == "meta":
+        return
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            generator = torch.Generator(module.weight.device).manual_seed(seed ^ zlib.crc32(name.encode()))
+            module.weight.normal_(0.0, model.config.initializer_range, generator=generator)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, (LRPE, nn.RMSNorm, nn.LayerNorm)):
+            module.reset_parameters()
+
+
+def _real(ids: Tensor, pad: Tensor) -> Tensor:
+    """[B, T] bool: True where a token is not padding."""
+    return torch.arange(ids.shape[1], device=ids.device) >= pad.to(ids.device)[:, None]
+
+
+def _positions(ids: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Each token's place in its own sequence: [T] where all rows agree, else [B, T]; int64."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    if cu_seqlens is None:
+        return places if seen is None else seen[:, None] + places
+    owner = torch.searchsorted(cu_seqlens.to(places), places, right=True) - 1
+    starts = cu_seqlens[:-1] if seen is None else cu_seqlens[:-1] - seen
+    return (places - starts[owner])[None]

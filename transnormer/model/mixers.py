@@ -1,0 +1,170 @@
+"""Token mixers: Gated Linear Attention and the softmax baseline. (x, state, place) -> (x, state); a table at the foot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..ops.lightning import lightning_attention
+from .layers import ACTIVATIONS, NORMS, POSITIONS, Linear
+
+LayerState = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of one call stand.
+
+    positions: int64 [T], or [B, T] where rows differ: each token's place in its own sequence, from 0.
+    seen: int64 [B or N]: how many tokens of each row or packed sequence came before this call; None at the start.
+    cu_seqlens: int64 [N + 1] where one row holds N packed sequences.
+    """
+
+    positions: Tensor
+    seen: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+class Mixer(nn.Module):
+    """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        d, inner, rank = config.hidden_size, config.inner_size, config.gate_rank
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        # Rows head by head, each head's q, k, v (and u) together: slices of it hold whole heads.
+        self.parts = 4 if config.gate and rank is None else 3
+        self.qkvu_proj = Linear(d, self.parts * inner, bias=config.bias)
+        self.gate_proj = None
+        if rank is not None:
+            self.gate_proj = nn.Sequential(Linear(d, rank, bias=config.bias), Linear(rank, inner, bias=config.bias))
+        self.out_proj = Linear(inner, d, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.position = POSITIONS[config.position](config) if config.has_position(layer) else None
+        self.key_dim = self.head_dim * (2 if config.has_position(layer) and config.position == "lrpe" else 1)
+        self._decays = config.log_decay(layer)
+        self.register_buffer("log_decay", torch.tensor(self._decays, dtype=torch.float32), persistent=False)
+        self.log_decay: Tensor
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
+        # Decays are constants in float32 whatever the weights are cast to: exp(-1e-5) is 1 in bfloat16.
+        super()._apply(fn, recurse)
+        self.log_decay = torch.tensor(self._decays, dtype=torch.float32, device=self.log_decay.device)
+        return self
+
+    def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H * V] or None."""
+        q, k, v, *u = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim)).unbind(-2)
+        q, k = self.activation(q), self.activation(k)
+        if self.position is not None:
+            q, k = self.position(q, place.positions), self.position(k, place.positions)
+        if self.gate_proj is not None:
+            return q, k, v, self.gate_proj(x)
+        return q, k, v, u[0].flatten(-2) if u else None
+
+    def _output(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """[B, T, H * V], gated, -> [B, T, D]."""
+        return self.out_proj(mixed if gate is None else mixed * gate)
+
+
+class GatedLinearAttention(Mixer):
+    """O = Norm(Q (K^T V) with decay) * U, then a projection (paper equation 11). State: ([B, H, K, V] float32,)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.norm = NORMS[config.norm](config.inner_size, config.norm_eps)  # over all heads together
+
+    def new_state(self, rows: int) -> LayerState:
+        return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
+
+    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
+        q, k, v, gate = self._project(x, place)
+        before = None if state is None else state[0]
+        mixed, after = lightning_attention(
+            q, k, v, self.log_decay, state=before, cu_seqlens=place.cu_seqlens, return_state=True
+        )
+        return self._output(self.norm(mixed.flatten(-2)), gate), (after,)
+
+
+class SoftmaxAttention(Mixer):
+    """Causal softmax attention, the baseline. A decay weighs the keys before the softmax, which is ALiBi.
+
+    State: (keys [B, P, H, K], values [B, P, H, V]); the last `seen` of the P places of each row are filled.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.decays = any(self._decays)
+
+    def new_state(self, rows: int) -> LayerState:
+        weight = self.out_proj.weight
+        return (
+            weight.new_zeros(rows, 0, self.heads, self.key_dim),
+            weight.new_zeros(rows, 0, self.heads, self.head_dim),
+        )
+
+    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
+        q, k, v, gate = self._project(x, place)
+        attend = self._attend if place.cu_seqlens is None else self._attend_packed
+        mixed, after = attend(q, k, v, state, place)
+        return self._output(mixed.flatten(-2), gate), after
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, place: Place
+    ) -> tuple[Tensor, LayerState]:
+        if state is not None:
+            k, v = torch.cat([state[0].to(k.dtype), k], dim=1), torch.cat([state[1].to(v.dtype), v], dim=1)
+        mask = self._mask(q.shape[1], k.shape[1], place.seen) if state is not None or self.decays else None
+        mixed = F.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (q, k, v)),
+            attn_mask=None if mask is None else mask.to(q.dtype),
+            is_causal=mask is None,
+            scale=self.head_dim**-0.5,
+        )
+        return mixed.transpose(1, 2), (k, v)
+
+    def _mask(self, queries: int, keys: int, seen: Tensor | None) -> Tensor:
+        """[B or 1, H or 1, queries, keys], added to the scores: -inf where a key is later or a place is not filled."""
+        place = torch.arange(keys, device=self.log_decay.device)
+        distance = place[keys - queries :, None] - place  # [queries, keys]
+        bias = torch.zeros_like(distance, dtype=torch.float32)[None, None]
+        if self.decays:
+            bias = self.log_decay[:, None, None] * distance
+        allowed = (distance >= 0)[None, None]
+        if seen is not None:
+            allowed = allowed & (place >= (keys - queries - seen)[:, None, None, None])
+        return bias.masked_fill(~allowed, -torch.inf)
+
+    def _attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, place: Place
+    ) -> tuple[Tensor, LayerState]:
+        """Sequence by sequence; their keys and values come back right-aligned over the longest."""
+        assert place.cu_seqlens is not None
+        bounds = place.cu_seqlens.tolist()
+        seen = [0] * (len(bounds) - 1) if place.seen is None else place.seen.tolist()
+        outputs, kept = [], []
+        for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            past = None
+            if state is not None and seen[n]:
+                past = tuple(part[n : n + 1, part.shape[1] - seen[n] :] for part in state)
+            mixed, after = v[:, start:stop], past
+            if stop > start or past is None:
+                alone = Place(place.positions[:, start:stop], None)
+                mixed, after = self._attend(q[:, start:stop], k[:, start:stop], v[:, start:stop], past, alone)
+            outputs.append(mixed)
+            kept.append(after)
+        longest = max(after[0].shape[1] for after in kept if after)
+        state = tuple(
+            torch.cat([F.pad(after[part], (0, 0, 0, 0, longest - after[part].shape[1], 0)) for after in kept if after])
+            for part in (0, 1)
+        )
+        return torch.cat(outputs, dim=1), state
+
+
+MIXERS: dict[str, Callable[[ModelConfig, int], Mixer]] = {"gla": GatedLinearAttention, "softmax": SoftmaxAttention}

@@ -1,0 +1,73 @@
+"""The recurrent state of one model: an argument and a result of every forward, never kept on a module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+    from .mixers import LayerState
+
+
+@dataclass(frozen=True)
+class State:
+    """What a model remembers of the tokens so far, for B rows.
+
+    layers: per layer what its mixer keeps: Gated Linear Attention one [B, H, K, V] in float32, whose size does not
+        depend on how much was read; softmax attention all keys and values.
+    seen: [B] int64, the tokens read by each row.
+    """
+
+    layers: list[LayerState]
+    seen: Tensor
+
+    @classmethod
+    def new(cls, model: LanguageModel, rows: int = 1) -> State:
+        """The state before the first token."""
+        layers = [layer.mixer.new_state(rows) for layer in model.layers]
+        return cls(layers, torch.zeros(rows, dtype=torch.int64, device=model.device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for layer in self.layers for part in layer) + self.seen.nbytes
+
+    def clone(self) -> State:
+        """A copy that shares no memory: a fork of the conversation so far."""
+        return State([tuple(part.clone() for part in layer) for layer in self.layers], self.seen.clone())
+
+    def select(self, rows: Sequence[int] | Tensor) -> State:
+        """The state of some rows, in the order given; a row may be taken several times."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.seen.device)
+        return State([tuple(part[index] for part in layer) for layer in self.layers], self.seen[index])
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file, whole or not at all."""
+        tensors = {f"{n}.{m}": part for n, layer in enumerate(self.layers) for m, part in enumerate(layer)}
+        write_tensors(path, {"seen": self.seen, **tensors}, {"state": json.dumps([len(layer) for layer in self.layers])})
+
+    @classmethod
+    def load(cls, path: str | Path, model: LanguageModel) -> State:
+        """Read a state saved from a model of this shape. Raises ValueError where it does not fit the model."""
+        tensors, metadata = read_tensors(path)
+        fresh = cls.new(model)
+        if json.loads(metadata.get("state", "null")) != [len(layer) for layer in fresh.layers]:
+            raise ValueError(f"{path}: not a state of this model ({len(fresh.layers)} layers)")
+        layers = []
+        for n, layer in enumerate(fresh.layers):
+            parts = tuple(tensors[f"{n}.{m}"] for m in range(len(layer)))
+            for part, wanted in zip(parts, layer, strict=True):
+                if part.shape[2:] != wanted.shape[2:]:
+                    raise ValueError(
+                        f"{path}: layer {n} holds {list(part.shape)}, the model needs [rows, …, {list(wanted.shape[2:])}]"
+                    )
+            layers.append(tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True)))
+        return cls(layers, tensors["seen"].to(model.device))
