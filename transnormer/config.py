@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class ModelConfig:
         _require(_is_int(self.head_dim) and self.head_dim >= 0, "head_dim", self.head_dim, "an integer, 0 or more")
         for name, words in _WORDS.items():
             value = getattr(self, name)
-            _require(value in words, name, value, f"one of {', '.join(words)}{_nearest(value, words)}")
+            _require(value in words, name, value, f"one of {', '.join(words)}{nearest(value, words)}")
         for name in ("decay_temperature", "gate", "embed_scale", "bias", "tie_word_embeddings"):
             _require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
         for name in ("rope_theta", "norm_eps", "initializer_range", "decay_scale"):
@@ -168,7 +169,7 @@ class ModelConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known and key not in FOREIGN_KEYS:
-                raise ValueError(f"unknown model config key {key!r}{_nearest(key, known)}")
+                raise ValueError(f"unknown model config key {key!r}{nearest(key, known)}")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     @classmethod
@@ -246,6 +247,7 @@ def _require(fits: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"model config: {name} = {value!r}, but must be {wanted}")
 
 
-def _nearest(word: object, words: tuple[str, ...] | list[str]) -> str:
+def nearest(word: object, words: Sequence[str], prefix: str = "") -> str:
+    """The end of an error message: the known word closest to an unknown one, or nothing."""
     close = difflib.get_close_matches(str(word), words, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,47 @@
+"""Fixtures shared by the suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+TEXT = REPOSITORY / "examples" / "shakespeare.txt"
+PUBLISHED = Path(__file__).parent / "fixtures" / "tnl_tiny"
+
+os.environ.setdefault("MPLCONFIGDIR", str(REPOSITORY / "build" / "matplotlib"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("-m") or ""
+    for item in items:
+        if "proof" in item.keywords and "proof" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="takes long: make proof"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 60,000 characters of Shakespeare in a file."""
+    path = tmp_path_factory.mktemp("text") / "part.txt"
+    path.write_text(TEXT.read_text()[:60_000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That text as a prepared folder with 300 words."""
+    from transnormer.data.loader import prepare
+
+    out = tmp_path_factory.mktemp("data") / "prepared"
+    prepare([text_file], out, vocab_size=300, split=0.1)
+    return out

@@ -1,0 +1,233 @@
+"""The command line. Each verb's modules are imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="TransNormerLLM: train, measure and use a linear-attention language model.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
+
+Model = Annotated[Path, typer.Option("--model", help="A run, an exported model or a published checkpoint: its folder.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
+TopK = Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Draw among the fewest tokens with this much probability.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
+
+
+def main() -> None:
+    """Run a verb; what the user can mend is one line on stderr and a non-zero exit."""
+    import os
+
+    try:
+        app()
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, ValueError, MemoryError) as error:
+        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/demo.toml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value, e.g. optim.lr=1e-3.")] = None,
+) -> None:
+    """Train a model from a recipe into runs/<run>; the same command again goes on where it stopped."""
+    from .train.loop import Interrupted
+    from .train.loop import train as run
+    from .train.recipe import Recipe
+
+    try:
+        run(Recipe.load(recipe, overrides or ()))
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(128 + error.signal_number) from error
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on from; '-' reads it from standard input.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write on from a prompt, streaming."""
+    from .inference.engine import generate_text
+    from .inference.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    loaded = _load(model, device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    print(text, end="", flush=True)
+    for piece in generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=stop or ()):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a turn at most.")] = 256,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Where a turn ends; by default at an empty line.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Take turns with a model on one state, whose size does not grow. An empty line or Ctrl-D ends it."""
+    from .inference.engine import Session, generate_text
+    from .inference.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    loaded = _load(model, device)
+    session = Session(loaded)
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line:
+            return
+        stops = stop or ["\n\n"]
+        for piece in generate_text(
+            loaded, line + "\n", max_tokens=max_tokens, sampling=sampling, stop=stops, session=session
+        ):
+            print(piece, end="", flush=True)
+        session.read(loaded.tokenizer.encode("\n", add_special_tokens=False).ids)
+        print()
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[Path], typer.Argument(help="txt, markdown, jsonl, parquet files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    vocab_size: Annotated[int | None, typer.Option(help="Train a byte-level BPE tokenizer of this size.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Or take this one: tokenizer.json, or a folder with one.")] = None,
+    split: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Chooses the documents held out.")] = 0,
+    text_field: Annotated[str, typer.Option(help="The field or column of jsonl and parquet with the text.")] = "text",
+) -> None:
+    """Turn text into token shards, ready to train on."""
+    from .data.loader import prepare as make
+
+    record = make(
+        inputs, out, vocab_size=vocab_size, tokenizer=tokenizer, split=split, seed=seed, text_field=text_field
+    )
+    for name in ("train", "valid"):
+        part = record["splits"][name]
+        print(f"{name}: {part['documents']:,} documents, {part['bytes']:,} bytes, {part['tokens']:,} tokens")
+    print(f"vocabulary {record['vocab_size']:,}, in {out}")
+
+
+@evaluation.command()
+def perplexity(
+    model: Model,
+    text: Annotated[list[Path], typer.Option(help="A text file; may be given several times, more may follow it.")],
+    more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    device: Device = "auto",
+) -> None:
+    """Loss, perplexity and bits per byte of texts of any length, each read from its first token to its last."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from .data.corpus import read_text
+    from .evaluation.perplexity import Score, score_text
+
+    files = [*text, *(more or [])]
+    contents = [read_text(file) for file in files]
+    loaded = _load(model, device)
+    table = Table("text", "tokens", "bytes", "loss (nats/token)", "perplexity", "bits per byte", "perplexity per word")
+    total = Score(0.0, 0, 0, 0)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        for file, content in zip(files, contents, strict=True):
+            task = bar.add_task(str(file), total=None)
+            score = score_text(loaded, content, progress=lambda n, of, task=task: bar.update(task, completed=n, total=of))
+            total += score
+            table.add_row(str(file), *_cells(score))
+    if len(files) > 1:
+        table.add_row("together", *_cells(total))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="A model's folder or the name of a size, e.g. 385m.")] = None,
+    model_option: Annotated[str | None, typer.Option("--model", help="The same.")] = None,
+) -> None:
+    """What a model is and costs; without one, what is installed here."""
+    import platform
+
+    import torch
+
+    from . import __version__
+    from .config import SIZES, ModelConfig
+    from .hub.folders import load
+    from .model.language_model import LanguageModel
+    from .model.state import State
+
+    wanted = model or model_option
+    if wanted is None:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        print(f"transnormer {__version__}, Python {platform.python_version()}, torch {torch.__version__}, GPU: {gpu}")
+        for size in SIZES:
+            print(f"  {size:>5}  {ModelConfig.named(size).parameter_count():>15,} parameters")
+        return
+    if wanted in SIZES:
+        with torch.device("meta"):
+            loaded = LanguageModel(ModelConfig.named(wanted))
+    else:
+        loaded = load(wanted)
+    config = loaded.config
+    weights = sum(p.nbytes for p in loaded.parameters())
+    print(f"parameters      {loaded.parameter_count():,} ({weights / 2**20:,.1f} MiB in memory)")
+    print(f"training        {loaded.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and backward, 2,048 tokens)")
+    grows = " and grows with every token" if config.mixer == "softmax" else ", whatever the length"
+    print(f"state           {State.new(loaded).nbytes / 2**20:,.2f} MiB per sequence{grows}")
+    print(f"tokenizer       {f'{loaded.tokenizer.get_vocab_size():,} words' if loaded.tokenizer else 'none'}")
+    print(config.to_json(), end="")
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    if show:
+        from . import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _load(folder: Path, device: str):  # type: ignore[no-untyped-def]
+    import torch
+
+    from .hub.folders import load
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(folder, device=device)
+
+
+def _cells(score) -> list[str]:  # type: ignore[no-untyped-def]
+    return [
+        f"{score.tokens:,}", f"{score.bytes:,}", f"{score.loss:.4f}", f"{score.perplexity:,.2f}",
+        f"{score.bits_per_byte:.4f}", f"{score.word_perplexity:,.2f}",
+    ]  # fmt: skip

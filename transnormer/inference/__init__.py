@@ -1,0 +1,1 @@
+"""Generation with a state of fixed size: constant time and memory per token."""

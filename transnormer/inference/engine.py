@@ -1,0 +1,102 @@
+"""Reading and writing text with a model: prefill in pieces, then token by token from the state alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.language_model import LanguageModel
+from ..model.state import State
+from .sampling import Sampling, sample
+
+PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
+
+
+class Session:
+    """One text being read and written. It remembers the state, and the last token where the state has not read it yet.
+
+    Time and memory of a token do not depend on how long the text is (with a linear mixer).
+    """
+
+    def __init__(self, model: LanguageModel, state: State | None = None):
+        self.model, self.state = model, state
+        self._logits: Tensor | None = None  # [1, vocab], after the last token read
+        self._unread: list[int] = []
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int]) -> None:
+        """Take in tokens. Raises ValueError for an id outside the vocabulary."""
+        ids = [*self._unread, *ids]
+        self._unread = []
+        size = self.model.config.vocab_size
+        if any(not 0 <= token < size for token in ids):
+            raise ValueError(f"a token id is outside the model's vocabulary of {size:,}")
+        for start in range(0, len(ids), PIECE):
+            piece = torch.tensor([ids[start : start + PIECE]], device=self.model.device)
+            x, self.state = self.model.hidden(piece, self.state)
+            self._logits = torch.nn.functional.linear(x[:, -1], self.model.head_weight)
+
+    @torch.inference_mode()
+    def write(self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None) -> Iterator[int]:
+        """Draw tokens, at most so many, until `end` (which is read but not given). Raises ValueError before any read."""
+        sampling = sampling or Sampling()
+        generator = sampling.generator(self.model.device)
+        for _ in range(max_tokens):
+            if self._unread:
+                self.read([])
+            if self._logits is None:
+                raise ValueError("nothing was read yet: give a prompt")
+            token = int(sample(self._logits, sampling, generator))
+            self._unread = [token]
+            if token == end:
+                return
+            yield token
+
+
+def generate_text(
+    model: LanguageModel,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    session: Session | None = None,
+) -> Iterator[str]:
+    """The text that continues a prompt, piece by piece, without the prompt.
+
+    An empty prompt starts a new text. stop: strings at which the text ends; they are not given.
+    session: to go on with; a new one by default. Raises ValueError where the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model's folder has no tokenizer, so it cannot read or write text")
+    from tokenizers.decoders import DecodeStream
+
+    from ..data.tokenizer import end_of_text_id
+
+    end = model.config.eos_token_id if model.config.eos_token_id is not None else end_of_text_id(model.tokenizer)
+    session = session or Session(model)
+    ids = model.tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids and session.state is None and end is not None:
+        ids = [end]
+    session.read(ids)
+    decoder = DecodeStream(skip_special_tokens=True)
+    held = ""  # text that may still turn out to begin a stop string
+    for token in session.write(max_tokens, sampling, end):
+        held += decoder.step(model.tokenizer, token) or ""
+        cuts = [found for string in stop if string and (found := held.find(string)) >= 0]
+        if cuts:
+            yield held[: min(cuts)]
+            return
+        keep = max((_overlap(held, string) for string in stop), default=0)
+        if ready := held[: len(held) - keep]:
+            yield ready
+        held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _overlap(text: str, string: str) -> int:
+    """Length of the longest end of `text` that begins `string`."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)

@@ -1,0 +1,291 @@
+"""The training loop, read top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from .. import __version__
+from ..config import ModelConfig
+from ..data.loader import Loader, TokenData, prepare
+from ..data.tokenizer import load_tokenizer
+from ..evaluation.perplexity import score_windows
+from ..files import write_text
+from ..model.language_model import LanguageModel, init_weights
+from . import checkpoint
+from .metrics import Metrics, console, plot, progress
+from .optim import adamw, learning_rate
+from .recipe import Recipe
+
+RUNS = Path("runs")  # in the working directory
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, saved itself, and can go on. `signal_number` says who asked."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe to its end, or on from where it was stopped; returns the run's folder, runs/<run>.
+
+    Raises ValueError or OSError (one line: what is wrong and what to do) and Interrupted after SIGINT or SIGTERM.
+    """
+    run = RUNS / recipe.run
+    _check_same(run, recipe)
+    data = _open_data(recipe)
+    config = recipe.model_config(data.vocab_size)
+    if config.eos_token_id is None and data.end_of_text is not None:
+        config = config.replace(eos_token_id=data.end_of_text)
+    device = _device(recipe)
+    _check_memory(config, device)
+    run.mkdir(parents=True, exist_ok=True)
+    with _only_one(run):
+        write_text(run / "recipe.toml", recipe.to_toml())
+        return _train(recipe, run, config, data, device)
+
+
+def _train(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData, device: torch.device) -> Path:
+    torch.manual_seed(recipe.train.seed)
+    with torch.device(device):
+        model = LanguageModel(config)
+        init_weights(model, recipe.train.seed)
+    model.tokenizer = load_tokenizer(recipe.data.path)
+    optimizer = adamw(model, recipe.optim)
+    steps, checkpoints = recipe.train.steps, run / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    checkpoint.clear_partial(checkpoints)
+    done, position = checkpoint.resume(checkpoints, model, optimizer)
+    if done >= steps:
+        console.print(f"run {recipe.run} is finished: {steps} steps, in {run}")
+        return run
+    _describe(recipe, run, model, data, device, done)
+    if recipe.train.recompute:
+        _recompute(model)
+
+    loader = Loader(data, seq_len=recipe.train.seq_len, batch_size=recipe.rows, seed=recipe.train.seed)
+    loader.seek(position)
+    valid, bytes_per_token = _validation(recipe, data)
+    metrics = Metrics(run / "metrics.jsonl", done, recipe.train.tensorboard)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.dtype == "bfloat16")
+
+    def save(step: int) -> None:
+        metrics.flush()
+        checkpoint.save(checkpoints, step, model, optimizer, loader.position, recipe.checkpoint.keep)
+
+    def evaluate() -> dict[str, float]:
+        with autocast:
+            loss = score_windows(model, valid)
+        return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2) / bytes_per_token}
+
+    model.train()
+    with _stop_requests() as stop, progress(steps, done) as show:
+        for step in range(done + 1, steps + 1):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe.optim, step, steps)
+            loss = torch.zeros((), device=device)
+            for _ in range(recipe.train.accumulate):
+                ids = next(loader).to(device)  # [B, T + 1]
+                with autocast:
+                    part = model.loss(ids[:, :-1], ids[:, 1:], reduction="sum") / recipe.train.batch_tokens
+                part.backward()
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip or math.inf)
+            line: dict[str, Any] = {"step": step, "loss": loss.item(), "gradient_norm": norm.item()}
+            if not math.isfinite(line["loss"]) or not math.isfinite(line["gradient_norm"]):
+                raise ValueError(
+                    f"step {step}: loss {line['loss']}, gradient norm {line['gradient_norm']}; stopped before it could "
+                    f"reach the weights. Checkpoints are as they were; try a lower optim.lr or a longer warm-up"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            speed = recipe.train.batch_tokens / (time.perf_counter() - began)
+            line |= {
+                "tokens": step * recipe.train.batch_tokens,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "tokens_per_second": round(speed, 1),
+            }
+            last = step == steps
+            if valid and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
+                line |= evaluate()
+                console.print(
+                    f"step {step}/{steps}  loss {line['loss']:.3f}  validation loss {line['valid_loss']:.3f} "
+                    f"({line['valid_bits_per_byte']:.3f} bits per byte)"
+                )
+            metrics.write(line)
+            show(step, line["loss"], speed)
+            if "valid_loss" in line:
+                plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
+            if last or stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
+                save(step)
+            if stop and not last:
+                raise Interrupted(f"stopped and saved at step {step}; the same command goes on from there", stop[0])
+    metrics.close()
+    plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
+    console.print(f"finished: model in {run}, curve in {run / 'loss.png'}")
+    return run
+
+
+def _open_data(recipe: Recipe) -> TokenData:
+    """The training split, prepared first where data.text says from what."""
+    wanted, path = recipe.data, Path(recipe.data.path)
+    if not path.exists():
+        if not wanted.text:
+            raise FileNotFoundError(f"data.path = {path}: no such folder; make it with `transnormer prepare`, or set data.text")
+        console.print(f"preparing {path} from {', '.join(wanted.text)}")
+        prepare(
+            wanted.text, path, vocab_size=wanted.vocab_size or None, tokenizer=wanted.tokenizer or None,
+            split=wanted.split, seed=wanted.seed, text_field=wanted.text_field,
+        )  # fmt: skip
+    elif wanted.text:
+        source = TokenData(path, "train").source
+        asked = {"inputs": list(wanted.text), "split": wanted.split, "seed": wanted.seed}
+        asked |= {"vocab_size": wanted.vocab_size} if wanted.vocab_size else {}
+        for key, value in asked.items():
+            if source[key] != value:
+                raise ValueError(
+                    f"{path} was prepared with {key} = {source[key]!r}, the recipe says {value!r}; "
+                    f"remove it or choose another data.path"
+                )
+    return TokenData(path, "train")
+
+
+def _validation(recipe: Recipe, data: TokenData) -> tuple[list[torch.Tensor], float]:
+    """Windows [B, T + 1] of the validation split, always the same ones, and the split's bytes per token."""
+    valid = TokenData(recipe.data.path, "valid")
+    length = min(recipe.train.seq_len, valid.tokens - 1)
+    count = min(valid.tokens - 1, recipe.eval.tokens) // length if length > 0 else 0
+    starts = [number * length for number in range(count)]
+    windows = [torch.from_numpy(valid.window(start, length + 1)) for start in starts]
+    rows = max(1, recipe.rows)
+    batches = [torch.stack(windows[first : first + rows]) for first in range(0, len(windows), rows)]
+    return batches, valid.bytes / max(1, valid.tokens)
+
+
+def _check_same(run: Path, recipe: Recipe) -> None:
+    path = run / "recipe.toml"
+    if path.exists():
+        if difference := recipe.difference(Recipe.load(path)):
+            raise ValueError(f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}")
+    elif run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} exists and is not a run of ours; give another run=NAME or remove it")
+
+
+def _check_memory(config: ModelConfig, device: torch.device) -> None:
+    """Refuse, before allocating, what cannot fit: weights, gradients and AdamW's two moments, all float32."""
+    needed = 16 * config.parameter_count()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"a model of {config.parameter_count():,} parameters needs {needed / 2**30:,.1f} GiB to train (weights, "
+            f"gradients, AdamW) before any activation; {free / 2**30:,.1f} GiB of {device.type} memory are free"
+        )
+
+
+def _device(recipe: Recipe) -> torch.device:
+    name = recipe.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train.device = {name!r} is no device; there are auto, cpu, cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device = 'cuda', but no CUDA device can be used here")
+    return device
+
+
+def _recompute(model: LanguageModel) -> None:
+    """Keep only each block's input in the forward pass; the rest is computed again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint as recomputed
+
+    for block in model.layers:
+        forward = block.forward
+        block.forward = lambda *args, forward=forward: recomputed(forward, *args, use_reentrant=False)
+
+
+def _describe(
+    recipe: Recipe, run: Path, model: LanguageModel, data: TokenData, device: torch.device, done: int
+) -> None:
+    """Say what is about to run, and add this start to run.json: command, versions, commit, device."""
+    epochs = recipe.train.steps * recipe.train.batch_tokens / data.tokens
+    console.print(
+        f"run {recipe.run}: {model.parameter_count():,} parameters on {device}, {data.tokens:,} training tokens read "
+        f"{epochs:.2g} times" + (f"; going on after step {done} of {recipe.train.steps}" if done else "")
+    )
+    path = run / "run.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() and done else []
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True,
+    )  # fmt: skip
+    starts.append(
+        {
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "after_step": done,
+            "command": sys.argv,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": {"transnormer": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__},
+            "commit": commit.stdout.strip() or None,
+        }
+    )  # fmt: skip
+    write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that a first SIGINT or SIGTERM is put into; a second one has its usual effect."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        console.print("stopping after this step; again to stop at once")
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: nobody can signal us
+        previous.clear()
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _only_one(run: Path) -> Iterator[None]:
+    """Hold the run's lock; the system lets go of it however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run} is being trained by another process") from None
+        yield

@@ -1,0 +1,129 @@
+"""What a run reports: a line a step in metrics.jsonl, progress on the terminal, the loss curve as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..files import replace_file
+
+console = Console(stderr=True, highlight=False)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each step once, appended and never rewritten but on resume."""
+
+    def __init__(self, path: Path, after_step: int, tensorboard: bool = False):
+        """Opens the file cut back to the lines up to `after_step`; a torn last line goes too."""
+        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(path.parent / "tensorboard", after_step) if tensorboard else None
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, line["step"])
+
+    def flush(self) -> None:
+        """Wait until all lines are on the disk."""
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, up to the first torn one."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            line = json.loads(text) if text.endswith("\n") else None
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or "step" not in line:
+            break
+        lines.append(line)
+    return lines
+
+
+def _tensorboard(folder: Path, after_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("train.tensorboard needs tensorboard: pip install 'transnormer[tensorboard]'") from error
+    return SummaryWriter(str(folder), purge_step=after_step + 1)
+
+
+@contextmanager
+def progress(steps: int, done: int) -> Iterator[Any]:
+    """A function (step, loss, tokens_per_second) that shows where a run is: a bar, or a line now and then without one."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=steps, completed=done, loss=float("nan"), speed=0.0)
+            yield lambda step, loss, speed: bar.update(task, completed=step, loss=loss, speed=speed)
+        return
+    last, start = time.monotonic(), time.monotonic()
+
+    def say(step: int, loss: float, speed: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 10:
+            last = now
+            left = (now - start) / max(1, step - done) * (steps - step)
+            console.print(f"step {step}/{steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  ETA {left:,.0f} s")
+
+    yield say
+
+
+def plot(metrics: Path, picture: Path, title: str) -> None:
+    """The loss curve of a metrics.jsonl as a PNG: training loss, its running mean, validation loss; nats a token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    lines = read_metrics(metrics)
+    if not lines:
+        return
+    tokens = np.array([line["tokens"] for line in lines])
+    loss = np.array([line["loss"] for line in lines])
+    window = max(1, len(loss) // 50)
+    mean = np.convolve(loss, np.ones(window) / window, mode="valid")
+    valid = [(line["tokens"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(tokens[window - 1 :], mean, color="tab:blue", label="training")
+    if valid:
+        axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.annotate(
+            f"{valid[-1][1]:.3f}", valid[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="tab:orange"
+        )
+    axes.set(xlabel="tokens read", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)

@@ -1,0 +1,232 @@
+"""A run in one file: TOML, dotted overrides, and an error for every key that is not known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import SIZES, ModelConfig, nearest
+
+SCHEDULES = ("cosine", "constant", "wsd")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    path: str = ""  # a prepared folder; made from `text` on the first run if it is not there
+    text: tuple[str, ...] = ()
+    text_field: str = "text"  # of jsonl and parquet files
+    vocab_size: int = 0  # of the tokenizer trained on `text`
+    tokenizer: str = ""  # or a tokenizer to take instead
+    split: float = 0.01  # share of the documents held out for validation
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = 1_000
+    batch_tokens: int = 65_536  # a step
+    seq_len: int = 2_048
+    accumulate: int = 1  # micro-batches a step
+    dtype: str = "float32"  # of the matrix products; weights and optimizer stay in float32
+    recompute: bool = False  # activations in the backward pass instead of storing them
+    device: str = "auto"
+    seed: int = 0
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float = 3e-4
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # of the gradient norm; 0 for none
+    schedule: str = "cosine"  # wsd: warm up, stay, decay
+    warmup_steps: int = 100
+    decay_share: float = 0.2  # wsd: the last part of the steps, in which the rate falls
+    min_lr: float = 0.1  # where the schedule ends, as a share of lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    every: int = 250  # steps; 0: only at the end
+    tokens: int = 262_144  # of the validation split at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = 250  # optimizer steps; 0: only at the end
+    keep: int = 2  # the newest so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on. `model` holds `size` and any field of ModelConfig."""
+
+    run: str
+    model: dict[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    eval: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a TOML file and apply `key=value` overrides, e.g. `optim.lr=1e-3`; `run` defaults to the file's name.
+
+        Raises ValueError or OSError with one line that names the key, the value and what would fit.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such recipe")
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not TOML ({error})") from error
+        values.setdefault("run", path.stem)
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ValueError(f"{override!r} is not an override; write key=value, e.g. optim.lr=1e-3")
+            _set(values, key.strip(), _parse(text.strip()))
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """From nested tables, every key and type checked."""
+        recipe = _build(cls, values, "")
+        if not re.fullmatch(r"[\w][\w.-]*", recipe.run):
+            raise ValueError(f"run = {recipe.run!r}, but must be a name of letters, digits, '.', '_' and '-'")
+        recipe._check()
+        return recipe
+
+    def _check(self) -> None:
+        train, optim = self.train, self.optim
+        fields = [f.name for f in dataclasses.fields(ModelConfig)]
+        for key in self.model:
+            if key != "size" and key not in fields:
+                raise ValueError(f"unknown key model.{key}{nearest(key, ['size', *fields])}")
+        for key, word, words in (
+            ("train.dtype", train.dtype, DTYPES), ("optim.schedule", optim.schedule, SCHEDULES),
+            ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
+        ):  # fmt: skip
+            if word not in words:
+                raise ValueError(f"{key} = {word!r}, but must be one of {', '.join(words)}{nearest(word, words)}")
+        for key, number in (
+            ("train.steps", train.steps), ("train.seq_len", train.seq_len), ("train.accumulate", train.accumulate),
+            ("train.batch_tokens", train.batch_tokens), ("checkpoint.keep", self.checkpoint.keep),
+            ("optim.lr", optim.lr), ("eval.tokens", self.eval.tokens),
+        ):  # fmt: skip
+            if number <= 0:
+                raise ValueError(f"{key} = {number}, but must be positive")
+        for key, number in (
+            ("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every), ("optim.clip", optim.clip),
+            ("optim.warmup_steps", optim.warmup_steps), ("optim.weight_decay", optim.weight_decay),
+        ):  # fmt: skip
+            if number < 0:
+                raise ValueError(f"{key} = {number}, but must be 0 or more")
+        if train.batch_tokens % (train.seq_len * train.accumulate):
+            raise ValueError(
+                f"train.batch_tokens = {train.batch_tokens} is not a multiple of train.seq_len x train.accumulate = "
+                f"{train.seq_len * train.accumulate}"
+            )
+        if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+            raise ValueError(f"optim.betas = {list(optim.betas)}, but must be two numbers from 0 to below 1")
+        if not self.data.path:
+            raise ValueError("data.path is missing: the prepared folder, or where to put what is made from data.text")
+
+    @property
+    def rows(self) -> int:
+        """Sequences in one micro-batch."""
+        return self.train.batch_tokens // (self.train.seq_len * self.train.accumulate)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model's configuration; its vocabulary is the data's where the recipe names none."""
+        fields = {key: value for key, value in self.model.items() if key != "size"}
+        fields.setdefault("vocab_size", vocab_size)
+        if fields["vocab_size"] < vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {fields['vocab_size']}, but the tokenizer of {self.data.path} has {vocab_size} words"
+            )
+        return ModelConfig.named(self.model.get("size", "10m"), **fields)
+
+    def to_toml(self) -> str:
+        """The resolved recipe: a file that `load` reads back to an equal one."""
+        values = dataclasses.asdict(self)
+        lines = [f"run = {json.dumps(values.pop('run'))}"]
+        for table, content in values.items():
+            lines += ["", f"[{table}]"]
+            lines += [f"{key} = {json.dumps(value)}" for key, value in content.items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+    def difference(self, other: Recipe) -> str | None:
+        """The first setting in which two recipes differ, as text; None where they are equal."""
+        mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
+        for key in [*mine, *theirs]:
+            if mine.get(key) != theirs.get(key):
+                return f"{key} was {json.dumps(mine.get(key))} and is now {json.dumps(theirs.get(key))}"
+        return None
+
+
+def _build(kind: type, values: object, prefix: str) -> Any:
+    """A dataclass from a table, refusing unknown keys and wrong types; ints are taken for floats."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.')} must be a table of settings, not {values!r}")
+    types = typing.get_type_hints(kind)
+    built = {}
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"unknown key {prefix}{key}{nearest(key, list(types), prefix)}")
+        wanted = types[key]
+        if dataclasses.is_dataclass(wanted):
+            built[key] = _build(typing.cast(type, wanted), value, f"{prefix}{key}.")
+            continue
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if typing.get_origin(wanted) is tuple:
+            item = typing.get_args(wanted)[0]
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            fits = all(type(part) is item or (item is float and type(part) is int) for part in value)
+        else:
+            fits = type(value) is (typing.get_origin(wanted) or wanted)
+        if not fits:
+            word = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(wanted, "a list or table")
+            raise ValueError(f"{prefix}{key} = {value!r}, but must be {word}")
+        built[key] = value
+    return kind(**built)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}: {table} is a setting, not a table")
+    values[last] = value
+
+
+def _parse(text: str) -> Any:
+    """A TOML value, or else the text itself: `run=second` needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
