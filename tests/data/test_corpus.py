@@ -1,0 +1,224 @@
+"""Documents in: every kind of file, what is normalised, and every error line."""
+
+import gzip
+import io
+import json
+import random
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from transnormer.data import corpus
+from transnormer.data.corpus import documents, read_text
+
+TEXTS = ["one\ntwo\n", "  naïve  \U0001f600", "tab\tand \u2028 a line separator in one document"]
+
+
+def read(*inputs, **options):
+    return list(documents([Path(given) for given in inputs], **options))
+
+
+def json_lines(texts, field="text"):
+    return "".join(json.dumps({"id": n, field: text}, ensure_ascii=n % 2 == 0) + "\n" for n, text in enumerate(texts))
+
+
+def write(path, content):
+    """Write text or bytes as the path's suffix asks."""
+    content = content.encode() if isinstance(content, str) else content
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = zstandard.compress(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def write_parquet(path, column, name="text", **options):
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(column))), name: column}), path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".markdown", ".TXT", ".txt.gz", ".txt.zst", ".md.gz"])
+def test_a_text_file_is_one_document(tmp_path, suffix):
+    assert read(write(tmp_path / f"a{suffix}", "one\n\ntwo\n")) == ["one\n\ntwo\n"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_json_lines(tmp_path, suffix, field):
+    path = write(
+        tmp_path / f"a{suffix}", "\ufeff" + json_lines(TEXTS, field) + "\n  \n" + json_lines(["last"], field)[:-1]
+    )
+    assert read(path, text_field=field) == [*TEXTS, "last"]
+
+
+def test_lines_across_chunks(tmp_path, monkeypatch):
+    texts = [random.Random(n).choice("aé€\U0001f600") * n for n in range(60)][1:]
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 7)
+    for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
+        assert read(write(tmp_path / f"a{suffix}", json_lines(texts))) == texts
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+def test_parquet(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(corpus, "PARQUET_ROWS", 4)
+    texts = [f"row {n}" for n in range(11)]
+    path = write_parquet(tmp_path / "a.parquet", pyarrow.array(texts, kind), "content", row_group_size=3)
+    assert read(path, text_field="content") == texts
+
+
+def test_a_folder_is_walked_in_sorted_order_without_hidden_and_unknown_files(tmp_path):
+    for name in ("b/2.txt", "b/10.txt", "a.txt", "c.md", "b/deep/x.jsonl", ".hidden.txt", ".git/y.txt", "z.py", "no"):
+        write(tmp_path / name, json_lines([name]) if name.endswith("jsonl") else name)
+    assert read(tmp_path) == ["a.txt", "b/10.txt", "b/2.txt", "b/deep/x.jsonl", "c.md"]
+    assert read(tmp_path / "c.md", tmp_path / "b") == ["c.md", "b/10.txt", "b/2.txt", "b/deep/x.jsonl"]
+
+
+def test_linked_folders_are_followed_and_circles_refused(tmp_path):
+    write(tmp_path / "elsewhere" / "a.txt", "a")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    assert read(tmp_path / "data") == ["a"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="back: links back to a folder that holds it"):
+        read(tmp_path / "data")
+
+
+def test_line_ends_and_byte_order_marks(tmp_path):
+    given, wanted = "\ufeffa\r\nb\rc\n\r\nd", "a\nb\nc\n\nd"
+    assert read(write(tmp_path / "a.txt", given)) == [wanted]
+    assert read(write(tmp_path / "a.jsonl", json_lines([given]))) == [wanted]
+    assert read(write_parquet(tmp_path / "a.parquet", [given])) == [wanted]
+
+
+def test_empty_documents_are_skipped(tmp_path):
+    write(tmp_path / "a.txt", " \n\t\u3000")
+    write(tmp_path / "b.jsonl", json_lines(["", "x", "\r\n", "\ufeff"]))
+    assert read(tmp_path) == ["x"]
+
+
+def test_documents_are_read_one_at_a_time(tmp_path):
+    path = write(tmp_path / "a.jsonl", json_lines(["first"]) + "broken\n")
+    found = documents([path])
+    assert next(found) == "first"
+    with pytest.raises(ValueError, match="line 2"):
+        next(found)
+
+
+def test_an_input_that_is_not_there_is_told_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        documents([write(tmp_path / "a.txt", "a"), tmp_path / "b.txt"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.py", "x", "a.py: unknown kind of file; known are .txt, .md"),
+        ("a.gz", "x", "a.gz: unknown kind"),
+        ("a.parquet.gz", "x", "a.parquet.gz: unknown kind"),
+        ("a.txt", b"abc\xff", "a.txt: not UTF-8 at byte 3"),
+        ("a.txt.gz", b"abcd\xe2\x82", "a.txt.gz: not UTF-8 at byte 4"),
+        ("a.txt", "a".encode("utf-16"), "a.txt: not UTF-8 at byte 0"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "a.jsonl line 2: not UTF-8 at byte 10"),
+        ("a.jsonl", '{"text": "x"}\n\n{"text": ', "a.jsonl line 3: not JSON: Expecting value"),
+        ("a.jsonl", "[" * 200_000, "a.jsonl line 1: not JSON"),
+        ("a.jsonl", '["x"]', "a.jsonl line 1: not a JSON object but list"),
+        ("a.jsonl", '"text"', "a.jsonl line 1: not a JSON object but str"),
+        ("a.jsonl", '{"body": "x", "a": 1}', "a.jsonl line 1: no field 'text'; it has a, body"),
+        ("a.jsonl", "{}", "a.jsonl line 1: no field 'text'; it has none"),
+        ("a.jsonl", '{"text": null}', "a.jsonl line 1: field 'text' holds NoneType, not a string"),
+        ("a.jsonl", '{"text": ["x"]}', "a.jsonl line 1: field 'text' holds list, not a string"),
+        ("a.jsonl", '{"text": "\\ud800"}', "a.jsonl line 1: field 'text' is not Unicode text: surrogates"),
+        ("a.jsonl.zst", '{"text": 1}', "a.jsonl.zst line 1: field 'text' holds int"),
+        ("a.parquet", "not parquet", "a.parquet: cannot be read as parquet: "),
+        ("a.txt", " \n", "no document in .*a.txt: every one is empty"),
+        ("a.jsonl", "", "no document in .*a.jsonl"),
+    ],
+)
+def test_errors_name_the_file_in_one_line(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_damaged_compression_is_an_error_not_a_shorter_text(tmp_path, suffix):
+    noise = random.Random(0).randbytes(200_000).hex()  # several blocks, of which a cut file would give the first
+    path = write(tmp_path / f"a.txt.{suffix}", noise)
+    content = path.read_bytes()
+    assert read(path) == [noise]
+    for damaged, message in (
+        (content[:-1000], "a.txt.(gz: cannot be read as gzip|zst: damaged: it ends in the middle)"),
+        (content[: len(content) // 2], "a.txt.(gz: cannot be read as gzip|zst: damaged: it ends in the middle)"),
+        (b"plain text", "a.txt.(gz: cannot be read as gzip|zst: cannot be read as zstandard)"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_files_of_several_frames(tmp_path, suffix):
+    compress = gzip.compress if suffix == "gz" else zstandard.compress
+    (tmp_path / f"a.txt.{suffix}").write_bytes(b"".join(compress(part) for part in (b"one ", b"two ", b"three")))
+    assert read(tmp_path) == ["one two three"]
+
+
+def test_parquet_errors(tmp_path):
+    path = tmp_path / "a.parquet"
+    with pytest.raises(ValueError, match=r"a.parquet: no column 'text'; it has body, id"):
+        read(write_parquet(path, ["x"], "body"))
+    with pytest.raises(ValueError, match=r"a.parquet: column 'text' holds int64, not strings"):
+        read(write_parquet(path, [1]))
+    with pytest.raises(ValueError, match=r"a.parquet row 2: column 'text' holds null"):
+        read(write_parquet(path, ["x", None]))
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"xy\xff")]
+    )
+    with pytest.raises(ValueError, match=r"a.parquet row 2: not UTF-8 at byte 1"):
+        read(write_parquet(path, broken))
+    whole = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 1000]}), whole)
+    path.write_bytes(whole.getvalue()[:-20])
+    with pytest.raises(ValueError, match=r"a.parquet: cannot be read as parquet"):
+        read(path)
+
+
+def test_folders_without_documents(tmp_path):
+    with pytest.raises(ValueError, match="no file in this folder can be read; known are"):
+        read(tmp_path)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(ValueError, match=r"gone.txt: a link to a file that is not there"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match="no input given"):
+        documents([])
+    with pytest.raises(TypeError, match="a list of paths"):
+        documents(str(tmp_path))
+
+
+@pytest.mark.parametrize(("module", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.jsonl.zst")])
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, module, name):
+    path = write(tmp_path / name, json_lines(["x"]))
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"{name}: reading .* needs {module}: pip install 'transnormer\[data\]'"):
+        read(path)
+
+
+def test_read_text(tmp_path):
+    assert read_text(write(tmp_path / "notes", "\ufeffa\r\n b \n")) == "a\n b \n"
+    assert read_text(str(write(tmp_path / "a.txt.zst", "é"))) == "é"
+    assert read_text(write(tmp_path / "empty.txt", "")) == ""
+    for path, message in (
+        (tmp_path / "gone.txt", "gone.txt: no such file"),
+        (tmp_path, "not a single text"),
+        (write(tmp_path / "a.jsonl", "{}"), "a.jsonl: not a single text; wanted is one text file"),
+        (write(tmp_path / "bad", b"ab\xff"), "bad: not UTF-8 at byte 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_text(path)

@@ -1,0 +1,1 @@
+"""Text to tokens: documents in (corpus), byte-level BPE (tokenizer), token shards and their loader (loader)."""

@@ -1,0 +1,489 @@
+"""Token shards on disk, and a loader over them whose whole state is one number.
+
+`prepare` turns documents into a prepared folder: `tokenizer.json`; the ids of the splits `train` and `valid` in
+`train-00000.bin`, `valid-00000.bin`, ..., each document followed by the end-of-text id; and `data.json`, which says
+what they hold and how they were made. `TokenData` opens a split, `Loader` shuffles its windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .corpus import documents
+from .tokenizer import check_vocab_size, encodes_in_pieces, end_of_text_id, load_tokenizer, pieces, train_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FORMAT = 1  # of data.json and the shards
+SPLITS = ("train", "valid")
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+SHARD_TOKENS = 2**28  # 512 MiB of uint16
+SAMPLE_BYTES = 2**29  # of training text that a new tokenizer is trained on
+BATCH_CHARS = 2**21  # encoded at a time: some 100 bytes of memory each
+BAR_AFTER_S = 2.0
+
+Progress = Callable[[str, int, int], None]  # (what is being done, bytes of text done, bytes in all or 0 if not known)
+
+
+# Preparing a folder.
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
+    split: float = 0.01,
+    seed: int = 0,
+    text_field: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tokenize documents into the prepared folder `out`; returns what its data.json holds.
+
+    inputs, text_field: as in `corpus.documents`; read three times, streamed.
+    vocab_size: train byte-level BPE of this size on the first SAMPLE_BYTES of the training documents; or
+    tokenizer: the path of one to load. Exactly one of the two.
+    split: share of the documents held out as `valid`, chosen by a hash of `seed` and the document's number: at least
+        one and never all. Of a single document the tail is held out, from the line end nearest to that share.
+    shard_tokens: tokens a file. progress: called now and then, see `Progress`; by default `progress_bar`'s.
+
+    The folder is written under another name and renamed at the end, so that it is whole or absent.
+    Raises ValueError in one line where an argument, a document or `out` does not fit; OSError where the disk is full.
+    """
+    if (vocab_size is None) == (tokenizer is None):
+        raise ValueError("give either vocab_size, to train a tokenizer, or tokenizer, the path of one")
+    if vocab_size is not None:
+        check_vocab_size(vocab_size)
+    if tokenizer is not None:
+        bpe = load_tokenizer(tokenizer)
+    if not 0 <= split < 1:
+        raise ValueError(f"split must be a share of the documents, at least 0 and below 1; got {split}")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be positive; got {shard_tokens}")
+    texts = documents(inputs, text_field=text_field)  # looks them up before anything is written
+
+    with _new_folder(Path(out)) as folder, nullcontext(progress) if progress else progress_bar() as report:
+        count, total_bytes, fingerprint = _survey(texts, report)
+        held_out = _held_out(seed, split, count)
+
+        def labelled() -> Iterator[tuple[str, str]]:
+            return _label(documents(inputs, text_field=text_field), held_out, split if count == 1 else 0.0)
+
+        if vocab_size is not None:
+            train_texts = (text for name, text in labelled() if name == "train")
+            bpe = train_tokenizer(_first(train_texts, SAMPLE_BYTES, total_bytes, report), vocab_size)
+        end = end_of_text_id(bpe)
+        if end is None:
+            raise ValueError(f"{tokenizer}: this tokenizer has no token for the end of a text")
+        size = 1 + max(bpe.get_vocab().values())
+        (folder / "tokenizer.json").write_text(bpe.to_str(pretty=True) + "\n", encoding="utf-8")
+        dtype = "uint16" if size <= 2**16 else "uint32"
+        shards = {name: _Shards(folder, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
+        for name, text_bytes, ids, ends in _encode(bpe, labelled(), report, total_bytes):
+            shards[name].append(np.asarray([*ids, end] if ends else ids, DTYPES[dtype]), text_bytes, ends)
+        splits = {name: shards[name].close() for name in SPLITS}
+        if sum(record["bytes"] for record in splits.values()) != total_bytes:
+            raise ValueError("the inputs changed while they were read; prepare them again")
+        record = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "vocab_size": size,
+            "end_of_text": end,
+            "tokenizer_sha256": _sha256(folder / "tokenizer.json"),
+            "source": {
+                "inputs": [str(given) for given in inputs],
+                "text_field": text_field,
+                "documents_sha256": fingerprint,
+                "vocab_size": vocab_size,
+                "tokenizer": None if tokenizer is None else str(tokenizer),
+                "split": split,
+                "seed": seed,
+            },
+            "splits": splits,
+        }
+        (folder / "data.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A `Progress` that draws a bar on standard error once the work has taken BAR_AFTER_S, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bars = RichProgress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    started = drawn = time.monotonic()
+    tasks: dict[str, TaskID] = {}
+
+    def report(task: str, done: int, total: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if task in tasks and now - drawn < 0.1:
+            return
+        drawn = now
+        if task not in tasks:
+            for finished in tasks.values():
+                bars.update(finished, visible=False)
+            tasks[task] = bars.add_task(task, total=total or None)
+        bars.update(tasks[task], completed=done)
+        if now - started > BAR_AFTER_S and not bars.live.is_started:
+            bars.start()
+
+    try:
+        yield report
+    finally:
+        bars.stop()
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, emptied of what a killed run left, that becomes `out` at the end or goes away."""
+    import fcntl  # not on Windows, where the rest of this module works
+
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists; remove it or choose another --out")
+    folder = out.with_name(f".{out.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise ValueError(f"{out} is being prepared by another process")
+        for entry in folder.iterdir():
+            entry.unlink()
+        try:
+            yield folder
+            os.replace(folder, out)
+        except BaseException as error:
+            shutil.rmtree(folder)
+            if isinstance(error, OSError) and error.filename is None:  # a failed write does not say where
+                error.filename = str(out)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _survey(texts: Iterable[str], report: Progress) -> tuple[int, int, str]:
+    """How many documents, how many bytes in UTF-8, and a SHA-256 over the documents' contents."""
+    count, total, digest = 0, 0, hashlib.sha256()
+    for text in texts:
+        content = text.encode()
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+        count += 1
+        total += len(content)
+        report("reading", total, 0)
+    return count, total, digest.hexdigest()
+
+
+def _held_out(seed: int, split: float, count: int) -> Callable[[int], bool]:
+    """Which document numbers below `count` are held out; of two documents or more some are and some are not."""
+
+    def draw(number: int) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest(), "little")
+
+    if split == 0 or count < 2:
+        return lambda number: False
+    below = int(split * 2**64)
+    if not any(draw(number) < below for number in range(count)):
+        lowest = min(range(count), key=draw)
+        return lambda number: number == lowest
+    if all(draw(number) < below for number in range(count)):
+        highest = max(range(count), key=draw)
+        return lambda number: number != highest
+    return lambda number: draw(number) < below
+
+
+def _label(texts: Iterable[str], held_out: Callable[[int], bool], tail: float) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document; the only document is cut in two where `tail` > 0."""
+    for number, text in enumerate(texts):
+        if tail:
+            stop = _tail_start(text, tail)
+            yield "train", text[:stop]
+            yield "valid", text[stop:]
+        else:
+            yield "valid" if held_out(number) else "train", text
+
+
+def _tail_start(text: str, share: float) -> int:
+    """The index after the line end nearest to the last `share` of the text that leaves words on both sides."""
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip()) - 1
+    wanted = min(max(len(text) - round(len(text) * share), first + 1), last)
+    ends = [end for end in (text.rfind("\n", first, wanted), text.find("\n", wanted, last)) if end >= 0]
+    if not ends:
+        raise ValueError("the only document is one line and cannot be split; set split to 0, or give more documents")
+    return 1 + min(ends, key=lambda end: abs(end + 1 - wanted))
+
+
+def _first(texts: Iterable[str], limit: int, total: int, report: Progress) -> Iterator[str]:
+    """The first `limit` bytes of the texts."""
+    done = 0
+    for text in texts:
+        for piece in pieces(text):
+            yield piece
+            done += len(piece.encode())
+            report("training the tokenizer", done, min(limit, total))
+            if done >= limit:
+                return
+
+
+def _encode(
+    tokenizer: Tokenizer, labelled: Iterable[tuple[str, str]], report: Progress, total: int
+) -> Iterator[tuple[str, int, list[int], bool]]:
+    """(split, bytes of text, ids, whether the document ends) of every document's pieces, in order."""
+    cut = pieces if encodes_in_pieces(tokenizer) else (lambda text: iter((text,)))
+    batch: list[tuple[str, str, bool]] = []
+    chars = done = 0
+
+    def encoded() -> Iterator[tuple[str, int, list[int], bool]]:
+        nonlocal done
+        texts = [piece for _, piece, _ in batch]
+        found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # type: ignore[arg-type]
+        for (name, piece, ends), encoding in zip(batch, found, strict=True):
+            text_bytes = len(piece.encode())
+            done += text_bytes
+            yield name, text_bytes, encoding.ids, ends
+        report("tokenizing", done, total)
+
+    for name, text in labelled:
+        left = len(text)
+        for piece in cut(text):
+            left -= len(piece)
+            batch.append((name, piece, left == 0))
+            chars += len(piece)
+            if chars >= BATCH_CHARS:
+                yield from encoded()
+                batch, chars = [], 0
+    yield from encoded()
+
+
+class _Shards:
+    """The files of one split while they are written; `close` returns their record."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int):
+        self._folder, self._name, self._dtype, self._most = folder, name, dtype, shard_tokens
+        self._file: Any = None
+        self._sizes: list[int] = []
+        self._bytes = self._documents = 0
+
+    def append(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
+        self._bytes += text_bytes
+        self._documents += ends
+        while len(ids):
+            if self._file is None:
+                self._file = open(self._folder / _shard_name(self._name, len(self._sizes)), "wb")  # noqa: SIM115
+                self._sizes.append(0)
+            fit = ids[: self._most - self._sizes[-1]]
+            self._file.write(fit.tobytes())
+            self._sizes[-1] += len(fit)
+            ids = ids[len(fit) :]
+            if self._sizes[-1] == self._most:
+                self._finish()
+
+    def close(self) -> dict[str, Any]:
+        self._finish()
+        shards = [{"file": _shard_name(self._name, n), "tokens": size} for n, size in enumerate(self._sizes)]
+        return {"tokens": sum(self._sizes), "bytes": self._bytes, "documents": self._documents, "shards": shards}
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+def _shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.bin"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Reading a folder.
+
+
+class TokenData:
+    """One split of a prepared folder, read-only and mapped into memory: one run of ids over all its shards.
+
+    tokens, documents; bytes: of the text in UTF-8, for bits per byte; vocab_size: above every id; end_of_text: the id
+    after each document; source: how the folder was made, as `prepare` was asked. Raises ValueError in one line where
+    the folder is not one, or is not as its record says.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        folder = Path(folder)
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+        record = _read_record(folder)
+        found = record["splits"][split]
+        self.tokens: int = found["tokens"]
+        self.bytes: int = found["bytes"]
+        self.documents: int = found["documents"]
+        self.vocab_size: int = record["vocab_size"]
+        self.end_of_text: int = record["end_of_text"]
+        self.source: dict[str, Any] = record["source"]
+        self.name = f"{folder} {split}"
+        self._shards = [_map(folder / shard["file"], record["dtype"], shard["tokens"]) for shard in found["shards"]]
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])  # [shards + 1]
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """The ids from `start` on as int64 [length]. Raises ValueError where it reaches beyond the split."""
+        stop = start + length
+        if start < 0 or length < 0 or stop > self.tokens:
+            raise ValueError(f"{self.name} has {self.tokens} tokens; there is no window from {start} to {stop}")
+        ids = np.empty(length, np.int64)
+        at = start
+        while at < stop:
+            n = int(np.searchsorted(self._starts, at, side="right")) - 1
+            end = min(stop, int(self._starts[n + 1]))
+            ids[at - start : end - start] = self._shards[n][at - self._starts[n] : end - self._starts[n]]
+            at = end
+        return ids
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """What data.json holds, known to be complete and to fit the folder's tokenizer."""
+    path, tokenizer = folder / "data.json", folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a prepared folder, for it has no data.json; make one with transnormer prepare")
+    try:
+        record = json.loads(path.read_bytes())
+        if record["format"] != FORMAT:
+            raise ValueError(f"{path}: has format {record['format']}, not {FORMAT}; prepare the folder again")
+        whole = (
+            record["dtype"] in DTYPES and {"vocab_size", "end_of_text", "tokenizer_sha256", "source"} <= record.keys()
+        )
+        for found in (record["splits"][name] for name in SPLITS):
+            whole &= found["tokens"] == sum(shard["tokens"] for shard in found["shards"])
+            whole &= {"bytes", "documents"} <= found.keys() and all("file" in shard for shard in found["shards"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: damaged, or not of a prepared folder")
+    if not tokenizer.is_file() or _sha256(tokenizer) != record["tokenizer_sha256"]:
+        raise ValueError(f"{tokenizer}: is not the tokenizer that made these tokens")
+    return record
+
+
+def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:
+    kind = DTYPES[dtype]
+    if not path.is_file():
+        raise ValueError(f"{path}: this shard is missing")
+    size = path.stat().st_size
+    if size != tokens * kind.itemsize:
+        raise ValueError(f"{path}: damaged; it has {size} bytes, not {tokens * kind.itemsize}")
+    return np.memmap(path, kind, mode="r")
+
+
+class Loader:
+    """Endless shuffled batches of a split: torch.int64 [batch_size, seq_len + 1] for this rank.
+
+    Windows start at multiples of seq_len and share one token, the last target and next first input; what is left at
+    the end is dropped. Sample g of the run is window `window_index(seed, g // count, g % count, count)`, and a step
+    takes the next ranks * batch_size samples, of which rank r has the r-th batch_size: what a step sees depends on
+    how many rows it has, not on how many ranks share them. `position` is all that need be saved; `seek` goes there.
+    Raises ValueError where the split has no whole window or a number does not fit.
+    """
+
+    def __init__(self, data: TokenData, *, seq_len: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
+        for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("ranks", ranks)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive; got {value}")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank must be at least 0 and below ranks {ranks}; got {rank}")
+        self.count = (data.tokens - 1) // seq_len  # windows, so samples an epoch
+        if self.count < 1:
+            raise ValueError(
+                f"{data.name} has {data.tokens} tokens, and one window of seq_len {seq_len} needs {seq_len + 1}"
+            )
+        self._data, self._seq_len, self._batch_size, self._seed = data, seq_len, batch_size, seed
+        self._rank, self._ranks = rank, ranks
+        self._position = 0
+
+    @property
+    def position(self) -> int:
+        """Samples handed out so far, over all ranks."""
+        return self._position
+
+    def seek(self, position: int) -> None:
+        """Go on from this `position`, whatever the ranks and batch size were when it was read."""
+        if position < 0:
+            raise ValueError(f"position must be 0 or more; got {position}")
+        self._position = position
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        first = self._position + self._rank * self._batch_size
+        rows = []
+        for sample in range(first, first + self._batch_size):
+            index = window_index(self._seed, sample // self.count, sample % self.count, self.count)
+            rows.append(self._data.window(index * self._seq_len, self._seq_len + 1))
+        self._position += self._ranks * self._batch_size
+        return torch.from_numpy(np.stack(rows))
+
+
+_MASK = 2**64 - 1
+
+
+def window_index(seed: int, epoch: int, position: int, count: int) -> int:
+    """Where a random permutation of range(count), one for each seed and epoch, sends `position`.
+
+    A Feistel network permutes the smallest range(2^bits) that holds the count; a number that falls outside walks on
+    until one falls inside, which keeps it a permutation. Constant memory, and the same on every machine and version.
+    """
+    if not 0 <= position < count:
+        raise ValueError(f"position must be at least 0 and below count {count}; got {position}")
+    bits = (count - 1).bit_length()
+    low_bits = (bits + 1) // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    keys = _round_keys(seed, epoch)
+    index = position
+    while True:
+        high, low = index >> low_bits, index & low_mask
+        for n in range(0, len(keys), 2):
+            low ^= _mix(high, keys[n]) & low_mask
+            high ^= _mix(low, keys[n + 1]) & high_mask
+        index = high << low_bits | low
+        if index < count:
+            return index
+
+
+@lru_cache(maxsize=64)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    """Eight keys of 64 bits."""
+    digest = hashlib.blake2b(f"{seed}:{epoch}".encode()).digest()
+    return tuple(int.from_bytes(digest[at : at + 8], "little") for at in range(0, 64, 8))
+
+
+def _mix(value: int, key: int) -> int:
+    """64 bits, each of which depends on every bit of the value and the key."""
+    x = ((value ^ key) * 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ x >> 32) * 0xD6E8FEB86659FD93) & _MASK
+    return x ^ x >> 32

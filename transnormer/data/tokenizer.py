@@ -1,0 +1,146 @@
+"""Byte-level BPE with Hugging Face `tokenizers`: train one, load one. Importing this module imports no library."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST = 257  # END_OF_TEXT and the 256 bytes
+PIECE_CHARS = 2**16  # of a long document, encoded at a time
+
+# GPT-2's own file names, then those that Hugging Face gave them.
+GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+
+_GAP = re.compile(r"[ \n](?=\w)")
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE: any text encodes, without an unknown token, and decodes to itself.
+
+    Words are split as GPT-2's, and every digit stands alone. END_OF_TEXT is id 0, the 256 bytes follow, then the
+    merges, none of a pair that was seen but once. The same text gives the same tokenizer. As with `load_tokenizer`,
+    an END_OF_TEXT spelled in a text is text. Warns where the text is too small to fill the vocabulary, and returns
+    the smaller tokenizer. Raises ValueError for a vocab_size below 257.
+    """
+    check_vocab_size(vocab_size)
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
+    size = tokenizer.get_vocab_size()
+    if size < vocab_size:
+        warnings.warn(f"the text is too small for {vocab_size} tokens; this tokenizer has {size}", stacklevel=2)
+    return _text_only(tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer.json, a folder that holds one, or a folder with GPT-2's encoder.json and vocab.bpe (or
+    vocab.json and merges.txt).
+
+    Special tokens spelled in a text are encoded as text, and nothing is truncated or padded, whatever the file says.
+    Raises ValueError in one line where there is no tokenizer or it is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if not path.is_dir() or (path / "tokenizer.json").exists():
+        file = path / "tokenizer.json" if path.is_dir() else path
+        text = _json_text(file)
+        try:
+            return _text_only(Tokenizer.from_str(text))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file}: not a tokenizer.json: {error}") from None
+    for vocab, merges in GPT2_FILES:
+        if (path / vocab).exists() and (path / merges).exists():
+            return _text_only(_load_gpt2(path / vocab, path / merges))
+    pairs = " or ".join(" with ".join(pair) for pair in GPT2_FILES)
+    raise ValueError(f"{path}: no tokenizer in this folder; wanted is tokenizer.json, or {pairs}")
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int | None:
+    """The id of END_OF_TEXT, or of "</s>" in a tokenizer that has only that; None where there is neither."""
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    return special.get(END_OF_TEXT, special.get("</s>"))
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError for a vocabulary that cannot hold END_OF_TEXT and the 256 bytes."""
+    if vocab_size < SMALLEST:
+        raise ValueError(f"vocab_size must be at least {SMALLEST}, {END_OF_TEXT} and the 256 bytes; got {vocab_size}")
+
+
+def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
+    """Cut a long text into pieces of about `size` characters, for the library keeps some 100 bytes a character.
+
+    Cuts fall before the blank or line end that stands before a letter: there GPT-2's splitting begins anew whatever
+    comes before, so the pieces' tokens are the text's. Text without such a place is not cut.
+    """
+    start = 0
+    while len(text) - start > size:
+        gaps = (gap.start() for gap in _GAP.finditer(text, start + size) if text[gap.end()].isalpha())
+        stop = next(gaps, len(text))
+        yield text[start:stop]
+        start = stop
+    if start < len(text):
+        yield text[start:]
+
+
+def encodes_in_pieces(tokenizer: Tokenizer) -> bool:
+    """Whether `pieces` leaves this tokenizer's ids as they are: not where it marks the start of a text."""
+    text = "One two, three\nfour  five\n\nsix \n 7 eight -- nine\n"
+    parts = [token for piece in pieces(text, 1) for token in tokenizer.encode(piece, add_special_tokens=False).ids]
+    return parts == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _load_gpt2(vocab: Path, merges: Path) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    _json_text(vocab)
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{merges}: does not fit {vocab.name}, or is damaged: {error}") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _text_only(tokenizer: Tokenizer) -> Tokenizer:
+    # none of the three is for a corpus, and the first is not kept in tokenizer.json
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _json_text(path: Path) -> str:
+    """The file's text, known to be JSON: the library's own messages do not name the file."""
+    try:
+        text = path.read_bytes().decode()
+        json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    return text
