@@ -40,7 +40,9 @@ def main() -> None:
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/demo.toml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value, e.g. optim.lr=1e-3.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: key=value, e.g. optim.lr=1e-3.")
+    ] = None,
 ) -> None:
     """Train a model from a recipe into runs/<run>; the same command again goes on where it stopped."""
     from .train.loop import Interrupted
@@ -91,6 +93,7 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Take turns with a model on one state, whose size does not grow. An empty line or Ctrl-D ends it."""
+    from .data.tokenizer import encode
     from .inference.engine import Session, generate_text
     from .inference.sampling import Sampling
 
@@ -110,7 +113,7 @@ def chat(
             loaded, line + "\n", max_tokens=max_tokens, sampling=sampling, stop=stops, session=session
         ):
             print(piece, end="", flush=True)
-        session.read(loaded.tokenizer.encode("\n", add_special_tokens=False).ids)
+        session.read(encode(loaded.tokenizer, "\n"))
         print()
 
 
@@ -119,7 +122,9 @@ def prepare(
     inputs: Annotated[list[Path], typer.Argument(help="txt, markdown, jsonl, parquet files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     vocab_size: Annotated[int | None, typer.Option(help="Train a byte-level BPE tokenizer of this size.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Or take this one: tokenizer.json, or a folder with one.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Or take this one: tokenizer.json, or a folder with one.")
+    ] = None,
     split: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Chooses the documents held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="The field or column of jsonl and parquet with the text.")] = "text",
@@ -145,7 +150,7 @@ def perplexity(
 ) -> None:
     """Loss, perplexity and bits per byte of texts of any length, each read from its first token to its last."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
     from .data.corpus import read_text
@@ -159,7 +164,11 @@ def perplexity(
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         for file, content in zip(files, contents, strict=True):
             task = bar.add_task(str(file), total=None)
-            score = score_text(loaded, content, progress=lambda n, of, task=task: bar.update(task, completed=n, total=of))
+
+            def show(done: int, total: int, task: TaskID = task) -> None:
+                bar.update(task, completed=done, total=total)
+
+            score = score_text(loaded, content, progress=show)
             total += score
             table.add_row(str(file), *_cells(score))
     if len(files) > 1:
@@ -198,7 +207,9 @@ def info(
     config = loaded.config
     weights = sum(p.nbytes for p in loaded.parameters())
     print(f"parameters      {loaded.parameter_count():,} ({weights / 2**20:,.1f} MiB in memory)")
-    print(f"training        {loaded.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and backward, 2,048 tokens)")
+    print(
+        f"training        {loaded.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and backward, 2,048 tokens)"
+    )
     grows = " and grows with every token" if config.mixer == "softmax" else ", whatever the length"
     print(f"state           {State.new(loaded).nbytes / 2**20:,.2f} MiB per sequence{grows}")
     print(f"tokenizer       {f'{loaded.tokenizer.get_vocab_size():,} words' if loaded.tokenizer else 'none'}")

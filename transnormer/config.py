@@ -77,14 +77,23 @@ class ModelConfig:
             _require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
         for name in ("rope_theta", "norm_eps", "initializer_range", "decay_scale"):
             value = getattr(self, name)
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            fits = (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            )
             _require(fits, name, value, "a finite number, 0 or more")
         if not self.head_dim:
             whole = self.hidden_size % self.num_attention_heads == 0
-            _require(whole, "num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}")
+            _require(
+                whole, "num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}"
+            )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.gate_rank is not None:
-            _require(_is_int(self.gate_rank) and self.gate_rank > 0, "gate_rank", self.gate_rank, "null or a positive integer")
+            _require(
+                _is_int(self.gate_rank) and self.gate_rank > 0,
+                "gate_rank",
+                self.gate_rank,
+                "null or a positive integer",
+            )
             _require(self.gate, "gate_rank", self.gate_rank, "null while gate is false")
         if not isinstance(self.position_layers, str):
             layers = self.position_layers
@@ -96,7 +105,9 @@ class ModelConfig:
         else:
             words = ("first", "all")
             _require(self.position_layers in words, "position_layers", self.position_layers, "first, all or a list")
-        _require(self.position != "rope" or self.head_dim % 2 == 0, "head_dim", self.head_dim, "even with position rope")
+        _require(
+            self.position != "rope" or self.head_dim % 2 == 0, "head_dim", self.head_dim, "even with position rope"
+        )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             fits = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
@@ -199,21 +210,22 @@ _WORDS = {
 }  # fmt: skip
 
 # The softmax baseline (LLaMA style): the same model in other words.
-TRANSFORMER: dict[str, Any] = dict(
-    mixer="softmax", position="rope", position_layers="all", decay="none", gate=False, activation="none",
-    glu="swiglu", norm="rmsnorm",
-)  # fmt: skip
+TRANSFORMER: dict[str, Any] = {
+    "mixer": "softmax", "position": "rope", "position_layers": "all", "decay": "none", "gate": False,
+    "activation": "none", "glu": "swiglu", "norm": "rmsnorm",
+}  # fmt: skip
 
 
-def _size(layers: int, width: int, heads: int, glu: int, vocab: int = 64_000) -> dict[str, int]:
-    return dict(
-        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=glu, vocab_size=vocab,
-    )  # fmt: skip
+def _size(layers: int, width: int, heads: int, glu: int, vocab: int = 64_000) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": glu,
+        "vocab_size": vocab,
+    }  # fmt: skip
 
 
 # Rows 385m to 65b are the paper's (their parameter counts agree with it at vocabulary 50,272). No integer F gives the
 # paper's count for 175b: F = 32,768 is our choice. 10m, 45m and 160m are ours, for experiments.
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "10m": _size(6, 320, 5, 880, 4_096),
     "45m": _size(10, 512, 8, 1_408, 16_384),
     "160m": _size(16, 768, 12, 2_304, 32_768),
@@ -249,5 +261,5 @@ def _require(fits: bool, name: str, value: object, wanted: str) -> None:
 
 def nearest(word: object, words: Sequence[str], prefix: str = "") -> str:
     """The end of an error message: the known word closest to an unknown one, or nothing."""
-    close = difflib.get_close_matches(str(word), words, n=1)
+    close = difflib.get_close_matches(str(word).lower(), words, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -78,6 +78,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise ValueError(f"{path}: no tokenizer in this folder; wanted is tokenizer.json, or {pairs}")
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text of any length, nothing added to it."""
+    parts = pieces(text) if len(text) > PIECE_CHARS and encodes_in_pieces(tokenizer) else [text]
+    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False).ids]
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """The id of END_OF_TEXT, or of "</s>" in a tokenizer that has only that; None where there is neither."""
     special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}

@@ -58,11 +58,11 @@ def score_text(
     """
     if model.tokenizer is None:
         raise ValueError("the model's folder has no tokenizer, so it cannot read text")
-    from ..data.tokenizer import end_of_text_id
+    from ..data.tokenizer import encode, end_of_text_id
 
     if not text.strip():
         raise ValueError("the text is empty")
-    ids = model.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = encode(model.tokenizer, text)
     start = end_of_text_id(model.tokenizer)
     nats = score_ids(model, ids if start is None else [start, *ids], piece=piece, progress=progress)
     words = len(text.split()) + text.count("\n")

@@ -14,9 +14,7 @@ from ..model.language_model import LanguageModel
 from . import released
 
 
-def load(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> LanguageModel:
+def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """The model of any folder, its `tokenizer` attribute set where the folder has one (else None).
 
     path: a run folder (its newest checkpoint is taken), a checkpoint or exported folder (config.json,

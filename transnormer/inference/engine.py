@@ -73,11 +73,11 @@ def generate_text(
         raise ValueError("the model's folder has no tokenizer, so it cannot read or write text")
     from tokenizers.decoders import DecodeStream
 
-    from ..data.tokenizer import end_of_text_id
+    from ..data.tokenizer import encode, end_of_text_id
 
     end = model.config.eos_token_id if model.config.eos_token_id is not None else end_of_text_id(model.tokenizer)
     session = session or Session(model)
-    ids = model.tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = encode(model.tokenizer, prompt)
     if not ids and session.state is None and end is not None:
         ids = [end]
     session.read(ids)

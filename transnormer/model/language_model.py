@@ -62,6 +62,9 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    def blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
+
     @property
     def head_weight(self) -> Tensor:
         """[vocab, D]: the embedding itself where the head is tied."""
@@ -159,7 +162,7 @@ class LanguageModel(nn.Module):
         tables = self.embed_positions.weight.numel() if self.embed_positions is not None else 0
         tables += self.embed_tokens.weight.numel() if self.lm_head is not None else 0
         mixers = 0.0
-        for layer in self.layers:
+        for layer in self.blocks():
             k, v, heads = layer.mixer.key_dim, layer.mixer.head_dim, layer.mixer.heads
             span = min(seq_len, chunk) if self.config.mixer == "gla" else seq_len / 2
             mixers += heads * (2 * span * (k + v) + (4 * k * v if self.config.mixer == "gla" else 0))

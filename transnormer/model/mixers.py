@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,7 @@ class Place:
     cu_seqlens: Tensor | None = None
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H heads."""
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -57,6 +59,10 @@ class Mixer(nn.Module):
         super()._apply(fn, recurse)
         self.log_decay = torch.tensor(self._decays, dtype=torch.float32, device=self.log_decay.device)
         return self
+
+    @abstractmethod
+    def new_state(self, rows: int) -> LayerState:
+        """What the layer remembers before the first token of `rows` texts."""
 
     def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H * V] or None."""
@@ -122,7 +128,9 @@ class SoftmaxAttention(Mixer):
             k, v = torch.cat([state[0].to(k.dtype), k], dim=1), torch.cat([state[1].to(v.dtype), v], dim=1)
         mask = self._mask(q.shape[1], k.shape[1], place.seen) if state is not None or self.decays else None
         mixed = F.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=None if mask is None else mask.to(q.dtype),
             is_causal=mask is None,
             scale=self.head_dim**-0.5,
@@ -149,7 +157,7 @@ class SoftmaxAttention(Mixer):
         bounds = place.cu_seqlens.tolist()
         seen = [0] * (len(bounds) - 1) if place.seen is None else place.seen.tolist()
         outputs, kept = [], []
-        for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             past = None
             if state is not None and seen[n]:
                 past = tuple(part[n : n + 1, part.shape[1] - seen[n] :] for part in state)

@@ -33,7 +33,7 @@ class State:
     @classmethod
     def new(cls, model: LanguageModel, rows: int = 1) -> State:
         """The state before the first token."""
-        layers = [layer.mixer.new_state(rows) for layer in model.layers]
+        layers = [block.mixer.new_state(rows) for block in model.blocks()]
         return cls(layers, torch.zeros(rows, dtype=torch.int64, device=model.device))
 
     @property
@@ -52,7 +52,9 @@ class State:
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, whole or not at all."""
         tensors = {f"{n}.{m}": part for n, layer in enumerate(self.layers) for m, part in enumerate(layer)}
-        write_tensors(path, {"seen": self.seen, **tensors}, {"state": json.dumps([len(layer) for layer in self.layers])})
+        write_tensors(
+            path, {"seen": self.seen, **tensors}, {"state": json.dumps([len(layer) for layer in self.layers])}
+        )
 
     @classmethod
     def load(cls, path: str | Path, model: LanguageModel) -> State:

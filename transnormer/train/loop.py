@@ -148,7 +148,9 @@ def _open_data(recipe: Recipe) -> TokenData:
     wanted, path = recipe.data, Path(recipe.data.path)
     if not path.exists():
         if not wanted.text:
-            raise FileNotFoundError(f"data.path = {path}: no such folder; make it with `transnormer prepare`, or set data.text")
+            raise FileNotFoundError(
+                f"data.path = {path}: no such folder; make it with `transnormer prepare`, or set data.text"
+            )
         console.print(f"preparing {path} from {', '.join(wanted.text)}")
         prepare(
             wanted.text, path, vocab_size=wanted.vocab_size or None, tokenizer=wanted.tokenizer or None,
@@ -156,8 +158,8 @@ def _open_data(recipe: Recipe) -> TokenData:
         )  # fmt: skip
     elif wanted.text:
         source = TokenData(path, "train").source
-        asked = {"inputs": list(wanted.text), "split": wanted.split, "seed": wanted.seed}
-        asked |= {"vocab_size": wanted.vocab_size} if wanted.vocab_size else {}
+        asked: dict[str, Any] = {"vocab_size": wanted.vocab_size} if wanted.vocab_size else {}
+        asked |= {"inputs": list(wanted.text), "split": wanted.split, "seed": wanted.seed}
         for key, value in asked.items():
             if source[key] != value:
                 raise ValueError(
@@ -182,8 +184,10 @@ def _validation(recipe: Recipe, data: TokenData) -> tuple[list[torch.Tensor], fl
 def _check_same(run: Path, recipe: Recipe) -> None:
     path = run / "recipe.toml"
     if path.exists():
-        if difference := recipe.difference(Recipe.load(path)):
-            raise ValueError(f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}")
+        if difference := Recipe.load(path).difference(recipe):
+            raise ValueError(
+                f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}"
+            )
     elif run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} exists and is not a run of ours; give another run=NAME or remove it")
 
@@ -256,16 +260,16 @@ def _stop_requests() -> Iterator[list[int]]:
     """A list that a first SIGINT or SIGTERM is put into; a second one has its usual effect."""
     received: list[int] = []
 
-    def note(number: int, frame: object) -> None:
-        received.append(number)
+    def note(got: int, frame: object) -> None:
+        received.append(got)
         console.print("stopping after this step; again to stop at once")
-        for restored, handler in previous.items():
-            signal.signal(restored, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     previous: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
+        for asked in (signal.SIGINT, signal.SIGTERM):
+            previous[asked] = signal.signal(asked, note)
     except ValueError:  # not the main thread: nobody can signal us
         previous.clear()
     try:

@@ -202,7 +202,9 @@ def _build(kind: type, values: object, prefix: str) -> Any:
         else:
             fits = type(value) is (typing.get_origin(wanted) or wanted)
         if not fits:
-            word = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(wanted, "a list or table")
+            word = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+                wanted, "a list or table"
+            )
             raise ValueError(f"{prefix}{key} = {value!r}, but must be {word}")
         built[key] = value
     return kind(**built)

@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo env test lint proof bench clean
+
+demo: .venv/demo  ## train a small model on Shakespeare and let it write
+	$(BIN)/transnormer train recipes/demo.toml
+	$(BIN)/transnormer generate --model runs/demo --prompt "ROMEO:" --max-tokens 300
+
+env: .venv/env  ## everything that needs no GPU
+
+test: .venv/env
+	$(BIN)/pytest
+
+lint: .venv/env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+proof: .venv/env  ## the long proofs; their log is docs/proof.md
+	$(BIN)/pytest -m proof -v
+
+bench: .venv/env  ## the figures of benchmarks/results
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/report.py
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+.venv/env: .venv/demo
+	$(PIP) --editable '.[data,tensorboard,gpu,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build data runs

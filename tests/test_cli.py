@@ -1,0 +1,128 @@
+"""The command line as a user meets it: every verb, and one clear line for what was got wrong."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from transnormer.cli import main
+
+from .conftest import PUBLISHED
+
+
+def call(*arguments: object, text: str | None = None, code: int = 0, folder: Path | None = None) -> tuple[str, str]:
+    """Call a verb as the console script does; returns what it wrote to standard output and error."""
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
+        patch.setattr(sys, "argv", ["transnormer", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(text or ""))
+        patch.setattr("transnormer.train.metrics.console.file", error)
+        patch.chdir(folder or Path.cwd())
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert (stop.value.code or 0) == code, error.getvalue()
+    return out.getvalue(), error.getvalue()
+
+
+def refused(*arguments: object, **options) -> str:
+    """Run a verb that must fail with exactly one line."""
+    _, error = call(*arguments, code=1, **options)
+    (line,) = error.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def work(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a text was prepared and a model trained through the command line alone."""
+    folder = tmp_path_factory.mktemp("work")
+    out, _ = call("prepare", text_file, "--out", "text", "--vocab-size", 320, "--split", 0.1, folder=folder)
+    train, valid = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens", out))
+    assert 0.05 < valid / (train + valid) < 0.2
+    (folder / "small.toml").write_text(
+        '[data]\npath = "text"\n[model]\nnum_hidden_layers = 2\nhidden_size = 32\nnum_attention_heads = 2\n'
+        "intermediate_size = 48\n[train]\nsteps = 30\nseq_len = 32\nbatch_tokens = 256\n[optim]\nlr = 1e-2\nwarmup_steps = 5\n"
+    )
+    _, progress = call("train", "small.toml", "eval.every=10", folder=folder)
+    assert "bits per byte" in progress
+    return folder
+
+
+def test_generate_streams_on_from_the_prompt(work: Path) -> None:
+    options = ("generate", "--model", "runs/small", "--max-tokens", 20, "--seed", 3)
+    out, _ = call(*options, "--prompt", "To be", folder=work)
+    assert out.startswith("To be")
+    assert len(out) > len("To be\n")
+    again, _ = call(*options, "--prompt", "-", text="To be", folder=work)
+    assert again == out
+    cut, _ = call(*options, "--prompt", "To be", "--stop", out[8:11], folder=work)
+    assert cut == out[:8] + "\n"
+    call("generate", "--model", "runs/small", "--max-tokens", 5, folder=work)
+
+
+def test_chat_takes_turns(work: Path) -> None:
+    out, _ = call("chat", "--model", "runs/small", "--max-tokens", 8, text="Hello\nAgain\n\n", folder=work)
+    assert out.count("> ") == 3
+
+
+def test_perplexity_of_files(work: Path, text_file: Path) -> None:
+    (work / "short.txt").write_text("Who goes there?\n")
+    out, _ = call("eval", "perplexity", "--model", "runs/small", "--text", text_file, "short.txt", folder=work)
+    assert "bits per byte" in out
+    rows = [line for line in out.splitlines() if "short.txt" in line or "together" in line]
+    assert len(rows) == 2
+    assert 60_016 - 20 <= int(re.findall(r"[\d,]+", rows[1].replace(",", ""))[1]) <= 61_000
+
+
+def test_info_says_what_a_model_costs(work: Path) -> None:
+    out, _ = call("info", folder=work)
+    assert re.search(r"385m +398,984,192 parameters", out)
+    out, _ = call("info", "7b", folder=work)
+    assert "6,836,719,616" in out
+    assert "whatever the length" in out
+    out, _ = call("info", "--model", "runs/small", folder=work)
+    assert "320 words" in out
+    out, _ = call("info", PUBLISHED, folder=work)
+    assert "tokenizer       none" in out
+
+
+def test_help_lists_the_verbs() -> None:
+    out, _ = call("--help")
+    for verb in ("train", "generate", "chat", "eval", "prepare", "info"):
+        assert re.search(rf"\b{verb}\b", out)
+    out, _ = call("--version")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", out)
+
+
+def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (work / "short.txt").write_text("Who goes there?\n")
+    (tmp_path / "latin.txt").write_bytes("Zürich\n".encode("latin-1"))
+    assert "did you mean" in refused("train", "small.toml", "optim.lrr=1", folder=work)
+    assert "no such recipe" in refused("train", "nothing.toml", folder=work)
+    assert "no such folder" in refused("generate", "--model", "nowhere")
+    assert "neither a run" in refused("generate", "--model", tmp_path)
+    assert "no tokenizer" in refused("generate", "--model", PUBLISHED, "--prompt", "x")
+    assert "temperature" in refused("generate", "--model", PUBLISHED, "--temperature", -1)
+    assert "empty.txt" in refused("prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 300)
+    assert "UTF-8" in refused("prepare", tmp_path / "latin.txt", "--out", tmp_path / "o", "--vocab-size", 300)
+    assert "257" in refused("prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 30, folder=work)
+    assert "missing.txt" in refused("prepare", "missing.txt", "--out", tmp_path / "o", "--vocab-size", 300)
+    assert "exists" in refused("prepare", "short.txt", "--out", "text", "--vocab-size", 300, folder=work)
+    assert "UTF-8" in refused(
+        "eval", "perplexity", "--model", "runs/small", "--text", tmp_path / "latin.txt", folder=work
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_closed_pipe_is_no_error(work: Path) -> None:
+    command = f"{sys.executable} -m transnormer generate --model runs/small --prompt To --max-tokens 400 | head -c 5"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=work)
+    assert done.stdout.startswith("To")
+    assert done.stderr == ""

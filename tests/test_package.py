@@ -1,0 +1,88 @@
+"""The package as a whole: who imports whom, what importing costs, and that it stands on its feet alone."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import transnormer
+
+PACKAGE = Path(transnormer.__file__).parent
+
+# Each part and the parts it may import; `train` may use evaluation's perplexity alone.
+ARROWS = {
+    "config": set(),
+    "files": set(),
+    "ops": set(),
+    "data": set(),
+    "model": {"config", "files", "ops"},
+    "train": {"config", "files", "data", "model", "evaluation"},
+    "inference": {"config", "data", "model"},
+    "evaluation": {"config", "data", "model", "inference", "ops"},
+    "hub": {"config", "files", "data", "model"},
+    "cli": {"config", "data", "model", "train", "inference", "evaluation", "hub", "ops"},
+}
+# Heavy libraries and the one door of each.
+DOORS = {
+    "triton": "_triton.py",
+    "pyarrow": "corpus.py",
+    "zstandard": "corpus.py",
+    "matplotlib": "metrics.py",
+    "psutil": "loop.py",
+}
+
+
+def _imports(path: Path) -> set[tuple[str, ...]]:
+    """Modules a file imports, as parts; those of the package begin with "transnormer"."""
+    found = set()
+    here = ("transnormer", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            found |= {module} if node.module else {(*module, alias.name) for alias in node.names}
+    return found
+
+
+def test_imports_follow_the_arrows() -> None:
+    checked = 0
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part not in ARROWS:
+            continue
+        for module in _imports(path):
+            if module[0] == "transnormer" and len(module) > 1 and module[1] != "__version__":
+                checked += 1
+                assert module[1] == part or module[1] in ARROWS[part], f"{path} imports {'.'.join(module)}"
+            if module[:3] == ("transnormer", "evaluation", "harness"):
+                assert part in ("evaluation", "cli")
+            if module[0] in DOORS:
+                assert path.name.endswith(DOORS[module[0]]), f"{path} imports {module[0]}"
+    assert checked > 30
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - ARROWS.keys() == {
+        "__init__", "__main__",
+    }  # fmt: skip
+
+
+def _seconds(code: str) -> float:
+    timed = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
+    runs = [subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True) for _ in range(3)]
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+def test_importing_is_light() -> None:
+    code = "import sys, transnormer; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"triton", "transformers", "tokenizers", "safetensors", "typer", "rich", "matplotlib", "pyarrow", "psutil"}
+    assert heavy & set(loaded) == set()
+    assert _seconds("import torch, transnormer") < 1.5 * _seconds("import torch")
+
+
+def test_the_public_names_are_there() -> None:
+    for name in transnormer.__all__:
+        assert getattr(transnormer, name) is not None

@@ -1,0 +1,260 @@
+"""Runs as a user starts them: real processes, real kills, a full disk, damaged checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import transnormer
+from transnormer.files import sealed_folders
+from transnormer.train.loop import train
+from transnormer.train.metrics import read_metrics
+from transnormer.train.recipe import Recipe
+
+STEPS = 40
+
+
+@pytest.fixture
+def work(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a recipe for a tiny model."""
+    (tmp_path / "tiny.toml").write_text(
+        f"""
+        [data]
+        path = "{prepared}"
+        [model]
+        num_hidden_layers = 2
+        hidden_size = 32
+        num_attention_heads = 2
+        intermediate_size = 48
+        [train]
+        steps = {STEPS}
+        seq_len = 32
+        batch_tokens = 128
+        [optim]
+        lr = 1e-2
+        warmup_steps = 4
+        [eval]
+        every = 10
+        tokens = 512
+        [checkpoint]
+        every = 3
+        """
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny(*overrides: str) -> Recipe:
+    return Recipe.load("tiny.toml", overrides)
+
+
+def start(*overrides: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "transnormer", "train", "tiny.toml", *overrides]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def curve(run: str) -> list[tuple[int, float, float | None]]:
+    lines = read_metrics(Path("runs") / run / "metrics.jsonl")
+    return [(line["step"], line["loss"], line.get("valid_loss")) for line in lines]
+
+
+@pytest.fixture
+def single_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_leaves_what_it_promises(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train(tiny("run=one"))
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    assert lines[-1]["tokens"] == STEPS * 128
+    assert [line["step"] for line in lines if "valid_loss" in line] == [10, 20, 30, 40]
+    # 300 byte-level words cover about 1.9 bytes each: bits per byte follow from the loss
+    ratio = lines[-1]["valid_bits_per_byte"] / (lines[-1]["valid_loss"] / math.log(2))
+    assert 0.3 < ratio < 1
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert Recipe.load(run / "recipe.toml") == tiny("run=one")
+    starts = json.loads((run / "run.json").read_text())["starts"]
+    assert starts[0]["versions"]["torch"] == torch.__version__
+    assert [folder.name for folder in sealed_folders(run / "checkpoints")] == ["step-0000040", "step-0000039"]
+    model = transnormer.load(run)
+    assert model.tokenizer.get_vocab_size() == 300
+    text = "".join(transnormer.generate(model, "To be", max_tokens=20))
+    assert text
+
+    metrics = (run / "metrics.jsonl").read_bytes()
+    train(tiny("run=one"))
+    assert "run one is finished" in capfd.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    with pytest.raises(ValueError, match=r"started with other settings: optim\.lr was 0\.01 and is now 0\.02"):
+        train(tiny("run=one", "optim.lr=0.02"))
+    (work / "runs" / "mine").mkdir()
+    (work / "runs" / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not a run of ours"):
+        train(tiny("run=mine"))
+
+
+def test_accumulation_and_recomputation_change_nothing_but_rounding(work: Path, single_thread: None) -> None:
+    curves = []
+    for number, override in enumerate(("train.accumulate=1", "train.accumulate=4", "train.recompute=true")):
+        train(tiny(f"run=r{number}", override, "train.steps=12"))
+        curves.append([loss for _, loss, _ in curve(f"r{number}")])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[2], rel=1e-5)
+
+
+def test_bfloat16_keeps_float32_weights(work: Path) -> None:
+    run = train(tiny("run=half", "train.dtype=bfloat16", "train.steps=20"))
+    assert all(p.dtype == torch.float32 for p in transnormer.load(run).parameters())
+    losses = [loss for _, loss, _ in curve("half")]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_tensorboard_on_request(work: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = train(tiny("run=board", "train.tensorboard=true", "train.steps=5"))
+    assert list((run / "tensorboard").glob("events.*"))
+
+
+def kill_and_restart(kills: int, seed: int) -> None:
+    """Kill a run at random moments; its curve and weights must equal an undisturbed run's, bit for bit."""
+    whole = start("run=whole", "checkpoint.keep=1")
+    assert whole.wait(120) == 0, whole.stderr.read()
+    draw, killed = random.Random(seed), 0
+    while killed < kills:
+        process = start("run=killed", "checkpoint.keep=1")
+        lines = Path("runs/killed/metrics.jsonl")
+        before = lines.stat().st_size if lines.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:  # let it get to work, then strike at any moment
+            if lines.exists() and lines.stat().st_size != before:
+                break
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.25)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        killed += 1
+    last = start("run=killed", "checkpoint.keep=1")
+    assert last.wait(120) == 0, last.stderr.read()
+    assert curve("killed") == curve("whole")
+    one, other = (transnormer.load(f"runs/{run}").state_dict() for run in ("killed", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert not list(Path("runs/killed/checkpoints").glob(".*.partial"))
+
+
+def test_kills_at_random_moments_lose_nothing(work: Path) -> None:
+    kill_and_restart(kills=4, seed=1)
+
+
+@pytest.mark.proof
+def test_many_kills_at_random_moments_lose_nothing(work: Path) -> None:
+    (work / "tiny.toml").write_text((work / "tiny.toml").read_text().replace(f"steps = {STEPS}", "steps = 600"))
+    kill_and_restart(kills=30, seed=2)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(work: Path) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = f"stopped-{code}"
+        process = start(f"run={run}", "train.steps=4000", "checkpoint.every=0")
+        while not (lines := Path("runs") / run / "metrics.jsonl").exists() or lines.stat().st_size < 500:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == code
+        assert "the same command goes on from there" in process.stderr.read()
+        (newest,) = sealed_folders(Path("runs") / run / "checkpoints")
+        assert curve(run)[-1][0] == int(newest.name.removeprefix("step-"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(work: Path) -> None:
+    limit = 60_000  # bytes a file: below the weights, above everything else
+    first = start("run=full", "train.steps=9", "checkpoint.every=3")
+    assert first.wait(120) == 0
+    good = {path.name: path.read_bytes() for path in Path("runs/full/checkpoints/step-0000009").iterdir()}
+    assert len(good["model.safetensors"]) > limit
+    (work / "runs/full/recipe.toml").write_text(tiny("run=full", "train.steps=12", "checkpoint.every=3").to_toml())
+    full = start(
+        "run=full", "train.steps=12", "checkpoint.every=3",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert full.wait(120) == 1
+    assert "cannot be written" in full.stderr.read().splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in Path("runs/full/checkpoints/step-0000009").iterdir()} == good
+    assert [path.name for path in sorted(Path("runs/full/checkpoints").iterdir())] == ["step-0000006", "step-0000009"]
+    assert start("run=full", "train.steps=12", "checkpoint.every=3").wait(120) == 0
+    assert curve("full")[-1][0] == 12
+
+
+def test_damage_is_named_and_the_newest_good_checkpoint_offered(work: Path) -> None:
+    recipe = tiny("run=hurt", "train.steps=9")
+    run = train(recipe)
+    newest, older = sealed_folders(run / "checkpoints")
+    (newest / "training.json").unlink()
+    with pytest.raises(ValueError, match=r"step-0000009: training\.json is missing; .* newest good one, step-0000006"):
+        train(recipe)
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors is damaged .*the newest good one is {older}"):
+        transnormer.load(run)
+    weights.write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated \(100 of"):
+        transnormer.load(run)
+    newest.rename(run / "away")
+    train(recipe)  # goes on from step 6
+    assert [step for step, _, _ in curve("hurt")] == list(range(1, 10))
+
+
+def test_numbers_that_are_not_finite_never_reach_the_weights(work: Path) -> None:
+    with pytest.raises(ValueError, match=r"step \d+: loss .*stopped before it could reach the weights"):
+        train(tiny("run=wild", "optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.every=1", "checkpoint.keep=9"))
+    for folder in sealed_folders(Path("runs/wild/checkpoints")):
+        assert transnormer.load(folder) is not None
+    lines = curve("wild")
+    assert all(math.isfinite(loss) for _, loss, _ in lines)
+
+
+def test_what_cannot_work_is_said_before_it_costs_anything(work: Path, prepared: Path) -> None:
+    with pytest.raises(ValueError, match=r"parameters needs [\d,.]+ GiB to train .* are free"):
+        train(tiny("run=big", "model.size=175b", "model.hidden_size=12288", "model.num_hidden_layers=88",
+                   "model.num_attention_heads=96", "model.intermediate_size=32768"))  # fmt: skip
+    assert not Path("runs/big").exists()
+    with pytest.raises(FileNotFoundError, match="no such folder; make it with `transnormer prepare`"):
+        train(tiny("run=none", "data.path=nowhere"))
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 10, but the tokenizer"):
+        train(tiny("run=none", "model.vocab_size=10"))
+    with pytest.raises(ValueError, match=r"train\.device = 'tpuu' is no device"):
+        train(tiny("run=none", "train.device=tpuu"))
+    with pytest.raises(ValueError, match=r"was prepared with vocab_size = 300, the recipe says 400"):
+        train(tiny("run=none", "data.vocab_size=400", "data.text=x.txt", "data.split=0.1"))
+    assert not Path("runs/none").exists()
+
+
+def test_one_process_a_run(work: Path) -> None:
+    process = start("run=busy", "train.steps=4000")
+    while not Path("runs/busy/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    second = start("run=busy", "train.steps=4000")
+    assert second.wait(60) == 1
+    assert "is being trained by another process" in second.stderr.read()
+    process.kill()
+    process.wait()

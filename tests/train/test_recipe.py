@@ -1,0 +1,107 @@
+"""Recipes: what is read, what is refused and how the refusal reads."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from transnormer.train.optim import learning_rate
+from transnormer.train.recipe import Optim, Recipe
+
+from ..conftest import REPOSITORY
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text('[data]\npath = "d"\n[train]\nseq_len = 16\nbatch_tokens = 64\n[model]\nsize = "10m"\n')
+    return path
+
+
+def test_overrides_reach_every_table(recipe_file: Path) -> None:
+    recipe = Recipe.load(
+        recipe_file,
+        ["run=second", "optim.lr=1", "optim.betas=[0.8, 0.9]", "train.recompute=true", "model.decay=paper",
+         "model.position_layers=[0, 2]", "data.text=a.txt", "model.gate=False"],
+    )  # fmt: skip
+    assert (recipe.run, recipe.optim.lr, recipe.optim.betas) == ("second", 1.0, (0.8, 0.9))
+    assert recipe.train.recompute is True
+    assert recipe.data.text == ("a.txt",)
+    config = recipe.model_config(300)
+    assert (config.decay, config.position_layers, config.gate, config.vocab_size) == ("paper", (0, 2), False, 300)
+    assert Recipe.load(recipe_file).run == "small"
+    assert recipe.rows == 4
+
+
+def test_the_resolved_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(recipe_file, ["run=x", 'data.text=["a \\"b\\".txt", "ü"]', "optim.eps=1e-12"])
+    (tmp_path / "resolved.toml").write_text(recipe.to_toml())
+    again = Recipe.load(tmp_path / "resolved.toml")
+    assert again == recipe
+    assert again.difference(recipe) is None
+    assert Recipe.load(recipe_file, ["run=x", "optim.lr=0.5"]).difference(recipe) is not None
+    first = Recipe.load(recipe_file).difference(Recipe.load(recipe_file, ["train.steps=7"]))
+    assert first == "train.steps was 1000 and is now 7"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", r"unknown key optim\.learning_rate"),
+        ("optim.warmup_step=1", r"unknown key optim\.warmup_step; did you mean optim\.warmup_steps\?"),
+        ("trian.steps=1", r"unknown key trian; did you mean train\?"),
+        ("model.hiden_size=3", r"unknown key model\.hiden_size; did you mean hidden_size\?"),
+        ("model.size=7B", r"model\.size = '7B', but must be one of 10m, .*did you mean 7b\?"),
+        ("train.steps=many", r"train\.steps = 'many', but must be a whole number"),
+        ("train.steps=1.5", r"train\.steps = 1\.5, but must be a whole number"),
+        ("train.recompute=1", r"train\.recompute = 1, but must be true or false"),
+        ("train.steps=0", r"train\.steps = 0, but must be positive"),
+        ("optim.warmup_steps=-1", r"optim\.warmup_steps = -1, but must be 0 or more"),
+        ("train.seq_len=100", r"train\.batch_tokens = 64 is not a multiple of train\.seq_len"),
+        ("optim.schedule=cosin", r"optim\.schedule = 'cosin', but must be one of cosine, .*did you mean cosine\?"),
+        ("optim.betas=[0.9]", r"optim\.betas = \[0\.9\], but must be two numbers"),
+        ("run=../away", r"run = '\.\./away', but must be a name"),
+        ("data.path=''", r"data\.path is missing"),
+        ("optim", "'optim' is not an override; write key=value"),
+        ("run.name=x", "run.name: run is a setting, not a table"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(recipe_file: Path, override: str, message: str) -> None:
+    recipe_file.write_text('run = "small"\n' + recipe_file.read_text())
+    with pytest.raises(ValueError, match=message) as caught:
+        Recipe.load(recipe_file, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such recipe"):
+        Recipe.load(tmp_path / "missing.toml")
+    (tmp_path / "broken.toml").write_text("[train\n")
+    with pytest.raises(ValueError, match=r"broken\.toml: not TOML"):
+        Recipe.load(tmp_path / "broken.toml")
+
+
+def test_every_recipe_of_the_repository_is_one() -> None:
+    recipes = sorted((REPOSITORY / "recipes").glob("*.toml"))
+    assert recipes
+    for path in recipes:
+        assert Recipe.load(path).model_config(1).parameter_count() > 0
+
+
+def test_a_vocabulary_too_small_for_the_data_is_refused(recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 100, but the tokenizer of d has 300 words"):
+        Recipe.load(recipe_file, ["model.vocab_size=100"]).model_config(300)
+
+
+def test_schedules_start_peak_and_end_where_they_should() -> None:
+    for schedule, middle in (("cosine", 0.55), ("constant", 1.0), ("wsd", 1.0)):
+        optim = Optim(lr=1.0, schedule=schedule, warmup_steps=10, min_lr=0.1, decay_share=0.2)
+        rates = [learning_rate(optim, step, 110) for step in range(1, 111)]
+        assert rates[0] == pytest.approx(0.1)
+        assert rates[9] == pytest.approx(1.0)
+        assert rates[59] == pytest.approx(middle)
+        assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+        assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert learning_rate(Optim(lr=2.0, warmup_steps=0, schedule="constant"), 1, 10) == 2.0
