@@ -1,7 +1,7 @@
 """The mathematics, on tensors: no configuration, no modules. Usable alone in any model."""
 
-from .lightning import lightning_attention
+from .lightning import lightning_attention, lightning_step_
 from .loss import linear_cross_entropy
 from .norm import simple_rms_norm
 
-__all__ = ["lightning_attention", "linear_cross_entropy", "simple_rms_norm"]
+__all__ = ["lightning_attention", "lightning_step_", "linear_cross_entropy", "simple_rms_norm"]

@@ -13,10 +13,15 @@ No scale on q and no denominator. Only non-positive exponents are ever exponenti
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+
 import torch
 from torch import Tensor
 
 from .dispatch import choose
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is imported when a call takes it
 
 
 def lightning_attention(
@@ -38,20 +43,49 @@ def lightning_attention(
     cu_seqlens: [N + 1] integers from 0 to T: row 0 (B = 1) holds N sequences one after another, each with its own
         state ([N, H, K, V]); empty sequences are allowed.
     return_state: also return the state after the last token, float32 (float64 for float64 inputs).
-    backend: "auto", "torch" (chunked) or "reference" (the loop over T).
+    backend: "auto", "triton" (K and V from 16 to 256; a CUDA tensor, or any with Triton's interpreter on), "torch"
+        (chunked) or "reference" (the loop over T).
 
     Left padding is k = 0 on the padded tokens. Returns the output [B, T, H, V] in v's dtype, or (output, state).
     Raises ValueError where shapes or dtypes do not fit, RuntimeError where the named backend cannot run the call.
     """
     _check(q, k, v, log_decay, state, cu_seqlens)
-    chosen = choose("lightning_attention", backend, {"torch": None, "reference": None})
-    if chosen == "reference":
+    refusals = {"triton": _triton_refusal(q, v, named=backend == "triton"), "torch": None, "reference": None}
+    chosen = choose("lightning_attention", backend, refusals)
+    if chosen == "triton":
+        from . import lightning_triton  # noqa: F401  registers the ops
+
+        if q.shape[1] == 1 and cu_seqlens is None:
+            output, last = torch.ops.transnormer.lightning_triton_step(q, k, v, log_decay, state)
+        else:
+            output, last = torch.ops.transnormer.lightning_triton(q, k, v, log_decay, state, cu_seqlens)
+    elif chosen == "reference":
         output, last = lightning_reference(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
     elif q.shape[1] == 1 and cu_seqlens is None:
         output, last = _step(q, k, v, log_decay, state)
     else:
         output, last = lightning_chunked(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
     return (output, last) if return_state else output
+
+
+def lightning_step_(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """One token of inference: `state` [B, H, K, V] moves on in place, the output [B, 1, H, V] is returned.
+
+    q, k: [B, 1, H, K]; v: [B, 1, H, V]. No gradient. One launch on a GPU, fit for CUDA graphs.
+    """
+    _check(q, k, v, log_decay, state, None)
+    if q.shape[1] != 1:
+        raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
+    refusals = {"triton": _triton_refusal(q, v, named=backend == "triton"), "torch": None}
+    if choose("lightning_step_", backend, refusals) == "triton":
+        from . import lightning_triton  # noqa: F401  registers the ops
+
+        return torch.ops.transnormer.lightning_triton_step_(q, k, v, log_decay, state)
+    output, new = _step(q, k, v, log_decay, state)
+    state.copy_(new)
+    return output
 
 
 def lightning_reference(
@@ -76,7 +110,7 @@ def lightning_reference(
                 q[:, start:stop], k[:, start:stop], v[:, start:stop], log_decay,
                 state=None if state is None else state[n : n + 1], dtype=work,
             )
-            for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for n, (start, stop) in enumerate(itertools.pairwise(bounds))
         ]  # fmt: skip
         return torch.cat([out for out, _ in parts], dim=1).to(v.dtype), torch.cat([last for _, last in parts])
     decay = log_decay.to(work).exp()[:, None, None]  # [H, 1, 1]
@@ -165,7 +199,7 @@ def _chunks(length: int, cu_seqlens: Tensor | None, chunk: int) -> list[tuple[in
     bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     return [
         (n, start, min(start + chunk, stop))
-        for n, (first, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for n, (first, stop) in enumerate(itertools.pairwise(bounds))
         for start in range(first, stop, chunk)
     ]
 
@@ -273,6 +307,26 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
 _chunked.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+def _triton_refusal(q: Tensor, v: Tensor, *, named: bool) -> str | None:
+    """Why the Triton kernels cannot run this call, or None. On the CPU they run in the interpreter, if named."""
+    if q.dtype == torch.float64:
+        return "float64 inputs"
+    for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
+        if not 16 <= width <= 256:
+            return f"{letter} = {width} is not from 16 to 256"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if not q.is_cuda and not (named and _interpreted()):
+        return "no CUDA tensor and the interpreter is off" if named else "no CUDA tensor"
+    return None
+
+
+def _interpreted() -> bool:
+    from . import lightning_triton
+
+    return lightning_triton.INTERPRETED
+
+
 def _work_dtype(x: Tensor) -> torch.dtype:
     """States and sums are float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -292,9 +346,7 @@ def _decay_mask(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return (log_decay.double()[:, None, None] * distance.clamp(min=0)).exp().tril().to(dtype)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
     if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q and k must be [B, T, H, K] and v [B, T, H, V]; got {_shape(q)}, {_shape(k)} and {_shape(v)}"
@@ -305,10 +357,18 @@ def _check(
     if log_decay.shape != (heads,):
         raise ValueError(f"log_decay must be [{heads}], one number a head; got {_shape(log_decay)}")
     if log_decay.requires_grad:
-        raise ValueError("log_decay is fixed and gets no gradient; detach it (learned decay diverges: paper section 3.1)")
+        raise ValueError(
+            "log_decay is fixed and gets no gradient; detach it (learned decay diverges: paper section 3.1)"
+        )
     if cu_seqlens is not None:
         if rows != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
-            raise ValueError(f"cu_seqlens must be [N + 1] integers over one row (B = 1); got {_shape(cu_seqlens)}, B = {rows}")
+            raise ValueError(
+                f"cu_seqlens must be [N + 1] integers over one row (B = 1); got {_shape(cu_seqlens)}, B = {rows}"
+            )
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            bounds = cu_seqlens.tolist()
+            if bounds[0] != 0 or bounds[-1] != q.shape[1] or bounds != sorted(bounds):
+                raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[1]}; got {bounds}")
         rows = len(cu_seqlens) - 1
     if state is not None and state.shape != (rows, heads, width, v.shape[3]):
         raise ValueError(f"state must be {[rows, heads, width, v.shape[3]]}; got {_shape(state)}")

@@ -19,7 +19,7 @@ def linear_cross_entropy(
     reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for one loss a token, [...], 0
     where ignored. Matrix products run in x's dtype, the soft-max and sums in at least float32.
     Gradients are computed in the forward pass, slice by slice, where x or weight needs one.
-    Raises ValueError where shapes do not fit or a target is out of range.
+    Raises ValueError where shapes do not fit or, on the CPU, a target is out of range (a GPU asserts on the device).
     """
     if targets.shape != x.shape[:-1] or weight.shape[-1] != x.shape[-1]:
         raise ValueError(
@@ -29,6 +29,10 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
     flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    if target.device.type == "cpu":
+        wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignore_index)]
+        if len(wrong):
+            raise ValueError(f"target {wrong[0].item()} is outside a vocabulary of {weight.shape[0]}")
     if reduction == "none":
         with torch.no_grad():
             return _SlicedLoss.apply(flat, weight, target, ignore_index, True).view(targets.shape)
@@ -42,9 +46,7 @@ class _SlicedLoss(torch.autograd.Function):
     """Sum of the losses of flat x [N, D] (or, without gradient, each of them)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, each: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, each: bool) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         w = weight.to(x.dtype)

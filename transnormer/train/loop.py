@@ -188,7 +188,7 @@ def _check_same(run: Path, recipe: Recipe) -> None:
             raise ValueError(
                 f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}"
             )
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
         raise ValueError(f"{run} exists and is not a run of ours; give another run=NAME or remove it")
 
 

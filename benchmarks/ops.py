@@ -1,0 +1,579 @@
+"""Speed, memory and energy of the ops on one GPU, with every contender in the same run.
+
+    python benchmarks/ops.py            everything; writes benchmarks/results/ops_<device>_<date>.json
+    python benchmarks/ops.py --quick    fewer rows and repeats, a few minutes
+    python benchmarks/ops.py --check    only: every configuration that may be chosen, against the float64 recurrence
+    python benchmarks/ops.py --sweep    only: chunk, slice, warps and stages
+    python benchmarks/ops.py --profile forward|backward|step    one call, to be run under a profiler
+
+Times are medians of single calls between CUDA events; "graph" is the replay of a CUDA graph that holds 20 calls over
+several inputs, a call. Memory is what a call needs beyond its inputs. The floor is the bytes that must move (every
+input read once, every output written once) over the copy bandwidth measured first. What fails is recorded as text.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from transnormer.ops import lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
+from transnormer.ops import lightning_triton as kernels
+from transnormer.ops.lightning_triton import Tiles
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [(4, 32, 2_048), (4, 32, 8_192), (4, 32, 32_768), (1, 32, 131_072), (1, 16, 2_048)]
+QUICK_ROWS = [(4, 32, 2_048), (4, 32, 8_192), (1, 32, 131_072), (1, 16, 2_048)]
+SWEEP = [
+    Tiles(*tiles)  # type: ignore[arg-type]
+    for tiles in [
+        (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 2, True), (64, 64, 4, 3, True),
+        (64, 128, 8, 2), (64, 128, 8, 3), (64, 128, 8, 3, True), (64, 128, 8, 4, True), (128, 64, 8, 2),
+        (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 128, 8, 2), (128, 128, 8, 2, True), (64, 64, 8, 3),
+        (64, 128, 8, 1), (64, 128, 8, 2, True), (128, 64, 8, 1), (128, 64, 4, 1), (128, 128, 8, 1), (64, 128, 4, 2),
+    ]
+]  # fmt: skip
+
+
+# The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2) work, nothing T x T stored.
+
+
+@triton.jit(do_not_specialize=["T"])
+def _left_product_kernel(
+    q, k, v, output, log_decay, T, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """output_i = sum over j <= i (REVERSE: j >= i) of lambda^|i-j| (q_i . k_j) v_j, contiguous [B, T, H, D]."""
+    blocks = tl.cdiv(T, ROWS)
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % H
+    base = (tl.program_id(0) // blocks // H).to(tl.int64) * T * H * D + head * D
+    rate = tl.load(log_decay + head)
+    c = tl.arange(0, D)
+    i = block * ROWS + tl.arange(0, ROWS)
+    at = base + i.to(tl.int64)[:, None] * (H * D) + c[None, :]
+    qi = tl.load(q + at, mask=(i < T)[:, None], other=0.0)
+    total = tl.zeros((ROWS, D), dtype=tl.float32)
+    low = block * ROWS // COLUMNS if REVERSE else 0
+    high = tl.cdiv(T, COLUMNS) if REVERSE else tl.cdiv(tl.minimum((block + 1) * ROWS, T), COLUMNS)
+    for n in range(low, high):
+        j = n * COLUMNS + tl.arange(0, COLUMNS)
+        from_ = base + j.to(tl.int64)[:, None] * (H * D) + c[None, :]
+        kj = tl.load(k + from_, mask=(j < T)[:, None], other=0.0)
+        vj = tl.load(v + from_, mask=(j < T)[:, None], other=0.0)
+        distance = (j[None, :] - i[:, None]) if REVERSE else (i[:, None] - j[None, :])
+        decay = tl.where(distance >= 0, tl.exp(rate * tl.maximum(distance, 0)), 0.0)
+        total = tl.dot((tl.dot(qi, tl.trans(kj)) * decay).to(vj.dtype), vj, total)
+    tl.store(output + at, total.to(output.dtype.element_ty), mask=(i < T)[:, None])
+
+
+class LeftProduct(torch.autograd.Function):
+    """Lightning Attention 1: the output, and with other tensors in the three places its gradients."""
+
+    @staticmethod
+    def launch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, reverse: bool) -> Tensor:
+        output = torch.empty_like(v)
+        B, T, H, D = q.shape
+        _left_product_kernel[(triton.cdiv(T, 128) * H * B,)](
+            q, k, v, output, log_decay, T, H, D, 128, 64, reverse, num_warps=8, num_stages=2
+        )
+        return output
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(q, k, v, log_decay)
+        return LeftProduct.launch(q, k, v, log_decay, False)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, log_decay = ctx.saved_tensors
+        dq = LeftProduct.launch(d_output, v, k, log_decay, False)
+        dk = LeftProduct.launch(v, d_output, q, log_decay, True)
+        return dq, dk, LeftProduct.launch(k, q, d_output, log_decay, True), None
+
+
+# Contenders: name -> function of q, k, v [B, T, H, 128] and log_decay [H].
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    return lightning_attention(q, k, v, log_decay, backend="triton")  # type: ignore[return-value]
+
+
+def _contenders() -> dict[str, Callable[..., Tensor]]:
+    def softmax(backend: SDPBackend) -> Callable[..., Tensor]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+        return attend
+
+    found: dict[str, Callable[..., Tensor]] = {
+        "ours": _ours,
+        "SDPA flash": softmax(SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": softmax(SDPBackend.CUDNN_ATTENTION),
+    }
+    with contextlib.suppress(ImportError):
+        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
+
+        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
+        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
+    with contextlib.suppress(ImportError):
+        from lightning_attn.ops import lightning_attn_func
+
+        def published(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+            return lightning_attn_func(q, k, v, -decay.view(1, -1, 1, 1)).transpose(1, 2)
+
+        found["lightning-attn"] = published
+    return found
+
+
+def _plain(length: int, log_decay: Tensor) -> Callable[..., Tensor]:
+    """Linear attention as written, with its mask made beforehand: it stores [B, H, T, T]."""
+    index = torch.arange(length, device="cuda")
+    distance = (index[:, None] - index[None, :]).clamp(min=0)
+    mask = torch.stack([(rate * distance).exp().tril().bfloat16() for rate in log_decay])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return ((q @ k.mT) * mask @ v).transpose(1, 2)
+
+    return attend
+
+
+# Measuring.
+
+
+def median_ms(call: Callable[[], Any], *, budget_ms: float = 400) -> float:
+    """Of single calls between events, after warming up."""
+    call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = (time.perf_counter() - begin) * 1000
+    repeats = int(min(200, max(7, budget_ms / max(once, 0.01))))
+    for _ in range(min(3, repeats)):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, stop in events:
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+
+
+def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
+    """A call's share of the replay of 20 calls in one graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _, call in zip(range(20), itertools.cycle(calls), strict=False):
+            call()
+    return median_ms(graph.replay) / 20
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def joules(call: Callable[[], Any], seconds: float = 3.0) -> dict[str, float]:
+    """Energy of a call by NVML's counter over at least `seconds` of repeats, and the idle power."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+
+    def counter() -> float:
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+
+    torch.cuda.synchronize()
+    start, begin = counter(), time.perf_counter()
+    time.sleep(1)
+    idle = (counter() - start) / (time.perf_counter() - begin)
+    calls, start, begin = 0, counter(), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        for _ in range(10):
+            call()
+        torch.cuda.synchronize()
+        calls += 10
+    return {"joules": (counter() - start) / calls, "idle_watts": idle}
+
+
+def attempt(measure: Callable[[], Any]) -> Any:
+    """The measurement, or what went wrong as text."""
+    try:
+        return measure()
+    except Exception as error:  # recorded: one contender may not end the run
+        torch.cuda.empty_cache()
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth, read and written bytes, and bf16 matmul, both on random data."""
+    x = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    copy = median_ms(functools.partial(y.copy_, x))
+    del x, y
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = median_ms(functools.partial(torch.mm, a, b))
+    return {"copy_tb_per_second": 2 * 2**32 / copy / 1e9, "matmul_tflop_per_second": 2 * 8192**3 / product / 1e9}
+
+
+def inputs(B: int, H: int, T: int, sets: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[list[Any], Tensor]:
+    """(sets of q, k, v and the output's gradient, log_decay by ALiBi)."""
+    log_decay = -torch.exp2(-8 * torch.arange(1, H + 1, device="cuda") / H)
+    tensors = [[torch.randn(B, T, H, 128, device="cuda", dtype=dtype) for _ in range(4)] for _ in range(sets)]
+    for q, k, v, _ in tensors:
+        k.mul_(0.1)
+        for x in (q, k, v):
+            x.requires_grad_()
+    return tensors, log_decay
+
+
+def both_ways(attend: Callable[..., Tensor], tensors: Any, log_decay: Tensor) -> Any:
+    q, k, v, d_output = tensors
+    return torch.autograd.grad(attend(q, k, v, log_decay), (q, k, v), d_output)
+
+
+def measure(attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor, small: bool, energy: bool) -> Any:
+    def forward(x: Any) -> Tensor:
+        with torch.no_grad():
+            return attend(*x[:3], log_decay)
+
+    one = tensors[0]
+    begin = time.perf_counter()
+    forward(one)
+    both_ways(attend, one, log_decay)
+    torch.cuda.synchronize()
+    row: dict[str, Any] = {"first_call_seconds": time.perf_counter() - begin}
+    row["forward_ms"] = median_ms(lambda: forward(one))
+    row["both_ms"] = median_ms(lambda: both_ways(attend, one, log_decay))
+    row["forward_bytes"] = peak_bytes(lambda: forward(one))
+    row["both_bytes"] = peak_bytes(lambda: both_ways(attend, one, log_decay))
+    if small:
+        row["forward_graph_ms"] = attempt(lambda: graph_ms([functools.partial(forward, x) for x in tensors]))
+        calls = [functools.partial(both_ways, attend, x, log_decay) for x in tensors]
+        row["both_graph_ms"] = attempt(lambda: graph_ms(calls))
+    if energy:
+        row["energy"] = attempt(lambda: joules(lambda: both_ways(attend, one, log_decay)))
+    return row
+
+
+def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bool) -> Iterator[dict[str, Any]]:
+    """Softmax attention is left out of quick runs where it takes seconds; energy is measured in the long ones."""
+    for B, H, T in rows:
+        small = B * H * T < 2**18
+        tensors, log_decay = inputs(B, H, T, 8 if small else 1)
+        unit = tensors[0][0].numel() * 2 / bandwidth / 1e9
+        row: dict[str, Any] = {"B": B, "H": H, "T": T, "K": 128, "V": 128, "dtype": "bfloat16"}
+        row |= {"floor_forward_ms": 4 * unit, "floor_both_ms": 11 * unit, "contenders": {}}
+        for name, attend in _contenders().items():
+            if quick and T > 8_192 and name != "ours":
+                continue
+            row["contenders"][name] = attempt(
+                functools.partial(measure, attend, tensors, log_decay, small, not quick and name == "ours")
+            )
+        yield row
+
+
+def length_rows(lengths: list[int]) -> Iterator[dict[str, Any]]:
+    """Ours beside the plain forms of linear attention, B = 1, H = 32."""
+    for T in lengths:
+        tensors, log_decay = inputs(1, 32, T)
+        forms: dict[str, Callable[..., Tensor]] = {"ours": _contenders()["ours"], "left product": LeftProduct.apply}
+        row: dict[str, Any] = {"B": 1, "H": 32, "T": T, "contenders": {}}
+        for name, attend in forms.items():
+            row["contenders"][name] = attempt(functools.partial(measure, attend, tensors, log_decay, False, False))
+        row["contenders"]["plain"] = attempt(functools.partial(_measure_plain, T, tensors, log_decay))
+        yield row
+
+
+def _measure_plain(T: int, tensors: list[Any], log_decay: Tensor) -> Any:
+    return measure(_plain(T, log_decay), tensors, log_decay, False, False)
+
+
+def other_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
+    """The one-token step, the norm, the head and loss."""
+    B, H, D = 64, 32, 128
+    q, k, v = (torch.randn(B, 1, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    log_decay = torch.full((H,), -0.1, device="cuda")
+    states = [torch.randn(B, H, D, D, device="cuda") for _ in range(4)]
+    calls = [functools.partial(lightning_step_, q, k, v, log_decay, state) for state in states]
+    yield {
+        "op": "step", "B": B, "H": H, "K": D, "V": D, "floor_ms": 2 * states[0].numel() * 4 / bandwidth / 1e9,
+        "graph_ms": attempt(lambda: graph_ms(calls)), "eager_ms": attempt(lambda: median_ms(calls[0])),
+    }  # fmt: skip
+    x = torch.randn(16_384, 4_096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn_like(x)
+    norms: dict[str, Callable[[Tensor], Tensor]] = {
+        "ours": simple_rms_norm,
+        "F.rms_norm": lambda x: F.rms_norm(x, (4_096,), eps=1e-6),
+        "compiled": torch.compile(simple_rms_norm),
+    }
+    unit = x.numel() * 2 / bandwidth / 1e9
+    row: dict[str, Any] = {
+        "op": "simple_rms_norm",
+        "shape": [16_384, 4_096],
+        "floor_ms": 2 * unit,
+        "floor_both_ms": 5 * unit,
+    }
+    for name, norm in norms.items():
+
+        def both(norm: Callable[[Tensor], Tensor] = norm) -> Any:
+            return torch.autograd.grad(norm(x), x, g)
+
+        with torch.no_grad():
+            row[f"{name} ms"] = attempt(functools.partial(median_ms, functools.partial(norm, x)))
+        row[f"{name} both_ms"] = attempt(functools.partial(median_ms, both))
+    yield row
+    hidden = torch.randn(32_768, 1_024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = (torch.randn(64_000, 1_024, device="cuda", dtype=torch.bfloat16) / 32).requires_grad_()
+    targets = torch.randint(64_000, (32_768,), device="cuda")
+
+    def loss() -> Any:
+        return torch.autograd.grad(linear_cross_entropy(hidden, head, targets), (hidden, head))
+
+    yield {
+        "op": "linear_cross_entropy", "tokens": 32_768, "width": 1_024, "vocab": 64_000,
+        "both_ms": attempt(lambda: median_ms(loss)), "bytes": attempt(lambda: peak_bytes(loss)),
+    }  # fmt: skip
+
+
+# Correctness of every configuration that may be chosen.
+
+
+def _error(tiles: Tiles | None, segments: int | None, K: int, V: int, dtype: torch.dtype, lengths: Any) -> float:
+    """The largest error of output, state and gradients in units of plain torch's: at most 2 is right."""
+    sys.path.insert(0, str(ROOT / "tests" / "ops"))
+    import oracle
+
+    case = oracle.draw(
+        200, K, V, rows=2, decays=[0.0, -0.02, -0.7], dtype=dtype, lengths=lengths, device="cuda", seed=K + V
+    )
+    case = case.to(dtype, state=torch.float32)
+    arguments = (case.q, case.k, case.v, case.log_decay, case.state, case.cu_seqlens)
+    output, last = kernels.forward(*arguments, tiles=tiles, segments=segments)
+    gradients = kernels.backward(*arguments, case.d_output, case.d_last, tiles=tiles, segments=segments)
+    found = dict(zip(("output", "last", "d_q", "d_k", "d_v", "d_state"), (output, last, *gradients), strict=True))
+    again = kernels.backward(*arguments, case.d_output, case.d_last, tiles=tiles, segments=segments)
+    if not all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True)):
+        return float("inf")
+    in_dtype = case.to(dtype)
+    true, plain = oracle.exact(in_dtype), oracle.plain(in_dtype)
+    return max(
+        oracle.distance(found[name], want) / max(oracle.distance(plain[name], want), 1e-12)
+        for name, want in true.items()
+    )
+
+
+def check(quick: bool, precision: str | None) -> Iterator[dict[str, Any]]:
+    """The chosen configurations; with a precision, float32 alone, with tiles for tensor cores."""
+    widths = [(128, 128), (64, 64), (256, 128)]
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    if not quick:
+        widths += [(128, 256), (256, 256), (16, 16), (96, 160), (33, 47)]
+    shared = kernels._device(torch.cuda.current_device())[1]
+    cases: list[tuple[int, list[int] | None]] = [(1, None), (3, None), (1, [70, 0, 130]), (2, [70, 0, 130])]
+    for (K, V), dtype in itertools.product(widths, dtypes):
+        wide = max(K, V)
+        options = [*kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared)]
+        options = list(dict.fromkeys(options))
+        if precision:
+            if dtype != torch.float32:
+                continue
+            options = [Tiles(16, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 64, 8, 1)]
+        brief = quick and (dtype != torch.bfloat16 or (K, V) != (128, 128))
+        if brief and not precision and dtype != torch.bfloat16 and (K, V) != (128, 128):
+            continue
+        for tiles, (segments, lengths) in itertools.product(
+            options[: 1 if brief and not precision else None], cases[:: 3 if brief else 1]
+        ):
+            begin = time.perf_counter()
+            error = attempt(functools.partial(_error, tiles, segments, K, V, dtype, lengths))
+            yield {
+                "K": K, "V": V, "dtype": str(dtype), "tiles": dataclasses.astuple(tiles), "segments": segments,
+                "packed": lengths is not None, "error_over_plain": error, "seconds": time.perf_counter() - begin,
+                "right": isinstance(error, float) and error <= 2,
+            }  # fmt: skip
+
+
+def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles]) -> Iterator[dict[str, Any]]:
+    """Forward and backward kernels alone with every configuration, and how far each is from the first one's result."""
+    for B, H, T, segments in shapes:
+        ((q, k, v, g),), log_decay = inputs(B, H, T)
+        q, k, v = (x.detach() for x in (q, k, v))
+        wanted: list[Tensor] = []
+        for tiles in candidates:
+            chosen: dict[str, Any] = {"tiles": tiles, "segments": segments}
+            forward = functools.partial(kernels.forward, q, k, v, log_decay, **chosen)
+            backward = functools.partial(kernels.backward, q, k, v, log_decay, None, None, g, None, **chosen)
+            row: dict[str, Any] = {"B": B, "H": H, "T": T, "segments": segments, "tiles": dataclasses.astuple(tiles)}
+            for name, call in (("forward", forward), ("backward", backward)):
+                begin = time.perf_counter()
+                row[f"{name}_ms"] = attempt(functools.partial(_kernel_ms, call, B * H * T < 2**18))
+                row[f"{name}_seconds"] = time.perf_counter() - begin
+            found = attempt(lambda forward=forward, backward=backward: [forward()[0], *backward()[:3]])  # type: ignore[misc]
+            if isinstance(found, list):
+                wanted = wanted or found
+                row["distance"] = [_distance(x, y) for x, y in zip(found, wanted, strict=True)]
+            row["resources"] = attempt(_resources)
+            yield row
+            del found
+        del wanted
+
+
+def _kernel_ms(call: Callable[[], Any], small: bool) -> float:
+    return graph_ms([call]) if small else median_ms(call, budget_ms=60)
+
+
+def _distance(found: Tensor, want: Tensor) -> float:
+    return ((found.float() - want.float()).norm() / want.float().norm()).item()
+
+
+def _resources() -> dict[str, Any]:
+    """Registers and spills of the kernels compiled last."""
+    found = {}
+    for name, kernel in (("forward", kernels._forward_kernel), ("backward", kernels._backward_kernel)):
+        compiled = list(kernel.device_caches[torch.cuda.current_device()][0].values())
+        if compiled:
+            found[name] = (getattr(compiled[-1], "n_regs", None), getattr(compiled[-1], "n_spills", None))
+    return found
+
+
+# Reporting.
+
+
+def short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} {short(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def show(title: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    print(f"\n== {title}", flush=True)
+    kept = []
+    for row in rows:
+        kept.append(row)
+        contenders = row.get("contenders")
+        print("  ".join(f"{k}={short(v)}" for k, v in row.items() if k != "contenders"), flush=True)
+        for name, found in (contenders or {}).items():
+            if isinstance(found, dict):
+                ratio = found["forward_ms"] / row.get("floor_forward_ms", float("nan"))
+                print(f"    {name:15} {ratio:5.2f} x floor  {short(found)}", flush=True)
+            else:
+                print(f"    {name:15} {found}", flush=True)
+    return kept
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def profile(what: str) -> None:
+    B, H, T = 4, 32, 8_192
+    ((q, k, v, g),), log_decay = inputs(B, H, T)
+    q, k, v = (x.detach() for x in (q, k, v))
+    if what == "forward":
+        kernels.forward(q, k, v, log_decay)
+    elif what == "backward":
+        kernels.backward(q, k, v, log_decay, None, None, g, None)
+    else:
+        state = torch.randn(64, 32, 128, 128, device="cuda")
+        q, k, v = (torch.randn(64, 1, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        lightning_step_(q, k, v, log_decay, state)
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("--quick", "--check", "--sweep"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--profile", choices=["forward", "backward", "step"])
+    parser.add_argument(
+        "--precision", choices=["ieee", "tf32", "tf32x3"], help="try another float32 product in --check"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    if options.precision:
+        kernels._PRECISION = tl.constexpr(options.precision)
+    if options.profile:
+        profile(options.profile)
+        return
+    device = torch.cuda.get_device_name()
+    today = datetime.date.today().isoformat()
+    result: dict[str, Any] = {
+        "device": device, "date": today, "commit": _commit(), "command": " ".join(["python", *sys.argv]),
+        "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
+    }  # fmt: skip
+    result |= ceilings()
+    print(short(result), flush=True)
+    bandwidth = result["copy_tb_per_second"]
+    everything = not (options.check or options.sweep)
+    quick = options.quick
+    if options.check or (everything and not quick):
+        result["check"] = show("check: error in units of plain torch's, at most 2", check(quick, options.precision))
+        wrong = [row for row in result["check"] if not row["right"]]
+        print(f"{len(wrong)} of {len(result['check'])} configurations are wrong", flush=True)
+    if options.sweep:
+        shapes: list[tuple[int, int, int, int | None]] = [(4, 32, 8_192, 1)]
+        if not quick:
+            shapes += [(B, H, T, n) for B, H, T in ((1, 32, 131_072), (1, 16, 2_048)) for n in (1, 2, 4, 8)]
+        result["sweep"] = show("sweep", sweep(shapes, SWEEP[:15] if quick else SWEEP))
+    if everything:
+        rows = QUICK_ROWS if quick else ROWS
+        result["attention"] = show("attention", attention_rows(rows, bandwidth, quick))
+        lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
+        result["lengths"] = show("lengths", length_rows(lengths))
+        result["others"] = show("others", other_rows(bandwidth))
+    options.out.mkdir(parents=True, exist_ok=True)
+    kind = "sweep_" if options.sweep else "check_" if options.check else "quick_" if quick else ""
+    slug = next((name for name in ("h200", "h100", "a100") if name in device.lower()), device.lower().replace(" ", "-"))
+    path = options.out / f"ops_{kind}{slug}_{today}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What every benchmark shares: where it ran, how much memory a call took, and its result as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
+    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def save(subject: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Write benchmarks/results/<subject>_<device>_<date>.json with device, versions, commit and command."""
+    root = RESULTS.parent.parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                            cwd=root, capture_output=True, text=True).stdout.strip()  # fmt: skip
+    record = {
+        "subject": subject,
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit or None,
+        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        **facts,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{subject}_{device}_{date.today()}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def matmul_flops(device: str, dtype: torch.dtype, size: int = 2_048) -> float:
+    """The measured ceiling: operations per second of a square matrix product on random data."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / (min(time_ms(lambda: a @ b, device) for _ in range(5)) / 1e3)
+
+
+def time_ms(call: Callable[[], object], device: str) -> float:
+    """Wall-clock milliseconds of one call, the device waited for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """What a call needs at its peak beyond what was allocated before it (CPU: resident memory, Linux only)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(key: str) -> int:
+        found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = status("VmRSS")
+    call()
+    return max(0, status("VmHWM") - before)
