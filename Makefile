@@ -24,6 +24,7 @@ proof: .venv/env  ## the long proofs; their log is docs/proof.md
 bench: .venv/env  ## the figures of benchmarks/results
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/report.py
 
 .venv/bin/python:
