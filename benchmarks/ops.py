@@ -295,20 +295,21 @@ def measure(attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor
 
 
 def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bool) -> Iterator[dict[str, Any]]:
-    """Softmax attention is left out of quick runs where it takes seconds; energy is measured in the long ones."""
-    for B, H, T in rows:
-        small = B * H * T < 2**18
-        tensors, log_decay = inputs(B, H, T, 8 if small else 1)
-        unit = tensors[0][0].numel() * 2 / bandwidth / 1e9
-        row: dict[str, Any] = {"B": B, "H": H, "T": T, "K": 128, "V": 128, "dtype": "bfloat16"}
-        row |= {"floor_forward_ms": 4 * unit, "floor_both_ms": 11 * unit, "contenders": {}}
-        for name, attend in _contenders().items():
-            if quick and T > 8_192 and name != "ours":
+    """One contender after another over all rows. Quick runs leave out softmax attention where it takes seconds."""
+    for name, attend in _contenders().items():
+        for B, H, T in rows:
+            if quick and T > 8_192 and name.startswith("SDPA"):
                 continue
-            row["contenders"][name] = attempt(
-                functools.partial(measure, attend, tensors, log_decay, small, not quick and name == "ours")
-            )
-        yield row
+            small = B * H * T < 2**18
+            tensors, log_decay = inputs(B, H, T, 8 if small else 1)
+            unit = tensors[0][0].numel() * 2 / bandwidth / 1e9
+            row: dict[str, Any] = {"contender": name, "B": B, "H": H, "T": T, "K": 128, "V": 128, "dtype": "bfloat16"}
+            row |= {"floor_forward_ms": 4 * unit, "floor_both_ms": 11 * unit}
+            found = attempt(functools.partial(measure, attend, tensors, log_decay, small, not quick and name == "ours"))
+            if isinstance(found, dict):
+                found["forward_over_floor"] = found["forward_ms"] / row["floor_forward_ms"]
+                found["both_over_floor"] = found["both_ms"] / row["floor_both_ms"]
+            yield row | (found if isinstance(found, dict) else {"error": found})
 
 
 def length_rows(lengths: list[int]) -> Iterator[dict[str, Any]]:
@@ -486,20 +487,13 @@ def short(value: Any) -> str:
     return str(value)
 
 
-def show(title: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+def show(title: str, rows: Iterator[dict[str, Any]], into: list[dict[str, Any]], keep: Callable[[], object]) -> None:
+    """Print rows as they come, put them into the result and keep it: a run cut short loses nothing."""
     print(f"\n== {title}", flush=True)
-    kept = []
     for row in rows:
-        kept.append(row)
-        contenders = row.get("contenders")
-        print("  ".join(f"{k}={short(v)}" for k, v in row.items() if k != "contenders"), flush=True)
-        for name, found in (contenders or {}).items():
-            if isinstance(found, dict):
-                ratio = found["forward_ms"] / row.get("floor_forward_ms", float("nan"))
-                print(f"    {name:15} {ratio:5.2f} x floor  {short(found)}", flush=True)
-            else:
-                print(f"    {name:15} {found}", flush=True)
-    return kept
+        print("  ".join(f"{k}={short(v)}" for k, v in row.items()), flush=True)
+        into.append(row)
+        keep()
 
 
 def _commit() -> str:
@@ -552,26 +546,30 @@ def main() -> None:
     bandwidth = result["copy_tb_per_second"]
     everything = not (options.check or options.sweep)
     quick = options.quick
-    if options.check or (everything and not quick):
-        result["check"] = show("check: error in units of plain torch's, at most 2", check(quick, options.precision))
-        wrong = [row for row in result["check"] if not row["right"]]
-        print(f"{len(wrong)} of {len(result['check'])} configurations are wrong", flush=True)
-    if options.sweep:
-        shapes: list[tuple[int, int, int, int | None]] = [(4, 32, 8_192, 1)]
-        if not quick:
-            shapes += [(B, H, T, n) for B, H, T in ((1, 32, 131_072), (1, 16, 2_048)) for n in (1, 2, 4, 8)]
-        result["sweep"] = show("sweep", sweep(shapes, SWEEP[:15] if quick else SWEEP))
-    if everything:
-        rows = QUICK_ROWS if quick else ROWS
-        result["attention"] = show("attention", attention_rows(rows, bandwidth, quick))
-        lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
-        result["lengths"] = show("lengths", length_rows(lengths))
-        result["others"] = show("others", other_rows(bandwidth))
     options.out.mkdir(parents=True, exist_ok=True)
     kind = "sweep_" if options.sweep else "check_" if options.check else "quick_" if quick else ""
     slug = next((name for name in ("h200", "h100", "a100") if name in device.lower()), device.lower().replace(" ", "-"))
     path = options.out / f"ops_{kind}{slug}_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def part(title: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        into = result.setdefault(title.split(":")[0], [])
+        show(title, rows, into, lambda: path.write_text(json.dumps(result, indent=1) + "\n"))
+        return into
+
+    if options.check or (everything and not quick):
+        checked = part("check: error in units of plain torch's, at most 2", check(quick, options.precision))
+        wrong = [row for row in checked if not row["right"]]
+        print(f"{len(wrong)} of {len(checked)} configurations are wrong", flush=True)
+    if options.sweep:
+        shapes: list[tuple[int, int, int, int | None]] = [(4, 32, 8_192, 1)]
+        if not quick:
+            shapes += [(B, H, T, n) for B, H, T in ((1, 32, 131_072), (1, 16, 2_048)) for n in (1, 2, 4, 8)]
+        part("sweep", sweep(shapes, SWEEP[:15] if quick else SWEEP))
+    if everything:
+        lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
+        part("lengths", length_rows(lengths))
+        part("others", other_rows(bandwidth))
+        part("attention", attention_rows(QUICK_ROWS if quick else ROWS, bandwidth, quick))
     print(f"\nwrote {path}")
 
 

@@ -35,6 +35,11 @@ def main() -> None:
     except (OSError, ValueError, MemoryError) as error:
         print(f"error: {error or 'out of memory'}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(1)
 
 
 @app.command()
@@ -228,13 +233,10 @@ def version(
 
 
 def _load(folder: Path, device: str):  # type: ignore[no-untyped-def]
-    import torch
-
     from .hub.folders import load
+    from .model.language_model import find_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load(folder, device=device)
+    return load(folder, device=find_device(device))
 
 
 def _cells(score) -> list[str]:  # type: ignore[no-untyped-def]

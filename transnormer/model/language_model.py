@@ -243,6 +243,18 @@ def init_weights(model: LanguageModel, seed: int | None = None) -> None:
             module.reset_parameters()
 
 
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the GPU where there is one. ValueError for one that cannot be used here."""
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; there are auto, cpu, cuda")
+    if name != "cpu" and not cuda:
+        raise ValueError(f"device {name!r}: no CUDA device can be used here")
+    return torch.device(name)
+
+
 def _real(ids: Tensor, pad: Tensor) -> Tensor:
     """[B, T] bool: True where a token is not padding."""
     return torch.arange(ids.shape[1], device=ids.device) >= pad.to(ids.device)[:, None]

@@ -25,7 +25,7 @@ from ..data.loader import Loader, TokenData, prepare
 from ..data.tokenizer import load_tokenizer
 from ..evaluation.perplexity import score_windows
 from ..files import write_text
-from ..model.language_model import LanguageModel, init_weights
+from ..model.language_model import LanguageModel, find_device, init_weights
 from . import checkpoint
 from .metrics import Metrics, console, plot, progress
 from .optim import adamw, learning_rate
@@ -53,8 +53,8 @@ def train(recipe: Recipe) -> Path:
     config = recipe.model_config(data.vocab_size)
     if config.eos_token_id is None and data.end_of_text is not None:
         config = config.replace(eos_token_id=data.end_of_text)
-    device = _device(recipe)
-    _check_memory(config, device)
+    device = find_device(recipe.train.device)
+    _check_memory(recipe, config, device)
     run.mkdir(parents=True, exist_ok=True)
     with _only_one(run):
         write_text(run / "recipe.toml", recipe.to_toml())
@@ -192,28 +192,24 @@ def _check_same(run: Path, recipe: Recipe) -> None:
         raise ValueError(f"{run} exists and is not a run of ours; give another run=NAME or remove it")
 
 
-def _check_memory(config: ModelConfig, device: torch.device) -> None:
-    """Refuse, before allocating, what cannot fit: weights, gradients and AdamW's two moments, all float32."""
-    needed = 16 * config.parameter_count()
+def _check_memory(recipe: Recipe, config: ModelConfig, device: torch.device) -> None:
+    """Refuse, before allocating, what cannot fit.
+
+    Counted are weights, gradients and AdamW's two moments, all float32, and of the activations only those that no
+    implementation can do without: what the projections read and wrote.
+    """
+    kept = 1 if recipe.train.recompute else config.num_hidden_layers
+    floats = kept * (4 * config.inner_size + 2 * config.intermediate_size + 2 * config.hidden_size)
+    tokens = recipe.rows * recipe.train.seq_len
+    activations = tokens * floats * (2 if recipe.train.dtype == "bfloat16" else 4)
+    needed = 16 * config.parameter_count() + activations
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"a model of {config.parameter_count():,} parameters needs {needed / 2**30:,.1f} GiB to train (weights, "
-            f"gradients, AdamW) before any activation; {free / 2**30:,.1f} GiB of {device.type} memory are free"
+            f"training {config.parameter_count():,} parameters with {tokens:,} tokens at a time needs more than "
+            f"{needed / 2**30:,.1f} GiB, {activations / 2**30:,.1f} of them for activations; {free / 2**30:,.1f} GiB of "
+            f"{device.type} memory are free. Choose a smaller model or batch, train.accumulate or train.recompute"
         )
-
-
-def _device(recipe: Recipe) -> torch.device:
-    name = recipe.train.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train.device = {name!r} is no device; there are auto, cpu, cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device = 'cuda', but no CUDA device can be used here")
-    return device
 
 
 def _recompute(model: LanguageModel) -> None:
