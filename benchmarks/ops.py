@@ -53,6 +53,7 @@ SWEEP = [
         (64, 128, 8, 1), (64, 128, 8, 2, True), (128, 64, 8, 1), (128, 64, 4, 1), (128, 128, 8, 1), (64, 128, 4, 2),
     ]
 ]  # fmt: skip
+SEGMENTS = [((1, 32, 131_072), (4, 8, 16, 32)), ((1, 16, 2_048), (1, 2, 4, 8, 16)), ((4, 32, 2_048), (1, 2))]
 
 
 # The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2) work, nothing T x T stored.
@@ -134,11 +135,6 @@ def _contenders() -> dict[str, Callable[..., Tensor]]:
         "SDPA cuDNN": softmax(SDPBackend.CUDNN_ATTENTION),
     }
     with contextlib.suppress(ImportError):
-        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
-
-        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
-        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
-    with contextlib.suppress(ImportError):
         from lightning_attn.ops import lightning_attn_func
 
         def published(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
@@ -146,6 +142,11 @@ def _contenders() -> dict[str, Callable[..., Tensor]]:
             return lightning_attn_func(q, k, v, -decay.view(1, -1, 1, 1)).transpose(1, 2)
 
         found["lightning-attn"] = published
+    with contextlib.suppress(ImportError):
+        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
+
+        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
+        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
     return found
 
 
@@ -344,7 +345,7 @@ def other_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "ours": simple_rms_norm,
         "F.rms_norm": lambda x: F.rms_norm(x, (4_096,), eps=1e-6),
-        "compiled": torch.compile(simple_rms_norm),
+        "compiled": torch.compile(functools.partial(simple_rms_norm, backend="torch")),
     }
     unit = x.numel() * 2 / bandwidth / 1e9
     row: dict[str, Any] = {
@@ -412,7 +413,9 @@ def check(quick: bool, precision: str | None) -> Iterator[dict[str, Any]]:
     cases: list[tuple[int, list[int] | None]] = [(1, None), (3, None), (1, [70, 0, 130]), (2, [70, 0, 130])]
     for (K, V), dtype in itertools.product(widths, dtypes):
         wide = max(K, V)
-        options = [*kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared)]
+        options = [
+            *kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared, backward=True),
+        ]  # fmt: skip
         options = list(dict.fromkeys(options))
         if precision:
             if dtype != torch.float32:
@@ -528,6 +531,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=["ieee", "tf32", "tf32x3"], help="try another float32 product in --check"
     )
+    parser.add_argument("--commit", default=None, help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     if options.precision:
@@ -538,7 +542,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     today = datetime.date.today().isoformat()
     result: dict[str, Any] = {
-        "device": device, "date": today, "commit": _commit(), "command": " ".join(["python", *sys.argv]),
+        "device": device, "date": today, "commit": options.commit or _commit(), "command": " ".join(["python", *sys.argv]),
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
     }  # fmt: skip
     result |= ceilings()
@@ -561,10 +565,8 @@ def main() -> None:
         wrong = [row for row in checked if not row["right"]]
         print(f"{len(wrong)} of {len(checked)} configurations are wrong", flush=True)
     if options.sweep:
-        shapes: list[tuple[int, int, int, int | None]] = [(4, 32, 8_192, 1)]
-        if not quick:
-            shapes += [(B, H, T, n) for B, H, T in ((1, 32, 131_072), (1, 16, 2_048)) for n in (1, 2, 4, 8)]
-        part("sweep", sweep(shapes, SWEEP[:15] if quick else SWEEP))
+        part("sweep", sweep([(4, 32, 8_192, 1)], SWEEP[:5] if quick else SWEEP))
+        part("segments", sweep([(*shape, n) for shape, numbers in SEGMENTS for n in numbers], SWEEP[3:5]))
     if everything:
         lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
         part("lengths", length_rows(lengths))

@@ -172,6 +172,12 @@ def _count(cu_seqlens, N, lo, hi):
 
 
 @triton.jit
+def _reach(rate):
+    """Tokens after which nothing of a state is left: exp(-104) is zero in float32."""
+    return (104.0 / tl.maximum(-rate, 1e-7)).to(tl.int32)
+
+
+@triton.jit
 def _program(
     q, k, v, output, state_in, state_out, local, cu_seqlens, log_decay, row, head, s, column,
     q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, in_n, in_h, in_k, in_v, out_k, out_v,
@@ -216,7 +222,10 @@ def _program(
             state += tl.load(state_in + n.to(tl.int64) * in_n + offsets, mask=mask, other=0.0) * tl.exp(rate * away)
         if SEGMENTED:  # the segments between the sequence's end and this one
             offsets, mask = _state_offsets(column, out_k, out_v, K, V, BK, BV)
-            for t in range(s + 1 if REVERSE else begin // segment, tl.cdiv(end, segment) if REVERSE else s):
+            seen = _reach(rate)
+            left = tl.maximum(begin, lo - tl.minimum(seen, lo)) // segment
+            right = tl.cdiv(tl.minimum(end, hi + tl.minimum(seen, T - hi)), segment)
+            for t in range(s + 1 if REVERSE else left, right if REVERSE else s):
                 away = t * segment - stop if REVERSE else start - (t + 1) * segment
                 state += tl.load(local + apart * t + offsets, mask=mask, other=0.0) * tl.exp(rate * away)
         state = _walk(
@@ -257,7 +266,7 @@ def _sum_segment(
             stop = tl.where(begin < lo, tl.minimum(end, hi), lo)
         else:
             start = tl.minimum(tl.maximum(begin, lo), hi)
-    seen = tl.minimum((104.0 / tl.maximum(-rate, 1e-7)).to(tl.int32), stop - start)  # exp(-104) is zero in float32
+    seen = tl.minimum(_reach(rate), stop - start)
     if REVERSE:
         stop = start + seen
     else:
@@ -427,19 +436,22 @@ class Tiles:
         return {"C": self.chunk, "SPLIT": split, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# Best first; the first that fits the GPU's shared memory and registers runs. Half precision, full precision.
-_HALF = (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(32, 64, 8, 1))
-_FULL = (Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
+# Best first; the first that fits the GPU's shared memory and registers runs.
+_SMALL = (Tiles(64, 64, 4, 1, True), Tiles(64, 64, 8, 2, True), Tiles(64, 64, 8, 1, True), Tiles(32, 64, 8, 1))
+_FORWARD = (Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 2, True), *_SMALL)
+_BACKWARD = (Tiles(64, 64, 4, 2, True), *_SMALL)
+_FULL = (Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))  # for float32
 _works: dict[Any, int] = {}  # the first that did not run out of a GPU's resources, to be tried first
 
 
 @functools.cache
-def _device(index: int | None) -> tuple[int, int]:
-    """(multiprocessors, shared memory a program may have) of a GPU; of none, what the interpreter plays."""
+def _device(index: int | None) -> tuple[int, int, bool]:
+    """Of a GPU, or of what the interpreter plays: multiprocessors, a program's shared memory, tensor descriptors."""
     if index is None:
-        return 4, 232_448
+        return 4, 232_448, True
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]
+    described = torch.version.hip is None and torch.cuda.get_device_capability(index)[0] >= 9
+    return properties["multiprocessor_count"], properties["max_shared_mem"], described
 
 
 def _block(width: int, dtype: torch.dtype) -> int:
@@ -447,10 +459,10 @@ def _block(width: int, dtype: torch.dtype) -> int:
     return max(16 if dtype == torch.float32 else 64, triton.next_power_of_2(width))
 
 
-def choices(K: int, V: int, dtype: torch.dtype, shared: int) -> list[Tiles]:
+def choices(K: int, V: int, dtype: torch.dtype, shared: int, *, backward: bool = False) -> list[Tiles]:
     """The configurations that may run a walk over states [K, V], best first."""
     block = _block(K, dtype)
-    known = _FULL if dtype == torch.float32 else _HALF
+    known = _FULL if dtype == torch.float32 else _BACKWARD if backward else _FORWARD
     fits = [
         tiles
         for tiles in known
@@ -481,11 +493,11 @@ class _Call:
         self.V, self.dtype, self.device = v.shape[3], q.dtype, q.device
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.log_decay, self.cu_seqlens, self.tiles, self.segments = log_decay, cu_seqlens, tiles, segments
-        self.processors, self.shared = _device(q.device.index if q.is_cuda else None)
+        self.processors, self.shared, self.describes = _device(q.device.index if q.is_cuda else None)
 
     def run(self, name: str, K: int, V: int, launch: Callable[[Tiles], None]) -> None:
         """Launch with the first configuration that the GPU has the resources for."""
-        candidates = [self.tiles] if self.tiles else choices(K, V, self.dtype, self.shared)
+        candidates = [self.tiles] if self.tiles else choices(K, V, self.dtype, self.shared, backward=name == "backward")
         key = (name, K, V, self.dtype, self.device, self.tiles)
         for index in range(_works.get(key, 0), len(candidates)):
             try:
@@ -507,7 +519,7 @@ class _Call:
 
     def describe(self, tiles: Tiles, *tensors: Tensor) -> bool:
         """Whether to load all of these by descriptor."""
-        return tiles.described and self.cu_seqlens is None and all(_describable(x) for x in tensors)
+        return tiles.described and self.describes and self.cu_seqlens is None and all(_describable(x) for x in tensors)
 
     def empty_state(self, *leading: int) -> Tensor:
         """[*leading, H, K, V] in float32, or nothing."""

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
+from .dispatch import choose
 
-def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def simple_rms_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension.
 
     x: [..., D], any floating dtype. Computed in at least float32; returned in x's dtype. There are no parameters.
+    backend: "auto", "triton" (one kernel a direction) or "torch".
     """
+    refusals = {"triton": _triton_refusal(x, named=backend == "triton"), "torch": None}
+    if choose("simple_rms_norm", backend, refusals) == "triton":
+        from . import norm_triton  # noqa: F401  registers the op
+
+        return torch.ops.transnormer.simple_rms_norm(x, eps)  # type: ignore[no-any-return]
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _triton_refusal(x: Tensor, *, named: bool) -> str | None:
+    """Why the Triton kernels cannot run this call, or None. On the CPU they run in the interpreter, if named."""
+    if x.dtype == torch.float64:
+        return "float64 input"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if not 1 <= x.shape[-1] <= 16_384:
+        return f"D = {x.shape[-1]} is not from 1 to 16,384"
+    if x.is_cuda:
+        return None
+    if not named:
+        return "no CUDA tensor"
+    from . import norm_triton
+
+    return None if norm_triton.INTERPRETED else "no CUDA tensor and the interpreter is off"
