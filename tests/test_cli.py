@@ -118,6 +118,9 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
     assert "UTF-8" in refused(
         "eval", "perplexity", "--model", "runs/small", "--text", tmp_path / "latin.txt", folder=work
     )
+    assert "empty.txt" in refused(
+        "eval", "perplexity", "--model", "runs/small", "--text", tmp_path / "empty.txt", folder=work
+    )
     assert not (tmp_path / "o").exists()
 
 

@@ -26,7 +26,9 @@ Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tex
 def main() -> None:
     """Run a verb; what the user can mend is one line on stderr and a non-zero exit."""
     import os
+    import warnings
 
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
     try:
         app()
     except BrokenPipeError:  # the reader of a pipe went away
@@ -163,6 +165,9 @@ def perplexity(
 
     files = [*text, *(more or [])]
     contents = [read_text(file) for file in files]
+    for file, content in zip(files, contents, strict=True):
+        if not content.strip():
+            raise ValueError(f"{file}: the file is empty")
     loaded = _load(model, device)
     table = Table("text", "tokens", "bytes", "loss (nats/token)", "perplexity", "bits per byte", "perplexity per word")
     total = Score(0.0, 0, 0, 0)
