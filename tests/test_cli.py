@@ -22,7 +22,6 @@ def call(*arguments: object, text: str | None = None, code: int = 0, folder: Pat
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
         patch.setattr(sys, "argv", ["transnormer", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.StringIO(text or ""))
-        patch.setattr("transnormer.train.metrics.console.file", error)
         patch.chdir(folder or Path.cwd())
         with pytest.raises(SystemExit) as stop:
             main()

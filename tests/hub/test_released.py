@@ -36,7 +36,7 @@ def test_logits_loss_and_every_gradient(expected) -> None:
     assert (logits - expected["logits_train"]).abs().max() < 1e-4
     assert (logits - expected["logits_eval"]).abs().max() < 1e-4
     loss = model.loss(ids[:, :-1], ids[:, 1:])
-    assert abs(float(loss) - float(expected["loss"])) < 1e-5
+    assert abs(loss.item() - expected["loss"].item()) < 1e-5
     loss.backward()
     gradients = published_tensors({name: p.grad for name, p in model.named_parameters()}, model.config)
     assert {f"grad.{name}" for name in gradients} == {name for name in expected if name.startswith("grad.")}

@@ -197,9 +197,9 @@ def test_lrpe_is_right_at_position_a_million() -> None:
     turned = lrpe(torch.ones(1, 4, 2, 32), positions)
     for p, position in enumerate(positions.tolist()):
         for h, j in itertools.product(range(2), (0, 1, 7, 31)):
-            angle = math.fmod(float(lrpe.theta[h, j]) * position, 2 * math.pi)
-            assert abs(float(turned[0, p, h, j]) - math.cos(angle)) < 1e-6
-            assert abs(float(turned[0, p, h, 32 + j]) - math.sin(angle)) < 1e-6
+            angle = math.fmod(lrpe.theta[h, j].item() * position, 2 * math.pi)
+            assert abs(turned[0, p, h, j].item() - math.cos(angle)) < 1e-6
+            assert abs(turned[0, p, h, 32 + j].item() - math.sin(angle)) < 1e-6
 
 
 def test_only_distances_matter_a_million_tokens_on() -> None:
