@@ -5,7 +5,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 .PHONY: demo env test lint proof bench clean
 
 demo: .venv/demo  ## train a small model on Shakespeare and let it write
-	$(BIN)/transnormer train recipes/demo.toml
+	@# error 1: runs/demo is a run with other settings, which is then shown as it is
+	$(BIN)/transnormer train recipes/demo.toml || [ $$? -eq 1 ]
 	$(BIN)/transnormer generate --model runs/demo --prompt "ROMEO:" --max-tokens 300
 
 env: .venv/env  ## everything that needs no GPU
@@ -18,8 +19,9 @@ lint: .venv/env
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-proof: .venv/env  ## the long proofs; their log is docs/proof.md
-	$(BIN)/pytest -m proof -v
+proof: .venv/env  ## the long proofs; docs/proof.md holds their last log
+	@mkdir -p build
+	$(BIN)/pytest -m proof -v | tee build/proof.log
 
 bench: .venv/env  ## the figures of benchmarks/results
 	$(BIN)/python benchmarks/train.py
@@ -30,7 +32,7 @@ bench: .venv/env  ## the figures of benchmarks/results
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/demo: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable .

@@ -25,7 +25,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def source(result: dict[str, Any]) -> str:
-    return (f"{result['device']}; torch {result['versions']['torch']}; commit {result['commit'][:12]}; `{result['command']}`; "
+    return (f"{result['device']}; torch {result['versions']['torch']}; commit {result['commit'][:12]}{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
             f"[{result['file']}](../benchmarks/results/{result['file']}).")  # fmt: skip
 
 
@@ -60,7 +60,8 @@ def decoding(result: dict[str, Any]) -> str:
     rows = [[row["model"], f"{row['context_tokens']:,}", f"{row['token_ms']:.2f}", f"{row['state_bytes'] / 2**20:.2f}",
              f"{row['peak_bytes'] / 2**20:.1f}"] for row in result["rows"]]  # fmt: skip
     head = ["model", "tokens read before", "ms per token", "state, MiB", "peak of a token, MiB"]
-    return (f"## Decoding on a CPU\n\n{table(head, rows)}\n\n![decoding](decoding.png)\n\n`import transnormer` takes "
+    return (f"## Decoding on a CPU\n\nA state is a value here, also the softmax baseline's: its cache is copied for every token, "
+            f"which a serving engine would avoid; what it must read still grows.\n\n{table(head, rows)}\n\n![decoding](decoding.png)\n\n`import transnormer` takes "
             f"{result['import_transnormer_s']:.2f} s, `import torch` {result['import_torch_s']:.2f} s.\n\n{source(result)}\n")  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .config import SIZES, TRANSFORMER, ModelConfig
@@ -23,8 +24,20 @@ def load(path: str, **options: Any) -> LanguageModel:
     return load(path, **options)
 
 
-def generate(model: LanguageModel, prompt: str, **options: Any) -> Any:
-    """Text that continues a prompt, piece by piece. See `inference.engine.generate_text`."""
+def generate(
+    model: LanguageModel,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """The text that continues a prompt, piece by piece. See `inference.engine` for sessions that go on."""
     from .inference.engine import generate_text
+    from .inference.sampling import Sampling
 
-    return generate_text(model, prompt, **options)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return generate_text(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .evaluation.perplexity import Score
+    from .model.language_model import LanguageModel
 
 app = typer.Typer(
     help="TransNormerLLM: train, measure and use a linear-attention language model.",
@@ -28,9 +32,16 @@ def main() -> None:
     import os
     import warnings
 
+    usage_error: Any = typer.BadParameter.__mro__[1]  # click's, or that of the click inside newer typers
+
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except usage_error as error:
+        print(f"error: {error.format_message()} (--help says more)", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -82,9 +93,10 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = _load(model, device)
     text = sys.stdin.read() if prompt == "-" else prompt
-    print(text, end="", flush=True)
-    for piece in generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=stop or ()):
-        print(piece, end="", flush=True)
+    for number, piece in enumerate(
+        generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
+    ):
+        print(piece if number else text + piece, end="", flush=True)
     print()
 
 
@@ -157,8 +169,10 @@ def perplexity(
 ) -> None:
     """Loss, perplexity and bits per byte of texts of any length, each read from its first token to its last."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress, TaskID
     from rich.table import Table
+    from rich.text import Text
 
     from .data.corpus import read_text
     from .evaluation.perplexity import Score, score_text
@@ -173,14 +187,14 @@ def perplexity(
     total = Score(0.0, 0, 0, 0)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         for file, content in zip(files, contents, strict=True):
-            task = bar.add_task(str(file), total=None)
+            task = bar.add_task(escape(str(file)), total=None)
 
             def show(done: int, total: int, task: TaskID = task) -> None:
                 bar.update(task, completed=done, total=total)
 
             score = score_text(loaded, content, progress=show)
             total += score
-            table.add_row(str(file), *_cells(score))
+            table.add_row(Text(str(file)), *_cells(score))
     if len(files) > 1:
         table.add_row("together", *_cells(total))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
@@ -209,9 +223,9 @@ def info(
         for size in SIZES:
             print(f"  {size:>5}  {ModelConfig.named(size).parameter_count():>15,} parameters")
         return
-    if wanted in SIZES:
+    if wanted.lower() in SIZES:
         with torch.device("meta"):
-            loaded = LanguageModel(ModelConfig.named(wanted))
+            loaded = LanguageModel(ModelConfig.named(wanted.lower()))
     else:
         loaded = load(wanted)
     config = loaded.config
@@ -237,14 +251,14 @@ def version(
         raise typer.Exit
 
 
-def _load(folder: Path, device: str):  # type: ignore[no-untyped-def]
+def _load(folder: Path, device: str) -> LanguageModel:
     from .hub.folders import load
     from .model.language_model import find_device
 
     return load(folder, device=find_device(device))
 
 
-def _cells(score) -> list[str]:  # type: ignore[no-untyped-def]
+def _cells(score: Score) -> list[str]:
     return [
         f"{score.tokens:,}", f"{score.bytes:,}", f"{score.loss:.4f}", f"{score.perplexity:,.2f}",
         f"{score.bits_per_byte:.4f}", f"{score.word_perplexity:,.2f}",

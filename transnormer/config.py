@@ -260,6 +260,6 @@ def _require(fits: bool, name: str, value: object, wanted: str) -> None:
 
 
 def nearest(word: object, words: Sequence[str], prefix: str = "") -> str:
-    """The end of an error message: the known word closest to an unknown one, or nothing."""
+    """The end of an error message: the known word closest to an unknown one, or with a prefix all of them."""
     close = difflib.get_close_matches(str(word).lower(), words, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(words)}" if prefix else ""

@@ -25,7 +25,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
         try:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # what a full disk becomes in there
-            raise OSError(f"{path}: cannot be written: {error}") from error
+            raise OSError(str(error).replace(str(temporary), str(path))) from error
 
     replace_file(path, write)
 
@@ -77,7 +77,7 @@ def seal(folder: Path) -> None:
     record = {}
     for path in sorted(folder.iterdir()):
         flush(path)
-        record[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        record[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     flush(folder)
     write_text(folder / SEAL, json.dumps(record, indent=2) + "\n")
 
@@ -92,21 +92,21 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != wanted["bytes"]:
                 return f"{name} is truncated ({path.stat().st_size:,} of {wanted['bytes']:,} bytes)"
-            if _sha256(path) != wanted["sha256"]:
+            if sha256(path) != wanted["sha256"]:
                 return f"{name} is damaged (its hash differs)"
     except FileNotFoundError:
-        return f"{SEAL} is missing, so it was never completed"
+        return f"{SEAL} is missing"
     except (ValueError, KeyError, TypeError):
         return f"{SEAL} is damaged"
     return None
 
 
-def sealed_folders(parent: Path) -> list[Path]:
-    """The completed folders step-N under `parent`, newest first. Their content is not checked: `damage` does."""
-    found = [path for path in parent.glob("step-*") if path.name[5:].isdigit() and (path / SEAL).is_file()]
+def step_folders(parent: Path) -> list[Path]:
+    """The folders step-N under `parent`, newest first. They got their names sealed; `damage` says what became of them."""
+    found = [path for path in parent.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

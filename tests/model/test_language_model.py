@@ -194,7 +194,7 @@ def test_lrpe_is_right_at_position_a_million() -> None:
     lrpe = LRPE(config)
     lrpe.reset_parameters()
     positions = torch.tensor([0, 999_999, 1_000_000, 10_000_000])
-    turned = lrpe(torch.ones(1, 4, 2, 32), positions)
+    turned, _ = lrpe(torch.ones(1, 4, 2, 32), torch.ones(1, 4, 2, 32), positions)
     for p, position in enumerate(positions.tolist()):
         for h, j in itertools.product(range(2), (0, 1, 7, 31)):
             angle = math.fmod(lrpe.theta[h, j].item() * position, 2 * math.pi)
@@ -300,6 +300,12 @@ def test_calls_that_do_not_fit_say_so() -> None:
         model(ids, cu_seqlens=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match=r"pad must be \[2\]"):
         model(ids, pad=torch.tensor([1]))
+    for wrong in ([0, 5], [0, 7, 5, 6], [0, 3, 9]):
+        with pytest.raises(ValueError, match="must rise from 0 to T = 6"):
+            model(ids[:1], cu_seqlens=torch.tensor(wrong))
+    for wrong in (-1, 7):
+        with pytest.raises(ValueError, match="pad must be from 0 to T = 6"):
+            model(ids, pad=torch.tensor([0, wrong]))
     with pytest.raises(ValueError, match="exclude each other"):
         model(ids[:1], pad=torch.tensor([1]), cu_seqlens=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match="past the learned table of 4"):

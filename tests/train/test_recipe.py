@@ -32,16 +32,19 @@ def test_overrides_reach_every_table(recipe_file: Path) -> None:
     config = recipe.model_config(300)
     assert (config.decay, config.position_layers, config.gate, config.vocab_size) == ("paper", (0, 2), False, 300)
     assert Recipe.load(recipe_file).run == "small"
+    demo = Recipe.load(REPOSITORY / "recipes" / "demo.toml", ["model.size=1b", "model.num_hidden_layers=3"])
+    config = demo.model_config(64_000)
+    assert (config.hidden_size, config.num_hidden_layers, config.embed_scale) == (2_048, 3, True)
     assert recipe.rows == 4
 
 
 def test_the_resolved_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
-    recipe = Recipe.load(recipe_file, ["run=x", 'data.text=["a \\"b\\".txt", "ü"]', "optim.eps=1e-12"])
+    recipe = Recipe.load(recipe_file, ["run=2024", 'data.text=["a \\"b\\".txt", "ü", "😀\x7f"]', "optim.eps=1e-12"])
     (tmp_path / "resolved.toml").write_text(recipe.to_toml())
     again = Recipe.load(tmp_path / "resolved.toml")
     assert again == recipe
     assert again.difference(recipe) is None
-    assert Recipe.load(recipe_file, ["run=x", "optim.lr=0.5"]).difference(recipe) is not None
+    assert Recipe.load(recipe_file, ["run=2024", "optim.lr=0.5"]).difference(recipe) is not None
     first = Recipe.load(recipe_file).difference(Recipe.load(recipe_file, ["train.steps=7"]))
     assert first == "train.steps was 1000 and is now 7"
 
@@ -49,10 +52,13 @@ def test_the_resolved_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", r"unknown key optim\.learning_rate"),
+        ("optim.learning_rate=1", r"unknown key optim\.learning_rate; there are lr, betas"),
+        ("optim.lr=inf", r"optim\.lr = inf, but must be a finite number"),
+        ("optim.min_lr=-3", r"optim\.min_lr = -3\.0, but must be from 0 to 1"),
+        ("train.seed=99999999999", r"train\.seed = 99999999999, but must be from 0"),
         ("optim.warmup_step=1", r"unknown key optim\.warmup_step; did you mean optim\.warmup_steps\?"),
         ("trian.steps=1", r"unknown key trian; did you mean train\?"),
-        ("model.hiden_size=3", r"unknown key model\.hiden_size; did you mean hidden_size\?"),
+        ("model.hiden_size=3", r"unknown key model\.hiden_size; did you mean model\.hidden_size\?"),
         ("model.size=7B", r"model\.size = '7B', but must be one of 10m, .*did you mean 7b\?"),
         ("train.steps=many", r"train\.steps = 'many', but must be a whole number"),
         ("train.steps=1.5", r"train\.steps = 1\.5, but must be a whole number"),

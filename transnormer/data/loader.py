@@ -346,6 +346,7 @@ class TokenData:
         self.documents: int = found["documents"]
         self.vocab_size: int = record["vocab_size"]
         self.end_of_text: int = record["end_of_text"]
+        self.fingerprint: str = f"{record['source']['documents_sha256']} {record['tokenizer_sha256']}"
         self.source: dict[str, Any] = record["source"]
         self.name = f"{folder} {split}"
         self._shards = [_map(folder / shard["file"], record["dtype"], shard["tokens"]) for shard in found["shards"]]

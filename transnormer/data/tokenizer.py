@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST = 257  # END_OF_TEXT and the 256 bytes
+LARGEST = 2**24
 PIECE_CHARS = 2**16  # of a long document, encoded at a time
 
 # GPT-2's own file names, then those that Hugging Face gave them.
@@ -92,6 +93,8 @@ def end_of_text_id(tokenizer: Tokenizer) -> int | None:
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raise ValueError for a vocabulary that cannot hold END_OF_TEXT and the 256 bytes."""
+    if vocab_size > LARGEST:
+        raise ValueError(f"vocab_size must be at most {LARGEST:,}; got {vocab_size}")
     if vocab_size < SMALLEST:
         raise ValueError(f"vocab_size must be at least {SMALLEST}, {END_OF_TEXT} and the 256 bytes; got {vocab_size}")
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from ..data.tokenizer import load_tokenizer
-from ..files import damage, sealed_folders
+from ..data.tokenizer import GPT2_FILES, load_tokenizer
+from ..files import damage, step_folders
 from ..model.language_model import LanguageModel
 from . import released
+
+MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
@@ -27,7 +29,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.d
     values = _read_config(folder)
     read = released.load_published if released.is_published(values) else LanguageModel.from_pretrained
     model = read(folder, device=device, dtype=dtype)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.bpe", "merges.txt")):
+    if any(all((folder / name).is_file() for name in names) for names in (("tokenizer.json",), *GPT2_FILES)):
         model.tokenizer = load_tokenizer(folder)
         size = model.tokenizer.get_vocab_size()
         if size > model.config.vocab_size:
@@ -40,7 +42,7 @@ def find_model(path: Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     if (path / "checkpoints").is_dir():
-        checkpoints = sealed_folders(path / "checkpoints")
+        checkpoints = step_folders(path / "checkpoints")
         if not checkpoints:
             raise FileNotFoundError(f"{path}: the run has no complete checkpoint yet")
         if wrong := damage(checkpoints[0], MODEL_FILES):
@@ -51,9 +53,6 @@ def find_model(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: neither a run (checkpoints/) nor a model folder (config.json)")
     return path
-
-
-MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -45,6 +45,13 @@ def is_published(values: Mapping[str, Any]) -> bool:
 
 def config_from_published(values: Mapping[str, Any]) -> ModelConfig:
     """Our configuration of a published config.json. Raises ValueError for one that cannot be read faithfully."""
+    try:
+        return _config(values)
+    except (TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(f"a value in the published config is of the wrong kind: {error}") from error
+
+
+def _config(values: Mapping[str, Any]) -> ModelConfig:
     if "gate_dim" in values:
         raise ValueError("TransNormerLLM3 (config key 'gate_dim'): its modelling code was never published")
     layers, width = values.get("decoder_layers", 24), values.get("decoder_embed_dim", 1024)
@@ -52,13 +59,14 @@ def config_from_published(values: Mapping[str, Any]) -> ModelConfig:
     if inner % heads:
         raise ValueError(f"hidden_dim {inner} is not divisible by decoder_attention_heads {heads}")
     flags = values.get("linear_use_lrpe_list") or [values.get("linear_use_lrpe", 0)] * layers
-    if len(flags) != layers:
+    if len(flags) < layers:
         raise ValueError(f"linear_use_lrpe_list has {len(flags)} flags for {layers} layers")
-    turned = tuple(layer for layer, flag in enumerate(flags) if flag)
+    turned = tuple(layer for layer, flag in enumerate(flags[:layers]) if flag)
     norm = "srmsnorm" if values.get("norm_type", "simplermsnorm") == "simplermsnorm" else "layernorm"
-    glu = values.get("glu_dim", 2816)
+    glu, vocab = values.get("glu_dim", 2816), values.get("vocab_size", 64_000)
+    pad = values.get("pad_token_id", 0)
     return ModelConfig(
-        vocab_size=values.get("vocab_size", 64_000),
+        vocab_size=vocab,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -73,10 +81,16 @@ def config_from_published(values: Mapping[str, Any]) -> ModelConfig:
         bias=values.get("bias", False),
         tie_word_embeddings=values.get("tie_word_embeddings", True),
         initializer_range=values.get("init_std", 0.02),
-        pad_token_id=values.get("pad_token_id", 0),
-        bos_token_id=values.get("bos_token_id", 1),
-        eos_token_id=values.get("eos_token_id", 2),
+        pad_token_id=pad + vocab if isinstance(pad, int) and pad < 0 else pad,  # torch counts from the end, too
+        bos_token_id=_token(values.get("bos_token_id", 1), vocab),
+        eos_token_id=_token(values.get("eos_token_id", 2), vocab),
     )
+
+
+def _token(value: Any, vocab: int) -> int | None:
+    """A special token: the first of several, None for one that the vocabulary does not have."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, int) and 0 <= value < vocab else None
 
 
 def published_config(config: ModelConfig) -> dict[str, Any]:
@@ -86,6 +100,8 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise ValueError(f"the published format knows no {name} = {getattr(config, name)!r}, only {value!r}")
+    if config.norm in _NORM_EPS and config.norm_eps != _NORM_EPS[config.norm]:
+        raise ValueError(f"the published format knows no norm_eps = {config.norm_eps}, only {_NORM_EPS[config.norm]}")
     if config.position not in ("lrpe", "none") or config.norm not in _NORM_EPS:
         raise ValueError(f"the published format knows no position {config.position!r} with norm {config.norm!r}")
     words = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "swish"}
@@ -172,7 +188,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            try:
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index.name}: damaged, or not an index of shards") from error
             return [folder / Path(shard).name for shard in sorted(set(shards))]
         if (folder / name).is_file():
             return [folder / name]
@@ -180,13 +199,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_pickled_tensors(path: Path) -> dict[str, Tensor]:
-    import pickle
-
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise anything in there
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path.name} is truncated, damaged or holds more than tensors ({first})") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):

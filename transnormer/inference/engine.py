@@ -76,6 +76,7 @@ def generate_text(
     from ..data.tokenizer import encode, end_of_text_id
 
     end = model.config.eos_token_id if model.config.eos_token_id is not None else end_of_text_id(model.tokenizer)
+    stop = (stop,) if isinstance(stop, str) else stop
     session = session or Session(model)
     ids = encode(model.tokenizer, prompt)
     if not ids and session.state is None and end is not None:

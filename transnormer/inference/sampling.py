@@ -24,6 +24,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature}, but must be 0 or more")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}, but must be from 0 to 2^63 - 1")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}, but must be 0 (all) or more")
         if not 0 < self.top_p <= 1:
@@ -42,7 +44,10 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """Draw a token for every row: logits [B, vocab] -> [B] int64."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or its dtype is too narrow")
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

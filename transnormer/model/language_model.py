@@ -144,6 +144,12 @@ class LanguageModel(nn.Module):
             if rows != 1:
                 raise ValueError(f"cu_seqlens needs one row of packed sequences; got {rows} rows")
             rows = len(cu_seqlens) - 1
+            if cu_seqlens.device.type == "cpu":  # on a GPU a look would wait for it
+                bounds = cu_seqlens.tolist()
+                if bounds[:1] != [0] or bounds[-1:] != [ids.shape[1]] or bounds != sorted(bounds):
+                    raise ValueError(f"cu_seqlens must rise from 0 to T = {ids.shape[1]}; got {bounds}")
+        if pad is not None and pad.device.type == "cpu" and not all(0 <= n <= ids.shape[1] for n in pad.tolist()):
+            raise ValueError(f"pad must be from 0 to T = {ids.shape[1]}; got {pad.tolist()}")
         if pad is not None and pad.shape != (rows,):
             raise ValueError(f"pad must be [{rows}], one count a row; got {list(pad.shape)}")
         if state is not None and len(state.seen) != rows:

@@ -41,7 +41,7 @@ def _shifted_exp(x: Tensor) -> Tensor:
     return (x - x.detach().amax(-1, keepdim=True)).exp()
 
 
-# Positions inside the mixer: (config) -> module on x [B, T, H, K] and positions [T] or [B, T] (int64).
+# Positions inside the mixer: (config) -> module on q and k [B, T, H, K] and positions [T] or [B, T] (int64).
 
 
 def _angles(positions: Tensor, theta: Tensor, like: Tensor) -> Tensor:
@@ -70,9 +70,10 @@ class LRPE(nn.Module):
         with torch.no_grad():
             self.theta.copy_((10_000**exponents).view_as(self.theta))
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        angles = _angles(positions, self.theta, x)  # [T, H, K] or [B, T, H, K]
-        return torch.cat([x * angles.cos().to(x.dtype), x * angles.sin().to(x.dtype)], dim=-1)
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = _angles(positions, self.theta, q)  # [T, H, K] or [B, T, H, K]
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        return torch.cat([q * cos, q * sin], dim=-1), torch.cat([k * cos, k * sin], dim=-1)
 
 
 class RoPE(nn.Module):
@@ -83,12 +84,16 @@ class RoPE(nn.Module):
         half = config.head_dim // 2
         self.theta = [config.rope_theta ** (-j / half) for j in range(half)]
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        theta = torch.tensor(self.theta, dtype=torch.float64, device=x.device)
-        angles = _angles(positions, theta, x).unsqueeze(-2)  # [(B,) T, 1, K / 2]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        theta = torch.tensor(self.theta, dtype=torch.float64, device=q.device)
+        angles = _angles(positions, theta, q).unsqueeze(-2)  # [(B,) T, 1, K / 2]
+        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+
+        def turn(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+        return turn(q), turn(k)
 
 
 # Gated linear units: (config) -> module on [..., D].

@@ -67,9 +67,9 @@ class Mixer(nn.Module, ABC):
     def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H * V] or None."""
         q, k, v, *u = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim)).unbind(-2)
-        q, k = self.activation(q), self.activation(k)
+        q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)  # autocast widens some activations
         if self.position is not None:
-            q, k = self.position(q, place.positions), self.position(k, place.positions)
+            q, k = self.position(q, k, place.positions)
         if self.gate_proj is not None:
             return q, k, v, self.gate_proj(x)
         return q, k, v, u[0].flatten(-2) if u else None
@@ -127,15 +127,17 @@ class SoftmaxAttention(Mixer):
         if state is not None:
             k, v = torch.cat([state[0].to(k.dtype), k], dim=1), torch.cat([state[1].to(v.dtype), v], dim=1)
         mask = self._mask(q.shape[1], k.shape[1], place.seen) if state is not None or self.decays else None
+        wide = q.dtype if mask is None or not self.decays else torch.promote_types(q.dtype, torch.float32)
+        mask = None if mask is None else mask.to(wide)  # half precision cannot tell far distances apart
         mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=None if mask is None else mask.to(q.dtype),
+            q.transpose(1, 2).to(wide),
+            k.transpose(1, 2).to(wide),
+            v.transpose(1, 2).to(wide),
+            attn_mask=mask,
             is_causal=mask is None,
             scale=self.head_dim**-0.5,
         )
-        return mixed.transpose(1, 2), (k, v)
+        return mixed.transpose(1, 2).to(v.dtype), (k, v)
 
     def _mask(self, queries: int, keys: int, seen: Tensor | None) -> Tensor:
         """[B or 1, H or 1, queries, keys], added to the scores: -inf where a key is later or a place is not filled."""

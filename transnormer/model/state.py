@@ -67,9 +67,11 @@ class State:
         for n, layer in enumerate(fresh.layers):
             parts = tuple(tensors[f"{n}.{m}"] for m in range(len(layer)))
             for part, wanted in zip(parts, layer, strict=True):
-                if part.shape[2:] != wanted.shape[2:]:
+                fits = part.dim() == wanted.dim()
+                fits &= all(size == need for size, need in zip(part.shape[1:], wanted.shape[1:], strict=False) if need)
+                if not fits:
                     raise ValueError(
-                        f"{path}: layer {n} holds {list(part.shape)}, the model needs [rows, …, {list(wanted.shape[2:])}]"
+                        f"{path}: layer {n} holds {list(part.shape)}, the model needs {list(wanted.shape)}"
                     )
             layers.append(tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True)))
         return cls(layers, tensors["seen"].to(model.device))

@@ -22,12 +22,12 @@ import torch
 from .. import __version__
 from ..config import ModelConfig
 from ..data.loader import Loader, TokenData, prepare
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..evaluation.perplexity import score_windows
-from ..files import write_text
+from ..files import damage, step_folders, write_text
 from ..model.language_model import LanguageModel, find_device, init_weights
 from . import checkpoint
-from .metrics import Metrics, console, plot, progress
+from .metrics import Metrics, plot, progress, say
 from .optim import adamw, learning_rate
 from .recipe import Recipe
 
@@ -48,33 +48,43 @@ def train(recipe: Recipe) -> Path:
     Raises ValueError or OSError (one line: what is wrong and what to do) and Interrupted after SIGINT or SIGTERM.
     """
     run = RUNS / recipe.run
-    _check_same(run, recipe)
+    checkpoints = step_folders(run / "checkpoints")
+    _check_same(run, recipe, bool(checkpoints))
+    if checkpoints and int(checkpoints[0].name[5:]) >= recipe.train.steps and not damage(checkpoints[0]):
+        say(f"run {recipe.run} is finished: {recipe.train.steps} steps, in {run}")
+        return run
+    device = find_device(recipe.train.device)
+    recipe.model_config(SMALLEST)  # refused before any text is prepared for it
     data = _open_data(recipe)
     config = recipe.model_config(data.vocab_size)
+    Loader(data, seq_len=recipe.train.seq_len, batch_size=recipe.rows, seed=0)
+    if config.position == "ape" and config.max_position_embeddings < recipe.train.seq_len:
+        raise ValueError(
+            f"model.max_position_embeddings = {config.max_position_embeddings} is below train.seq_len = {recipe.train.seq_len}"
+        )
     if config.eos_token_id is None and data.end_of_text is not None:
         config = config.replace(eos_token_id=data.end_of_text)
-    device = find_device(recipe.train.device)
     _check_memory(recipe, config, device)
     run.mkdir(parents=True, exist_ok=True)
     with _only_one(run):
+        for leftover in run.glob(".*.partial"):
+            leftover.unlink()
         write_text(run / "recipe.toml", recipe.to_toml())
         return _train(recipe, run, config, data, device)
 
 
 def _train(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData, device: torch.device) -> Path:
     torch.manual_seed(recipe.train.seed)
-    with torch.device(device):
+    with torch.device("meta"):
         model = LanguageModel(config)
-        init_weights(model, recipe.train.seed)
+    model.to_empty(device=device)
+    init_weights(model, recipe.train.seed)
     model.tokenizer = load_tokenizer(recipe.data.path)
     optimizer = adamw(model, recipe.optim)
     steps, checkpoints = recipe.train.steps, run / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     checkpoint.clear_partial(checkpoints)
-    done, position = checkpoint.resume(checkpoints, model, optimizer)
-    if done >= steps:
-        console.print(f"run {recipe.run} is finished: {steps} steps, in {run}")
-        return run
+    done, position = checkpoint.resume(checkpoints, model, optimizer, data.fingerprint)
     _describe(recipe, run, model, data, device, done)
     if recipe.train.recompute:
         _recompute(model)
@@ -87,7 +97,7 @@ def _train(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData, devi
 
     def save(step: int) -> None:
         metrics.flush()
-        checkpoint.save(checkpoints, step, model, optimizer, loader.position, recipe.checkpoint.keep)
+        checkpoint.save(checkpoints, step, model, optimizer, loader.position, data.fingerprint, recipe.checkpoint.keep)
 
     def evaluate() -> dict[str, float]:
         with autocast:
@@ -112,7 +122,7 @@ def _train(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData, devi
             if not math.isfinite(line["loss"]) or not math.isfinite(line["gradient_norm"]):
                 raise ValueError(
                     f"step {step}: loss {line['loss']}, gradient norm {line['gradient_norm']}; stopped before it could "
-                    f"reach the weights. Checkpoints are as they were; try a lower optim.lr or a longer warm-up"
+                    f"reach the weights. Checkpoints are as they were; try run=NAME with a lower optim.lr or a longer warm-up"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -125,21 +135,20 @@ def _train(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData, devi
             last = step == steps
             if valid and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
                 line |= evaluate()
-                console.print(
+                say(
                     f"step {step}/{steps}  loss {line['loss']:.3f}  validation loss {line['valid_loss']:.3f} "
                     f"({line['valid_bits_per_byte']:.3f} bits per byte)"
                 )
             metrics.write(line)
             show(step, line["loss"], speed)
-            if "valid_loss" in line:
-                plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
             if last or stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
                 save(step)
+            if "valid_loss" in line:
+                plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
             if stop and not last:
                 raise Interrupted(f"stopped and saved at step {step}; the same command goes on from there", stop[0])
     metrics.close()
-    plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
-    console.print(f"finished: model in {run}, curve in {run / 'loss.png'}")
+    say(f"finished: model in {run}, curve in {run / 'loss.png'}")
     return run
 
 
@@ -151,15 +160,17 @@ def _open_data(recipe: Recipe) -> TokenData:
             raise FileNotFoundError(
                 f"data.path = {path}: no such folder; make it with `transnormer prepare`, or set data.text"
             )
-        console.print(f"preparing {path} from {', '.join(wanted.text)}")
+        say(f"preparing {path} from {', '.join(wanted.text)}")
         prepare(
             wanted.text, path, vocab_size=wanted.vocab_size or None, tokenizer=wanted.tokenizer or None,
             split=wanted.split, seed=wanted.seed, text_field=wanted.text_field,
         )  # fmt: skip
     elif wanted.text:
         source = TokenData(path, "train").source
-        asked: dict[str, Any] = {"vocab_size": wanted.vocab_size} if wanted.vocab_size else {}
-        asked |= {"inputs": list(wanted.text), "split": wanted.split, "seed": wanted.seed}
+        asked: dict[str, Any] = {
+            "vocab_size": wanted.vocab_size or None, "tokenizer": wanted.tokenizer or None, "split": wanted.split,
+            "seed": wanted.seed, "text_field": wanted.text_field, "inputs": list(wanted.text),
+        }  # fmt: skip
         for key, value in asked.items():
             if source[key] != value:
                 raise ValueError(
@@ -181,10 +192,11 @@ def _validation(recipe: Recipe, data: TokenData) -> tuple[list[torch.Tensor], fl
     return batches, valid.bytes / max(1, valid.tokens)
 
 
-def _check_same(run: Path, recipe: Recipe) -> None:
+def _check_same(run: Path, recipe: Recipe, begun: bool) -> None:
+    """Refuse to go on with other settings. A start that saved nothing binds nobody."""
     path = run / "recipe.toml"
     if path.exists():
-        if difference := Recipe.load(path).difference(recipe):
+        if begun and (difference := Recipe.load(path).difference(recipe)):
             raise ValueError(
                 f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}"
             )
@@ -203,13 +215,24 @@ def _check_memory(recipe: Recipe, config: ModelConfig, device: torch.device) -> 
     tokens = recipe.rows * recipe.train.seq_len
     activations = tokens * floats * (2 if recipe.train.dtype == "bfloat16" else 4)
     needed = 16 * config.parameter_count() + activations
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if needed > free:
         raise ValueError(
             f"training {config.parameter_count():,} parameters with {tokens:,} tokens at a time needs more than "
             f"{needed / 2**30:,.1f} GiB, {activations / 2**30:,.1f} of them for activations; {free / 2**30:,.1f} GiB of "
             f"{device.type} memory are free. Choose a smaller model or batch, train.accumulate or train.recompute"
         )
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or less where a container (cgroup v2) allows less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _recompute(model: LanguageModel) -> None:
@@ -226,16 +249,12 @@ def _describe(
 ) -> None:
     """Say what is about to run, and add this start to run.json: command, versions, commit, device."""
     epochs = recipe.train.steps * recipe.train.batch_tokens / data.tokens
-    console.print(
+    say(
         f"run {recipe.run}: {model.parameter_count():,} parameters on {device}, {data.tokens:,} training tokens read "
         f"{epochs:.2g} times" + (f"; going on after step {done} of {recipe.train.steps}" if done else "")
     )
     path = run / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() and done else []
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    )  # fmt: skip
     starts.append(
         {
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -245,26 +264,37 @@ def _describe(
             "threads": torch.get_num_threads(),
             "versions": {"transnormer": __version__, "python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
-            "commit": commit.stdout.strip() or None,
+            "commit": _commit(),
         }
     )  # fmt: skip
     write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
 
 
+def _commit() -> str | None:
+    """The commit of our own checkout; None where there is none, or no git."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM is put into; a second one has its usual effect."""
+    """A list that a first SIGINT, SIGTERM or SIGHUP is put into; a second one has its usual effect."""
     received: list[int] = []
 
     def note(got: int, frame: object) -> None:
         received.append(got)
-        console.print("stopping after this step; again to stop at once")
         for number, handler in previous.items():
             signal.signal(number, handler)
 
     previous: dict[int, Any] = {}
     try:
-        for asked in (signal.SIGINT, signal.SIGTERM):
+        for asked in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             previous[asked] = signal.signal(asked, note)
     except ValueError:  # not the main thread: nobody can signal us
         previous.clear()

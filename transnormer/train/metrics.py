@@ -15,7 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..files import replace_file
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
+
+
+def say(text: str) -> None:
+    """One line on standard error, never wrapped: a log is there to be searched."""
+    console.print(text, soft_wrap=True)
 
 
 class Metrics:
@@ -30,8 +35,13 @@ class Metrics:
         self._board = _tensorboard(path.parent / "tensorboard", after_step) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name}: cannot be written: {error.strerror}; the last checkpoint stays"
+            ) from error
         if self._board is not None:
             for name, value in line.items():
                 if name != "step":
@@ -86,15 +96,15 @@ def progress(steps: int, done: int) -> Iterator[Any]:
         return
     last, start = time.monotonic(), time.monotonic()
 
-    def say(step: int, loss: float, speed: float) -> None:
+    def show(step: int, loss: float, speed: float) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= 10:
             last = now
             left = (now - start) / max(1, step - done) * (steps - step)
-            console.print(f"step {step}/{steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  ETA {left:,.0f} s")
+            say(f"step {step}/{steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  ETA {left:,.0f} s")
 
-    yield say
+    yield show
 
 
 def plot(metrics: Path, picture: Path, title: str) -> None:
@@ -125,5 +135,8 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
-    replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))
+    try:
+        replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))
+    except OSError as error:  # a picture must not cost a run
+        say(f"warning: {error}")
     plt.close(figure)

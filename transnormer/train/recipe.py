@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import tomllib
 import typing
@@ -89,7 +90,7 @@ class Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such recipe")
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: not TOML ({error})") from error
         values.setdefault("run", path.stem)
@@ -98,6 +99,10 @@ class Recipe:
             if not equals:
                 raise ValueError(f"{override!r} is not an override; write key=value, e.g. optim.lr=1e-3")
             _set(values, key.strip(), _parse(text.strip()))
+        named = {override.partition("=")[0].strip() for override in overrides}
+        if "model.size" in named:  # a size asked for is that size, whatever shape the file describes
+            shape = [*next(iter(SIZES.values())), "head_dim"]
+            values["model"] = {k: v for k, v in values["model"].items() if k not in shape or f"model.{k}" in named}
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -117,7 +122,7 @@ class Recipe:
         fields = [f.name for f in dataclasses.fields(ModelConfig)]
         for key in self.model:
             if key != "size" and key not in fields:
-                raise ValueError(f"unknown key model.{key}{nearest(key, ['size', *fields])}")
+                raise ValueError(f"unknown key model.{key}{nearest(key, ['size', *fields], 'model.')}")
         for key, word, words in (
             ("train.dtype", train.dtype, DTYPES), ("optim.schedule", optim.schedule, SCHEDULES),
             ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
@@ -131,6 +136,13 @@ class Recipe:
         ):  # fmt: skip
             if number <= 0:
                 raise ValueError(f"{key} = {number}, but must be positive")
+        for key, number, least, most in (
+            ("optim.min_lr", optim.min_lr, 0, 1), ("optim.decay_share", optim.decay_share, 0, 1),
+            ("train.seed", train.seed, 0, 2**31 - 1), ("data.seed", self.data.seed, 0, 2**63 - 1),
+            ("optim.eps", optim.eps, 0, 1), ("data.vocab_size", self.data.vocab_size, 0, 2**24),
+        ):  # fmt: skip
+            if not least <= number <= most:
+                raise ValueError(f"{key} = {number}, but must be from {least} to {most}")
         for key, number in (
             ("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every), ("optim.clip", optim.clip),
             ("optim.warmup_steps", optim.warmup_steps), ("optim.weight_decay", optim.weight_decay),
@@ -165,10 +177,10 @@ class Recipe:
     def to_toml(self) -> str:
         """The resolved recipe: a file that `load` reads back to an equal one."""
         values = dataclasses.asdict(self)
-        lines = [f"run = {json.dumps(values.pop('run'))}"]
+        lines = [f"run = {_toml(values.pop('run'))}"]
         for table, content in values.items():
             lines += ["", f"[{table}]"]
-            lines += [f"{key} = {json.dumps(value)}" for key, value in content.items() if value is not None]
+            lines += [f"{key} = {_toml(value)}" for key, value in content.items() if value is not None]
         return "\n".join(lines) + "\n"
 
     def difference(self, other: Recipe) -> str | None:
@@ -178,6 +190,10 @@ class Recipe:
             if mine.get(key) != theirs.get(key):
                 return f"{key} was {json.dumps(mine.get(key))} and is now {json.dumps(theirs.get(key))}"
         return None
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _build(kind: type, values: object, prefix: str) -> Any:
@@ -195,9 +211,13 @@ def _build(kind: type, values: object, prefix: str) -> Any:
             continue
         if wanted is float and type(value) is int:
             value = float(value)
+        if wanted is str and type(value) is int:  # run=2024 needs no quotes
+            value = str(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{key} = {value}, but must be a finite number")
         if typing.get_origin(wanted) is tuple:
             item = typing.get_args(wanted)[0]
-            value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            value = tuple(value) if isinstance(value, (list, tuple)) else (value,) if value != "" else ()
             fits = all(type(part) is item or (item is float and type(part) is int) for part in value)
         else:
             fits = type(value) is (typing.get_origin(wanted) or wanted)
@@ -224,7 +244,7 @@ def _parse(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return {"True": True, "False": False}.get(text, text)
+        return {"True": True, "False": False, "null": None, "None": None}.get(text, text)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
