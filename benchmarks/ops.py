@@ -2,6 +2,7 @@
 
     python benchmarks/ops.py            everything; writes benchmarks/results/ops_<device>_<date>.json
     python benchmarks/ops.py --quick    fewer rows and repeats, a few minutes
+    python benchmarks/ops.py --parts attention    only some of check, lengths, others, attention
     python benchmarks/ops.py --check    only: every configuration that may be chosen, against the float64 recurrence
     python benchmarks/ops.py --sweep    only: chunk, slice, warps and stages
     python benchmarks/ops.py --profile forward|backward|step    one call, to be run under a profiler
@@ -41,9 +42,9 @@ from transnormer.ops import lightning_attention, lightning_step_, linear_cross_e
 from transnormer.ops import lightning_triton as kernels
 from transnormer.ops.lightning_triton import Tiles
 
+PARTS = ["check", "lengths", "others", "attention"]
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [(4, 32, 2_048), (4, 32, 8_192), (4, 32, 32_768), (1, 32, 131_072), (1, 16, 2_048)]
-QUICK_ROWS = [(4, 32, 2_048), (4, 32, 8_192), (1, 32, 131_072), (1, 16, 2_048)]
 SWEEP = [
     Tiles(*tiles)  # type: ignore[arg-type]
     for tiles in [
@@ -53,7 +54,9 @@ SWEEP = [
         (64, 128, 8, 1), (64, 128, 8, 2, True), (128, 64, 8, 1), (128, 64, 4, 1), (128, 128, 8, 1), (64, 128, 4, 2),
     ]
 ]  # fmt: skip
-SEGMENTS = [((1, 32, 131_072), (4, 8, 16, 32)), ((1, 16, 2_048), (1, 2, 4, 8, 16)), ((4, 32, 2_048), (1, 2))]
+SEGMENTS: list[tuple[tuple[int, int, int], tuple[int | None, ...]]] = [
+    ((1, 32, 131_072), (None, 1, 4, 8, 16)), ((1, 16, 2_048), (None, 1, 4, 8)), ((4, 32, 2_048), (None, 2)),
+]  # fmt: skip
 
 
 # The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2) work, nothing T x T stored.
@@ -135,6 +138,11 @@ def _contenders() -> dict[str, Callable[..., Tensor]]:
         "SDPA cuDNN": softmax(SDPBackend.CUDNN_ATTENTION),
     }
     with contextlib.suppress(ImportError):
+        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
+
+        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
+        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
+    with contextlib.suppress(ImportError):
         from lightning_attn.ops import lightning_attn_func
 
         def published(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
@@ -142,11 +150,6 @@ def _contenders() -> dict[str, Callable[..., Tensor]]:
             return lightning_attn_func(q, k, v, -decay.view(1, -1, 1, 1)).transpose(1, 2)
 
         found["lightning-attn"] = published
-    with contextlib.suppress(ImportError):
-        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
-
-        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
-        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
     return found
 
 
@@ -306,7 +309,7 @@ def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bo
             unit = tensors[0][0].numel() * 2 / bandwidth / 1e9
             row: dict[str, Any] = {"contender": name, "B": B, "H": H, "T": T, "K": 128, "V": 128, "dtype": "bfloat16"}
             row |= {"floor_forward_ms": 4 * unit, "floor_both_ms": 11 * unit}
-            found = attempt(functools.partial(measure, attend, tensors, log_decay, small, not quick and name == "ours"))
+            found = attempt(functools.partial(measure, attend, tensors, log_decay, small, T == 8_192))
             if isinstance(found, dict):
                 found["forward_over_floor"] = found["forward_ms"] / row["floor_forward_ms"]
                 found["both_over_floor"] = found["both_ms"] / row["floor_both_ms"]
@@ -414,7 +417,7 @@ def check(quick: bool, precision: str | None) -> Iterator[dict[str, Any]]:
     for (K, V), dtype in itertools.product(widths, dtypes):
         wide = max(K, V)
         options = [
-            *kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared, backward=True),
+            *kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared, paired=True),
         ]  # fmt: skip
         options = list(dict.fromkeys(options))
         if precision:
@@ -527,6 +530,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--quick", "--check", "--sweep"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--profile", choices=["forward", "backward", "step"])
     parser.add_argument(
         "--precision", choices=["ieee", "tf32", "tf32x3"], help="try another float32 product in --check"
@@ -560,18 +564,22 @@ def main() -> None:
         show(title, rows, into, lambda: path.write_text(json.dumps(result, indent=1) + "\n"))
         return into
 
-    if options.check or (everything and not quick):
+    if options.check or (everything and not quick and "check" in options.parts):
         checked = part("check: error in units of plain torch's, at most 2", check(quick, options.precision))
         wrong = [row for row in checked if not row["right"]]
         print(f"{len(wrong)} of {len(checked)} configurations are wrong", flush=True)
     if options.sweep:
         part("sweep", sweep([(4, 32, 8_192, 1)], SWEEP[:5] if quick else SWEEP))
-        part("segments", sweep([(*shape, n) for shape, numbers in SEGMENTS for n in numbers], SWEEP[3:5]))
-    if everything:
+        part(
+            "segments", sweep([(*shape, n) for shape, numbers in SEGMENTS for n in numbers], [*SWEEP[:1], *SWEEP[2:5]])
+        )
+    if everything and "lengths" in options.parts:
         lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
         part("lengths", length_rows(lengths))
+    if everything and "others" in options.parts:
         part("others", other_rows(bandwidth))
-        part("attention", attention_rows(QUICK_ROWS if quick else ROWS, bandwidth, quick))
+    if everything and "attention" in options.parts:
+        part("attention", attention_rows(ROWS, bandwidth, quick))
     print(f"\nwrote {path}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import torch
+
 _log = logging.getLogger("transnormer")
 _said: set[tuple[str, str]] = set()
 
@@ -18,7 +20,7 @@ def choose(op: str, backend: str, refusals: Mapping[str, str | None]) -> str:
     """
     if backend == "auto":
         chosen = next(name for name, refusal in refusals.items() if refusal is None)
-        if (op, chosen) not in _said:
+        if not torch.compiler.is_compiling() and (op, chosen) not in _said:  # a log line would break the graph
             _said.add((op, chosen))
             passed_over = "".join(f"; not {name}: {why}" for name, why in refusals.items() if why)
             _log.info("%s runs on backend %s%s", op, chosen, passed_over)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def _walk(
     q, k, v, output, state, rate, row, head, start, stop, column,
     q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, o_t,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, SPLIT: tl.constexpr,
+    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Walks tokens start … stop - 1 of one row and head, writes their output, returns the state at the far end.
 
@@ -144,11 +144,7 @@ def _walk(
         kc = _load(k, row, head, first, start, stop, 0, k_t, k_c, C, K, BK, REVERSE, DESCRIBED)
         vc = _load(v, row, head, first, start, stop, column, v_t, v_c, C, V, BV, REVERSE, DESCRIBED)
         scores = (_dot(qc, tl.trans(kc)) * inside).to(vc.dtype)
-        result = _read(qc, state) * before[:, None]
-        if SPLIT:  # unchained, two warp groups share the columns; chained, both would compute all of them
-            result += _dot(scores, vc)
-        else:
-            result = _dot(scores, vc, result)
+        result = _dot(scores, vc, _read(qc, state) * before[:, None])
         state = _absorb(state, kc, vc, rate, along, count, REVERSE)
         columns = column + tl.arange(0, BV)
         mask = (along < count)[:, None] & (columns < V)[None, :]
@@ -183,7 +179,7 @@ def _program(
     q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, in_n, in_h, in_k, in_v, out_k, out_v,
     T, H, N, segment, segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, SPLIT: tl.constexpr,
+    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr,
     PACKED: tl.constexpr, HAS_STATE: tl.constexpr, STORE_STATE: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """All sequences, or parts of them, in segment s of one row, for one head and slice.
@@ -231,7 +227,7 @@ def _program(
         state = _walk(
             q, k, v, output, state, rate, row, head, start, stop, column,
             q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, H * V,
-            K, V, BK, BV, C, REVERSE, DESCRIBED, SPLIT,
+            K, V, BK, BV, C, REVERSE, DESCRIBED,
         )  # fmt: skip
         if STORE_STATE:
             offsets, mask = _state_offsets(column, out_k, out_v, K, V, BK, BV)
@@ -296,7 +292,7 @@ def _forward_kernel(
     q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, s_n, s_h, s_k, s_v,
     T, H, N, segment, segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DESCRIBED: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr,
+    DESCRIBED: tl.constexpr, PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = (V + BV - 1) // BV
@@ -306,7 +302,7 @@ def _forward_kernel(
         q, k, v, output, state, last, local, cu_seqlens, log_decay,
         rest // segments // H, rest // segments % H, rest % segments, column,
         q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, s_n, s_h, s_k, s_v, V, 1,
-        T, H, N, segment, segments, K, V, BK, BV, C, False, DESCRIBED, SPLIT, PACKED, HAS_STATE, True, SEGMENTED,
+        T, H, N, segment, segments, K, V, BK, BV, C, False, DESCRIBED, PACKED, HAS_STATE, True, SEGMENTED,
     )  # fmt: skip
 
 
@@ -317,7 +313,7 @@ def _backward_kernel(
     s_n, s_h, s_k, s_v, e_n, e_h, e_k, e_v,
     T, H, N, segment, segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SK: tl.constexpr, SV: tl.constexpr,
-    C: tl.constexpr, DESCRIBED: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, DESCRIBED: tl.constexpr, PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_LAST: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """dk and dq in slices of K, SK wide, dv in slices of V, SV wide. g is d_output; s and e are state and d_last."""
@@ -332,19 +328,19 @@ def _backward_kernel(
         _program(
             v, g, q_slice, dk, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, part * SK,
             v_b, v_t, v_h, v_c, g_b, g_t, g_h, g_c, q_b, q_t, q_h, q_c, e_n, e_h, e_v, e_k, 1, V,
-            T, H, N, segment, segments, V, K, BV, SK, C, True, DESCRIBED, SPLIT, PACKED, HAS_LAST, False, SEGMENTED,
+            T, H, N, segment, segments, V, K, BV, SK, C, True, DESCRIBED, PACKED, HAS_LAST, False, SEGMENTED,
         )  # fmt: skip
     elif part < OF_K + OF_V:
         _program(
             k, q, g_slice, dv, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, (part - OF_K) * SV,
             k_b, k_t, k_h, k_c, q_b, q_t, q_h, q_c, g_b, g_t, g_h, g_c, e_n, e_h, e_k, e_v, V, 1,
-            T, H, N, segment, segments, K, V, BK, SV, C, True, DESCRIBED, SPLIT, PACKED, HAS_LAST, HAS_STATE, SEGMENTED,
+            T, H, N, segment, segments, K, V, BK, SV, C, True, DESCRIBED, PACKED, HAS_LAST, HAS_STATE, SEGMENTED,
         )  # fmt: skip
     else:
         _program(
             g, v, k_slice, dq, state, d_state, local, cu_seqlens, log_decay, row, head, s, (part - OF_K - OF_V) * SK,
             g_b, g_t, g_h, g_c, v_b, v_t, v_h, v_c, k_b, k_t, k_h, k_c, s_n, s_h, s_v, s_k, 1, V,
-            T, H, N, segment, segments, V, K, BV, SK, C, False, DESCRIBED, SPLIT, PACKED, HAS_STATE, False, SEGMENTED,
+            T, H, N, segment, segments, V, K, BV, SK, C, False, DESCRIBED, PACKED, HAS_STATE, False, SEGMENTED,
         )  # fmt: skip
 
 
@@ -430,18 +426,16 @@ class Tiles:
         loads = self.chunk * (2 * block + self.slice)
         return itemsize * (self.stages * loads + block * self.slice + self.chunk * (self.chunk + self.slice))
 
-    def options(self) -> dict[str, Any]:
-        # two warp groups over a chunk of 64 rows cannot share rows
-        split = self.warps * 16 > self.chunk
-        return {"C": self.chunk, "SPLIT": split, "num_warps": self.warps, "num_stages": self.stages}
 
-
-# Best first; the first that fits the GPU's shared memory and registers runs.
-_SMALL = (Tiles(64, 64, 4, 1, True), Tiles(64, 64, 8, 2, True), Tiles(64, 64, 8, 1, True), Tiles(32, 64, 8, 1))
-_FORWARD = (Tiles(64, 64, 4, 3, True), Tiles(64, 64, 4, 2, True), *_SMALL)
-_BACKWARD = (Tiles(64, 64, 4, 2, True), *_SMALL)
+# Best first; the first that fits the GPU's shared memory and registers runs. Three stages hide what a program alone on
+# its multiprocessor waits for; the backward's, which reads more through the cache, gain nothing from them when paired.
+_SMALL = (Tiles(64, 64, 4, 1, True), Tiles(32, 64, 4, 1))
+_DEEP = (Tiles(64, 64, 4, 3, True), *_SMALL)
+_PAIRED = (Tiles(64, 64, 4, 2, True), *_SMALL)
 _FULL = (Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))  # for float32
-_works: dict[Any, int] = {}  # the first that did not run out of a GPU's resources, to be tried first
+_Key = tuple[Any, ...]
+_fitting: dict[_Key, Tiles] = {}  # of a call's key: the configuration that runs it
+_compiled: dict[_Key, Any] = {}  # of a kernel and a call's key: what Triton would find again by every argument
 
 
 @functools.cache
@@ -454,113 +448,142 @@ def _device(index: int | None) -> tuple[int, int, bool]:
     return properties["multiprocessor_count"], properties["max_shared_mem"], described
 
 
+def _over(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv takes microseconds."""
+    return -(-a // b)
+
+
+@functools.cache
 def _block(width: int, dtype: torch.dtype) -> int:
     """Padded width of a tile. Narrow half-precision tiles are miscompiled for Hopper by Triton 3.6."""
     return max(16 if dtype == torch.float32 else 64, triton.next_power_of_2(width))
 
 
-def choices(K: int, V: int, dtype: torch.dtype, shared: int, *, backward: bool = False) -> list[Tiles]:
+def choices(K: int, V: int, dtype: torch.dtype, shared: int, *, paired: bool = False) -> list[Tiles]:
     """The configurations that may run a walk over states [K, V], best first."""
-    block = _block(K, dtype)
-    known = _FULL if dtype == torch.float32 else _BACKWARD if backward else _FORWARD
-    fits = [
-        tiles
-        for tiles in known
-        if tiles.shared_bytes(block, dtype.itemsize) <= shared and block * tiles.slice <= 2048 * tiles.warps
-    ]
-    return [dataclasses.replace(x, slice=min(x.slice, _block(V, dtype))) for x in fits[:3] or known[-1:]]
+    known = _FULL if dtype == torch.float32 else _PAIRED if paired else _DEEP
+    fits = [tiles for tiles in known if tiles.shared_bytes(_block(K, dtype), dtype.itemsize) <= shared]
+    return [dataclasses.replace(x, slice=min(x.slice, _block(V, dtype))) for x in fits or known[-1:]]
 
 
-def _segmentation(programs: int, T: int, slots: int) -> int:
-    """Into how many segments to cut time: one, unless that leaves much of the GPU idle."""
+@functools.lru_cache(1024)
+def _segmentation(programs: int, sums: int, chunks: int, processors: int) -> int:
+    """Into how many segments to cut time. programs, sums: programs a segment of the walk and of the summing.
 
-    def cost(segments: int) -> float:
-        walks, sums = triton.cdiv(programs * segments, slots), triton.cdiv(programs * (segments - 1), slots)
-        return (walks + 0.5 * sums) / segments
+    The numbers are microseconds on an H100, with chunks of 64 tokens and slices of 128 x 64: a walk's chunk takes 1.5
+    where every program has a multiprocessor to itself and 3.1 else, the state of an earlier segment 1, a chunk of the
+    sum 1 or, where sums fill the GPU, 1 for all that run at once (2, but strong decay spares half); a launch, 6.
+    """
+    slots = 2 * processors
 
-    best = min(range(1, max(1, min(16, T // 256)) + 1), key=cost)
-    return best if cost(best) < 0.8 * cost(1) else 1
+    def cost(n: int) -> float:
+        each = _over(chunks, n)
+        full, rest = divmod(programs * n, slots)
+        walk = each * (3.1 * full + (0 if rest == 0 else 1.5 if programs * n <= processors else 3.1))
+        if n == 1:
+            return walk
+        return walk + _over(programs * n, slots) * (n - 1) + each * max(1.0, sums * (n - 1) / slots) + 6
+
+    return min(range(1, max(1, min(16, chunks // 4)) + 1), key=cost)
 
 
 class _Call:
     """What the launches of one call share. tiles, segments: to run with; chosen where None."""
 
     def __init__(
-        self, q: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, tiles: Tiles | None,
-        segments: int | None,
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, tiles: Tiles | None,
+        segments: int | None, more: Sequence[Tensor | None],
     ) -> None:  # fmt: skip
         self.B, self.T, self.H, self.K = q.shape
         self.V, self.dtype, self.device = v.shape[3], q.dtype, q.device
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.log_decay, self.cu_seqlens, self.tiles, self.segments = log_decay, cu_seqlens, tiles, segments
-        self.processors, self.shared, self.describes = _device(q.device.index if q.is_cuda else None)
+        self.log_decay, self.cu_seqlens = (
+            log_decay.contiguous(),
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+        )
+        self.tiles, self.segments = tiles, segments
+        self.index = q.device.index if q.is_cuda else None
+        self.processors, self.shared, self.describes = _device(self.index)
+        # all that the arguments of a launch depend on but addresses, and of these what Triton wants to know
+        tensors = (q, k, v, self.log_decay, self.cu_seqlens, *more)
+        self.key: _Key = (
+            q.shape, self.V, self.N, self.index, tiles, segments,
+            *((x.dtype, x.stride(), x.data_ptr() % 16 == 0) if x is not None else None for x in tensors),
+        )  # fmt: skip
 
-    def run(self, name: str, K: int, V: int, launch: Callable[[Tiles], None]) -> None:
+    def run(self, name: str, candidates: Callable[[], list[Tiles]], launch: Callable[[Tiles], None]) -> None:
         """Launch with the first configuration that the GPU has the resources for."""
-        candidates = [self.tiles] if self.tiles else choices(K, V, self.dtype, self.shared, backward=name == "backward")
-        key = (name, K, V, self.dtype, self.device, self.tiles)
-        for index in range(_works.get(key, 0), len(candidates)):
+        key = (name, *self.key)
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                return self.run(name, candidates, launch)
+        if tiles := _fitting.get(key):
+            return launch(tiles)
+        for tiles in (tries := [self.tiles] if self.tiles else candidates()):
             try:
-                launch(candidates[index])
+                launch(tiles)
             except OutOfResources:
-                if index + 1 == len(candidates):
+                if tiles is tries[-1]:
                     raise
             else:
-                _works[key] = index
-                return
+                if len(_fitting) >= 4096:  # of as many lengths
+                    _fitting.clear()
+                    _compiled.clear()
+                _fitting[key] = tiles
+                return None
+        return None
 
-    def cut(self, parts: int, tiles: Tiles) -> tuple[int, int]:
-        """(tokens a segment, segments), with `parts` programs a row, head and segment."""
-        slots = self.processors * (2 if tiles.warps == 4 else 1)
-        wanted = self.segments or _segmentation(self.B * self.H * parts, self.T, slots)
-        unit = max(64, tiles.chunk)
-        segment = max(unit, triton.cdiv(triton.cdiv(self.T, wanted), unit) * unit)
-        return segment, max(1, triton.cdiv(self.T, segment))
+    def launch(self, kernel: Any, programs: int, tiles: Tiles, stages: int, arguments: Sequence[Any]) -> None:
+        """All parameters of the kernel in order. Triton's own look-up by every argument is what this leaves out."""
+        key = (kernel.__name__, tiles, *self.key)
+        if compiled := _compiled.get(key):
+            compiled[(programs, 1, 1)](*arguments)
+            return
+        compiled = kernel[(programs,)](*arguments, num_warps=tiles.warps, num_stages=stages)
+        if not INTERPRETED:
+            _compiled[key] = compiled
+
+    def cut(self, parts: int, sums: int) -> tuple[int, int]:
+        """(tokens a segment, segments), with so many programs a row, head and segment."""
+        rows = self.B * self.H
+        wanted = self.segments or _segmentation(rows * parts, rows * sums, _over(self.T, 64), self.processors)
+        segment = max(64, _over(_over(self.T, wanted), 64) * 64)
+        if self.tiles and self.tiles.chunk > 64:
+            segment = _over(segment, self.tiles.chunk) * self.tiles.chunk
+        return segment, max(1, _over(self.T, segment))
 
     def describe(self, tiles: Tiles, *tensors: Tensor) -> bool:
-        """Whether to load all of these by descriptor."""
-        return tiles.described and self.describes and self.cu_seqlens is None and all(_describable(x) for x in tensors)
+        """Whether to load all of these by descriptor. Making them takes longer than small calls gain by it."""
+        if not (tiles.described and self.describes and self.cu_seqlens is None):
+            return False
+        return (self.tiles is not None or tensors[0].numel() >= 2**26) and all(_describable(x) for x in tensors)
 
     def empty_state(self, *leading: int) -> Tensor:
         """[*leading, H, K, V] in float32, or nothing."""
         shape = (*leading, self.H, self.K, self.V) if leading else (0,)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def common(self, segment: int, segments: int, described: bool) -> dict[str, Any]:
-        return {
-            "T": self.T, "H": self.H, "N": self.N, "segment": segment, "segments": segments, "K": self.K, "V": self.V,
-            "BK": _block(self.K, self.dtype), "PACKED": self.cu_seqlens is not None, "DESCRIBED": described,
-            "cu_seqlens": self.log_decay if self.cu_seqlens is None else self.cu_seqlens, "log_decay": self.log_decay,
-        }  # fmt: skip
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        return self.log_decay if self.cu_seqlens is None else self.cu_seqlens, self.log_decay
 
-    def sum_segments(self, tiles: Tiles, cut: tuple[int, int], k: Tensor, v: Tensor) -> Tensor:
-        """The local states of the forward walk."""
-        local = self.empty_state(self.B, cut[1])
-        self._sum(tiles, cut, k, v, local, k, v, local, False)
-        return local
-
-    def sum_both(
-        self, tiles: Tiles, cut: tuple[int, int], k: Tensor, v: Tensor, q: Tensor, d_output: Tensor
+    def sum_segments(
+        self, tiles: Tiles, cut: tuple[int, int], k: Tensor, v: Tensor, q: Tensor, d_output: Tensor, backward: bool
     ) -> tuple[Tensor, Tensor]:
-        """Those of both walks of the backward."""
-        local, d_local = self.empty_state(self.B, cut[1]), self.empty_state(self.B, cut[1])
-        self._sum(tiles, cut, k, v, local, q, d_output, d_local, True)
-        return local, d_local
-
-    def _sum(
-        self, tiles: Tiles, cut: tuple[int, int], k: Tensor, v: Tensor, local: Tensor, q: Tensor, d_output: Tensor,
-        d_local: Tensor, backward: bool,
-    ) -> None:  # fmt: skip
+        """The local states of the forward walk and, in backward, of the other one."""
         width, block = min(tiles.slice, _block(self.V, self.dtype)), _block(self.K, self.dtype)
+        local = self.empty_state(self.B, cut[1])
+        d_local = self.empty_state(self.B, cut[1]) if backward else local
         described = self.describe(tiles, k, v, q, d_output)
         C = tiles.chunk
-        _segments_kernel[(self.B * (1 + backward) * self.H * (cut[1] - 1) * triton.cdiv(self.V, width),)](
+        programs = self.B * (1 + backward) * self.H * (cut[1] - 1) * _over(self.V, width)
+        arguments = (
             _as(k, C, block, described), _as(v, C, width, described), local,
-            _as(q, C, block, described), _as(d_output, C, width, described), d_local,
-            **_names("q", q), **_names("k", k), **_names("v", v), **_names("g", d_output),
-            **self.common(*cut, described), BV=width, C=C, BACKWARD=backward,
-            num_warps=tiles.warps, num_stages=min(2, tiles.stages),
+            _as(q, C, block, described), _as(d_output, C, width, described), d_local, *self.bounds(),
+            *k.stride(), *v.stride(), *q.stride(), *d_output.stride(), self.T, self.H, self.N, *cut,
+            self.K, self.V, block, width, C, described, self.cu_seqlens is not None, backward,
         )  # fmt: skip
+        self.launch(_segments_kernel, programs, tiles, min(2, tiles.stages), arguments)
+        return local, d_local
 
 
 def _describable(x: Tensor) -> bool:
@@ -579,10 +602,7 @@ def _as(x: Tensor, chunk: int, width: int, described: bool) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, chunk, 1, width])
 
 
-def _names(letter: str, x: Tensor | None, axes: str = "bthc") -> dict[str, int]:
-    """The strides of x as arguments of a kernel."""
-    strides = (0,) * len(axes) if x is None else x.stride()
-    return {f"{letter}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
+_NO_STRIDES = (0, 0, 0, 0)
 
 
 def forward(
@@ -590,27 +610,27 @@ def forward(
     *, tiles: Tiles | None = None, segments: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output, last state)."""
-    call = _Call(q, v, log_decay, cu_seqlens, tiles, segments)
+    call = _Call(q, k, v, log_decay, cu_seqlens, tiles, segments, (state,))
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     last = call.empty_state(call.N)
     if last.numel() == 0:
         return output, last
 
     def launch(tiles: Tiles) -> None:
-        slices = triton.cdiv(call.V, tiles.slice)
-        cut = call.cut(slices, tiles)
-        local = call.sum_segments(tiles, cut, k, v) if cut[1] > 1 else last
+        slices = _over(call.V, tiles.slice)
+        cut = call.cut(slices, slices)
+        local = call.sum_segments(tiles, cut, k, v, k, v, False)[0] if cut[1] > 1 else last
         described = call.describe(tiles, q, k, v)
         C, block = tiles.chunk, _block(call.K, call.dtype)
-        _forward_kernel[(call.B * call.H * cut[1] * slices,)](
+        arguments = (
             _as(q, C, block, described), _as(k, C, block, described), _as(v, C, tiles.slice, described), output,
-            last if state is None else state, last, local,
-            **_names("q", q), **_names("k", k), **_names("v", v), **_names("s", state, "nhkv"),
-            **call.common(*cut, described), BV=tiles.slice, HAS_STATE=state is not None, SEGMENTED=cut[1] > 1,
-            **tiles.options(),
+            last if state is None else state, last, local, *call.bounds(), *q.stride(), *k.stride(), *v.stride(),
+            *(_NO_STRIDES if state is None else state.stride()), call.T, call.H, call.N, *cut,
+            call.K, call.V, block, tiles.slice, C, described, cu_seqlens is not None, state is not None, cut[1] > 1,
         )  # fmt: skip
+        call.launch(_forward_kernel, call.B * call.H * cut[1] * slices, tiles, tiles.stages, arguments)
 
-    call.run("forward", call.K, call.V, launch)
+    call.run("forward", lambda: choices(call.K, call.V, call.dtype, call.shared), launch)
     return output, last
 
 
@@ -619,31 +639,39 @@ def backward(
     d_output: Tensor, d_last: Tensor | None, *, tiles: Tiles | None = None, segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and of the incoming state (empty where there was none)."""
-    call = _Call(q, v, log_decay, cu_seqlens, tiles, segments)
+    call = _Call(q, k, v, log_decay, cu_seqlens, tiles, segments, (state, d_output, d_last))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     d_state = call.empty_state(*(() if state is None else (call.N,)))
     if call.N * call.H == 0:
         return dq, dk, dv, d_state
+    BK, BV = _block(call.K, call.dtype), _block(call.V, call.dtype)
+    rows = call.B * call.H
+
+    def parts(width: int) -> int:
+        return 2 * _over(call.K, width) + _over(call.V, width)
 
     def launch(tiles: Tiles) -> None:
-        BK, BV = _block(call.K, call.dtype), _block(call.V, call.dtype)
         SK, SV = min(tiles.slice, BK), min(tiles.slice, BV)
-        parts = 2 * triton.cdiv(call.K, SK) + triton.cdiv(call.V, SV)
-        cut = call.cut(parts, tiles)
-        local, d_local = call.sum_both(tiles, cut, k, v, q, d_output) if cut[1] > 1 else (d_state, d_state)
+        programs = 2 * _over(call.K, SK) + _over(call.V, SV)
+        cut = call.cut(programs, 2 * _over(call.V, SV))
+        sums = call.sum_segments(tiles, cut, k, v, q, d_output, True) if cut[1] > 1 else (d_state, d_state)
         described = call.describe(tiles, q, k, v, d_output)
         blocks = ((q, BK), (k, BK), (v, BV), (d_output, BV), (q, SK), (k, SK), (d_output, SV))
-        _backward_kernel[(call.B * call.H * cut[1] * parts,)](
+        arguments = (
             *(_as(x, tiles.chunk, width, described) for x, width in blocks), dq, dk, dv,
-            d_state if state is None else state, d_state if d_last is None else d_last, d_state, local, d_local,
-            **_names("q", q), **_names("k", k), **_names("v", v), **_names("g", d_output),
-            **_names("s", state, "nhkv"), **_names("e", d_last, "nhkv"),
-            **call.common(*cut, described), BV=BV, SK=SK, SV=SV,
-            HAS_STATE=state is not None, HAS_LAST=d_last is not None, SEGMENTED=cut[1] > 1, **tiles.options(),
+            d_state if state is None else state, d_state if d_last is None else d_last, d_state, *sums, *call.bounds(),
+            *q.stride(), *k.stride(), *v.stride(), *d_output.stride(),
+            *(_NO_STRIDES if state is None else state.stride()), *(_NO_STRIDES if d_last is None else d_last.stride()),
+            call.T, call.H, call.N, *cut, call.K, call.V, BK, BV, SK, SV, tiles.chunk, described,
+            cu_seqlens is not None, state is not None, d_last is not None, cut[1] > 1,
         )  # fmt: skip
+        call.launch(_backward_kernel, rows * cut[1] * programs, tiles, tiles.stages, arguments)
 
-    widest = max(call.K, call.V)
-    call.run("backward", widest, widest, launch)
+    def candidates() -> list[Tiles]:
+        widest = max(call.K, call.V)
+        return choices(widest, widest, call.dtype, call.shared, paired=rows * parts(64) > call.processors)
+
+    call.run("backward", candidates, launch)
     return dq, dk, dv, d_state
 
 
@@ -651,75 +679,94 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, new_state: Tensor, output: Tensor
 ) -> None:
     """One token, [B, 1, H, K]: fills `output` and `new_state`, which may be `state`."""
-    B, _, H, K = q.shape
-    V = v.shape[3]
-    if B * H == 0:
+    call = _Call(q, k, v, log_decay, None, None, None, (state, new_state))
+    if call.B * call.H == 0:
         return
-    wide = 32 if V > 16 else 16
-    _step_kernel[(B * H * triton.cdiv(V, wide),)](
-        q, k, v, output, new_state if state is None else state, new_state, log_decay,
+    wide = 32 if call.V > 16 else 16
+    arguments = (
+        q, k, v, output, new_state if state is None else state, new_state, call.log_decay,
         q.stride(0), q.stride(2), q.stride(3), k.stride(0), k.stride(2), k.stride(3),
-        v.stride(0), v.stride(2), v.stride(3), *((0, 0, 0, 0) if state is None else state.stride()),
-        *new_state.stride(), H=H, K=K, V=V, BK=triton.next_power_of_2(K), BV=wide, HAS_STATE=state is not None,
-        num_warps=4,
+        v.stride(0), v.stride(2), v.stride(3), *(_NO_STRIDES if state is None else state.stride()),
+        *new_state.stride(), call.H, call.K, call.V, triton.next_power_of_2(call.K), wide, state is not None,
     )  # fmt: skip
+    programs = call.B * call.H * _over(call.V, wide)
+    call.run(
+        "step", lambda: [Tiles(1, wide, 4, 1)], lambda tiles: call.launch(_step_kernel, programs, tiles, 1, arguments)
+    )
 
 
-# Registration: torch.compile and CUDA graphs see four ops.
+# Registration: torch.compile and CUDA graphs see four ops. torch.library.custom_op would add milliseconds to a call.
 
 
-@torch.library.custom_op("transnormer::lightning_triton", mutates_args=())
-def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, log_decay, state, cu_seqlens)
+def _define(name: str, schema: str, function: Callable[..., Any]) -> None:
+    torch.library.define(f"transnormer::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"transnormer::{name}", "default", function)
 
 
-@_forward_op.register_fake
-def _(q, k, v, log_decay, state, cu_seqlens):  # type: ignore[no-untyped-def]
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    last = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), last
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
 
 
-@torch.library.custom_op("transnormer::lightning_triton_backward", mutates_args=())
-def _backward_op(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
-    d_output: Tensor, d_last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(q, k, v, log_decay, state, cu_seqlens, d_output, d_last)
-
-
-@_backward_op.register_fake
-def _(q, k, v, log_decay, state, cu_seqlens, d_output, d_last):  # type: ignore[no-untyped-def]
-    d_state = q.new_empty((0,) if state is None else state.shape, dtype=torch.float32)
-    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), d_state
-
-
-@torch.library.custom_op("transnormer::lightning_triton_step", mutates_args=())
-def _step_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     new_state = torch.empty((q.shape[0], *q.shape[2:], v.shape[3]), dtype=torch.float32, device=q.device)
     step(q, k, v, log_decay, state, new_state, output)
     return output, new_state
 
 
-@_step_op.register_fake
+def _step_in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    output = torch.empty_like(v, memory_format=torch.contiguous_format)
+    step(q, k, v, log_decay, state, state, output)
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return output
+
+
+_define("lightning_triton", f"({_TENSORS}, Tensor? state, Tensor? cu_seqlens) -> (Tensor, Tensor)", forward)
+_define(
+    "lightning_triton_backward",
+    f"({_TENSORS}, Tensor? state, Tensor? cu_seqlens, Tensor d_output, Tensor? d_last)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    backward,
+)
+_define("lightning_triton_step", f"({_TENSORS}, Tensor? state) -> (Tensor, Tensor)", _step)
+_define("lightning_triton_step_", f"({_TENSORS}, Tensor(a!) state) -> Tensor", _step_in_place)
+
+
+@torch.library.register_fake("transnormer::lightning_triton")
+def _(q, k, v, log_decay, state, cu_seqlens):  # type: ignore[no-untyped-def]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    last = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), last
+
+
+@torch.library.register_fake("transnormer::lightning_triton_backward")
+def _(q, k, v, log_decay, state, cu_seqlens, d_output, d_last):  # type: ignore[no-untyped-def]
+    d_state = q.new_empty((0,) if state is None else state.shape, dtype=torch.float32)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), d_state
+
+
+@torch.library.register_fake("transnormer::lightning_triton_step")
 def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
     new_state = q.new_empty((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     return torch.empty_like(v, memory_format=torch.contiguous_format), new_state
 
 
-@torch.library.custom_op("transnormer::lightning_triton_step_", mutates_args=("state",))
-def _step_in_place_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
-    output = torch.empty_like(v, memory_format=torch.contiguous_format)
-    step(q, k, v, log_decay, state, state, output)
-    return output
-
-
-@_step_in_place_op.register_fake
+@torch.library.register_fake("transnormer::lightning_triton_step_")
 def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
     return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether nobody watches: no compiler, no mode, no transform. Then the dispatcher need not see the kernels."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def _below(op: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    if _direct(arguments[0]):
+        return function(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -732,13 +779,45 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    dq, dk, dv, d_state = torch.ops.transnormer.lightning_triton_backward(
-        q, k, v, log_decay, state, cu_seqlens, d_output, d_last
-    )
+    dq, dk, dv, d_state = _below(
+        torch.ops.transnormer.lightning_triton_backward, backward,
+        q, k, v, log_decay, state, cu_seqlens, d_output, d_last,
+    )  # fmt: skip
     return dq, dk, dv, None, None if state is None else d_state.to(state.dtype)
 
 
-_forward_op.register_autograd(
-    lambda ctx, d_output, d_last: (*_differentiate(ctx, d_output, d_last), None), setup_context=_save_for_backward
-)
-_step_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, log_decay, state, cu_seqlens):  # type: ignore[no-untyped-def, override]
+        return _below(torch.ops.transnormer.lightning_triton, forward, q, k, v, log_decay, state, cu_seqlens)
+
+    setup_context = staticmethod(_save_for_backward)
+
+    @staticmethod
+    def backward(ctx, d_output, d_last):  # type: ignore[no-untyped-def, override]
+        return *_differentiate(ctx, d_output, d_last), None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, log_decay, state):  # type: ignore[no-untyped-def, override]
+        return _below(torch.ops.transnormer.lightning_triton_step, _step, q, k, v, log_decay, state)
+
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_differentiate)
+
+
+def _or_apply(function: Any, op: Any, kernels: Callable[..., Any]) -> Callable[..., Any]:
+    """What autograd sees: the function where a gradient is wanted, else straight on."""
+
+    def call(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return function.apply(*arguments)
+        return _below(op, kernels, *arguments)
+
+    return call
+
+
+_LIBRARY = torch.library.Library("transnormer", "FRAGMENT")
+_LIBRARY.impl("lightning_triton", _or_apply(_Attention, torch.ops.transnormer.lightning_triton, forward), "Autograd")
+_LIBRARY.impl("lightning_triton_step", _or_apply(_Step, torch.ops.transnormer.lightning_triton_step, _step), "Autograd")

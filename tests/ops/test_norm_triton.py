@@ -1,0 +1,93 @@
+"""SimpleRMSNorm's Triton kernels: in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transnormer.ops import dispatch, simple_rms_norm
+
+norm_triton = pytest.importorskip("transnormer.ops.norm_triton")
+DEVICE = "cuda" if torch.cuda.is_available() and not norm_triton.INTERPRETED else "cpu"
+if DEVICE == "cpu" and not norm_triton.INTERPRETED:
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+
+def draw(*shape, dtype=torch.float32):
+    """An input and the gradient of its output."""
+    return (3 * torch.randn(*shape, device=DEVICE)).to(dtype), torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def both(x, g, **options):
+    leaf = x.detach().requires_grad_()
+    y = simple_rms_norm(leaf, **options)
+    return y.detach(), torch.autograd.grad(y, leaf, g)[0]
+
+
+def error(found, true):
+    return ((found.double() - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (3, 1), (2, 5, 33), (9, 128), (2, 1500), (300, 16)])
+def test_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
+    x, g = draw(*shape, dtype=dtype)
+    factor = 4 if DEVICE == "cpu" and dtype == torch.bfloat16 else 2  # interpreted, bfloat16 is cut, not rounded
+    plain, true = both(x, g, backend="torch"), both(x.double(), g.double())
+    for found, usual, exact in zip(both(x, g, backend="triton"), plain, true, strict=True):
+        assert found.dtype == dtype
+        assert error(found, exact) <= factor * max(error(usual, exact), torch.finfo(dtype).eps)
+
+
+def test_strides_do_not_matter():
+    x, g = draw(6, 5, 40)
+    want = both(x, g, backend="triton")
+    spread = [torch.cat([t, t], -1)[..., :40] for t in (x, g)]
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, g)]
+    columns = [t.mT.contiguous().mT for t in (x, g)]
+    for x, g in (spread, turned, columns):
+        assert all(torch.equal(a, b) for a, b in zip(both(x, g, backend="triton"), want, strict=True))
+    ones = both(x, torch.ones_like(g), backend="triton")[1]
+    assert torch.equal(both(x, torch.ones((), device=DEVICE).expand(g.shape), backend="triton")[1], ones)
+
+
+def test_nothing_in_nothing_out():
+    for shape in ((0, 4), (3, 0, 4)):
+        assert all(x.shape == shape for x in both(*draw(*shape), backend="triton"))
+
+
+def test_every_element_is_written(monkeypatch):
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
+    for shape in ((1000, 3), (3, 1000)):
+        assert all(x.isfinite().all() for x in both(*draw(*shape), backend="triton"))
+
+
+def test_large_values_in_half_precision_do_not_overflow():
+    x = torch.full((2, 8), 60_000.0, dtype=torch.float16, device=DEVICE)
+    torch.testing.assert_close(simple_rms_norm(x, backend="triton"), torch.ones_like(x))
+
+
+def test_compile_passes_through(monkeypatch):
+    x, g = draw(4, 20)
+    compiled = torch.compile(lambda x: simple_rms_norm(2 * x, backend="triton"), fullgraph=True, backend="aot_eager")
+    leaf = x.requires_grad_()
+    for function in (compiled, lambda x: simple_rms_norm(2 * x)):
+        found = torch.autograd.grad(function(leaf), leaf, g)[0]
+        want = torch.autograd.grad(simple_rms_norm(2 * leaf, backend="torch"), leaf, g)[0]
+        torch.testing.assert_close(found, want)
+    monkeypatch.setattr(dispatch, "_said", set())  # as in a process whose first call is a compiled one
+    automatic = torch.compile(lambda x: simple_rms_norm(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(automatic(x), simple_rms_norm(x))
+
+
+def test_registration():
+    x, g = draw(4, 20)
+    torch.library.opcheck(torch.ops.transnormer.simple_rms_norm, (x.clone().requires_grad_(), 1e-6))
+    torch.library.opcheck(torch.ops.transnormer.simple_rms_norm_backward, (x, g, 1e-6))
+
+
+def test_what_cannot_run_says_why():
+    for x, reason in ((torch.ones(2, 3).double(), "float64"), (torch.ones(1, 20_000), "20000 is not from 1")):
+        with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run this call: .*{reason}"):
+            simple_rms_norm(x, backend="triton")
