@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transnormer.ops import lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
+from transnormer.ops import lightning_kernels_triton as device_code
 from transnormer.ops import lightning_triton as kernels
 from transnormer.ops.lightning_triton import Tiles
 
@@ -475,7 +476,7 @@ def _distance(found: Tensor, want: Tensor) -> float:
 def _resources() -> dict[str, Any]:
     """Registers and spills of the kernels compiled last."""
     found = {}
-    for name, kernel in (("forward", kernels._forward_kernel), ("backward", kernels._backward_kernel)):
+    for name, kernel in (("forward", device_code.forward_kernel), ("backward", device_code.backward_kernel)):
         compiled = list(kernel.device_caches[torch.cuda.current_device()][0].values())
         if compiled:
             found[name] = (getattr(compiled[-1], "n_regs", None), getattr(compiled[-1], "n_spills", None))
@@ -539,7 +540,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     if options.precision:
-        kernels._PRECISION = tl.constexpr(options.precision)
+        device_code._PRECISION = tl.constexpr(options.precision)
     if options.profile:
         profile(options.profile)
         return
