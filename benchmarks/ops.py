@@ -24,13 +24,13 @@ import functools
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import torch.nn.functional as F
 import triton
@@ -503,15 +503,6 @@ def show(title: str, rows: Iterator[dict[str, Any]], into: list[dict[str, Any]],
         keep()
 
 
-def _commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def profile(what: str) -> None:
     B, H, T = 4, 32, 8_192
     ((q, k, v, g),), log_decay = inputs(B, H, T)
@@ -547,7 +538,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     today = datetime.date.today().isoformat()
     result: dict[str, Any] = {
-        "device": device, "date": today, "commit": options.commit or _commit(), "command": " ".join(["python", *sys.argv]),
+        "device": device, "date": today, "commit": options.commit or record.commit(), "command": " ".join(["python", *sys.argv]),
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
     }  # fmt: skip
     result |= ceilings()

@@ -28,16 +28,23 @@ def device_name(device: str) -> str:
     return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def commit() -> str | None:
+    """The checkout's commit, "-dirty" where tracked files were changed; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=RESULTS.parent.parent, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
 def save(subject: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Write benchmarks/results/<subject>_<device>_<date>.json with device, versions, commit and command."""
     root = RESULTS.parent.parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                            cwd=root, capture_output=True, text=True).stdout.strip()  # fmt: skip
     record = {
         "subject": subject,
         "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit or None,
+        "commit": commit(),
         "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]]),
         "date": date.today().isoformat(),
         **facts,

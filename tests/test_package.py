@@ -17,7 +17,7 @@ ARROWS = {
     "config": set(),
     "files": set(),
     "ops": set(),
-    "data": set(),
+    "data": {"files"},
     "model": {"config", "files", "ops"},
     "train": {"config", "files", "data", "model", "evaluation"},
     "inference": {"config", "data", "model"},

@@ -108,5 +108,6 @@ def step_folders(parent: Path) -> list[Path]:
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

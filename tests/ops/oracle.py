@@ -148,3 +148,18 @@ def assert_within_twice(
             continue
         error, allowed = distance(ours[name], want), factor * distance(yardstick[name], want)
         assert error <= allowed, f"{name} {note}: error {error:.3g}, allowed is {allowed:.3g}"
+
+
+def compiled_and_eager_gradients(attention, case):
+    """(compiled as one graph, eager) gradients of q, k, v and the state."""
+
+    def loss(q, k, v, state):
+        output, last = attention(q, k, v, case.log_decay, state=state)
+        return (output * case.d_output).sum() + (last * case.d_last).sum()
+
+    def gradients(function):
+        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.state)]
+        return torch.autograd.grad(function(*leaves), leaves)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    return list(zip(gradients(compiled), gradients(loss), strict=True))

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from oracle import DECAYS, assert_within_twice, distance, draw, exact, run
+from oracle import DECAYS, assert_within_twice, compiled_and_eager_gradients, distance, draw, exact, run
 
 from transnormer.ops import dispatch, lightning_attention, lightning_step_
 from transnormer.ops.lightning import _check, lightning_chunked, lightning_quadratic, lightning_reference
@@ -215,16 +215,7 @@ def test_very_long_sequences_stay_finite_and_right(decay):
 def test_compile_passes_through():
     case = draw(70, K=8, V=8, decays=[-0.1])
 
-    def loss(q, k, v, state):
-        output, last = attention(q, k, v, case.log_decay, state=state)
-        return (output * case.d_output).sum() + (last * case.d_last).sum()
-
-    def gradients(function):
-        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.state)]
-        return torch.autograd.grad(function(*leaves), leaves)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for found, want in zip(gradients(compiled), gradients(loss), strict=True):
+    for found, want in compiled_and_eager_gradients(attention, case):
         assert distance(found, want) < 1e-6
 
 

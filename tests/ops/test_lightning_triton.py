@@ -11,9 +11,10 @@ import sys
 
 import pytest
 import torch
-from oracle import DECAYS, assert_within_twice, distance, draw, exact, plain, run
+from oracle import DECAYS, assert_within_twice, compiled_and_eager_gradients, distance, draw, exact, plain, run
 
-from transnormer.ops import lightning_attention, lightning_step_
+from transnormer.ops import lightning, lightning_attention, lightning_step_
+from transnormer.ops.dispatch import choose
 
 lightning_triton = pytest.importorskip("transnormer.ops.lightning_triton")
 Tiles = lightning_triton.Tiles
@@ -202,16 +203,7 @@ def test_every_element_is_written(lengths):
 def test_compile_passes_through():
     case = draw(20, K=16, V=16, decays=[-0.1], rows=1, device=DEVICE)
 
-    def loss(q, k, v, state):
-        output, last = attention(q, k, v, case.log_decay, state=state)
-        return (output * case.d_output).sum() + (last * case.d_last).sum()
-
-    def gradients(function):
-        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.state)]
-        return torch.autograd.grad(function(*leaves), leaves)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for found, want in zip(gradients(compiled), gradients(loss), strict=True):
+    for found, want in compiled_and_eager_gradients(attention, case):
         assert torch.equal(found, want)
 
 
@@ -247,9 +239,10 @@ def test_what_cannot_run_says_why(K, V, dtype, reason):
 
 
 def test_on_the_cpu_auto_does_not_interpret(monkeypatch):
-    monkeypatch.setattr(lightning_triton, "forward", None)
-    case = draw(3)
+    case, chosen = draw(3), []
+    monkeypatch.setattr(lightning, "choose", lambda *call: chosen.append(choose(*call)) or chosen[-1])
     lightning_attention(case.q, case.k, case.v, case.log_decay)
+    assert chosen == ["torch"]
 
 
 def test_importing_the_package_does_not_import_triton():

@@ -127,13 +127,20 @@ def test_bfloat16_keeps_float32_weights(work: Path) -> None:
     assert losses[-1] < losses[0] - 0.2
 
 
+def test_the_curve_is_drawn_without_a_validation_split(work: Path, text_file: Path) -> None:
+    options = ("data.path=whole", f"data.text={text_file}", "data.vocab_size=300", "data.split=0")
+    run = train(tiny("run=whole", "train.steps=3", *options))
+    assert (run / "loss.png").exists()
+    assert not any("valid_loss" in line for line in read_metrics(run / "metrics.jsonl"))
+
+
 def test_tensorboard_on_request(work: Path) -> None:
     pytest.importorskip("tensorboard")
     run = train(tiny("run=board", "train.tensorboard=true", "train.steps=5"))
     assert list((run / "tensorboard").glob("events.*"))
 
 
-def kill_and_restart(kills: int, seed: int, steps: int) -> None:
+def check_kills_lose_nothing(kills: int, seed: int, steps: int) -> None:
     """Kill a run at random moments; its curve and weights must equal an undisturbed run's, bit for bit."""
     recipe = Path("tiny.toml")
     recipe.write_text(recipe.read_text().replace(f"steps = {STEPS}", f"steps = {steps}"))
@@ -162,12 +169,12 @@ def kill_and_restart(kills: int, seed: int, steps: int) -> None:
 
 
 def test_kills_at_random_moments_lose_nothing(work: Path) -> None:
-    kill_and_restart(kills=5, seed=1, steps=300)
+    check_kills_lose_nothing(kills=5, seed=1, steps=300)
 
 
 @pytest.mark.proof
 def test_many_kills_at_random_moments_lose_nothing(work: Path) -> None:
-    kill_and_restart(kills=30, seed=2, steps=2_000)
+    check_kills_lose_nothing(kills=30, seed=2, steps=2_000)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(work: Path) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..files import sha256
 from .corpus import documents
 from .tokenizer import check_vocab_size, encodes_in_pieces, end_of_text_id, load_tokenizer, pieces, train_tokenizer
 
@@ -105,7 +106,7 @@ def prepare(
             "dtype": dtype,
             "vocab_size": size,
             "end_of_text": end,
-            "tokenizer_sha256": _sha256(folder / "tokenizer.json"),
+            "tokenizer_sha256": sha256(folder / "tokenizer.json"),
             "source": {
                 "inputs": [str(given) for given in inputs],
                 "text_field": text_field,
@@ -320,10 +321,6 @@ def _shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.bin"
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 # Reading a folder.
 
 
@@ -386,7 +383,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise ValueError(f"{path}: damaged, or not of a prepared folder")
-    if not tokenizer.is_file() or _sha256(tokenizer) != record["tokenizer_sha256"]:
+    if not tokenizer.is_file() or sha256(tokenizer) != record["tokenizer_sha256"]:
         raise ValueError(f"{tokenizer}: is not the tokenizer that made these tokens")
     return record
 

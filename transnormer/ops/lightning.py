@@ -13,15 +13,12 @@ No scale on q and no denominator. Only non-positive exponents are ever exponenti
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is imported when a call takes it
+from .dispatch import choose, triton_refusal
 
 
 def lightning_attention(
@@ -308,17 +305,11 @@ _chunked.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _triton_refusal(q: Tensor, v: Tensor, *, named: bool) -> str | None:
-    """Why the Triton kernels cannot run this call, or None. On the CPU they run in the interpreter, if named."""
-    if q.dtype == torch.float64:
-        return "float64 inputs"
+    """Why the Triton kernels cannot run this call, or None."""
     for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
         if not 16 <= width <= 256:
             return f"{letter} = {width} is not from 16 to 256"
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if not q.is_cuda and not (named and _interpreted()):
-        return "no CUDA tensor and the interpreter is off" if named else "no CUDA tensor"
-    return None
+    return triton_refusal(q, named=named, interpreted=_interpreted)
 
 
 def _interpreted() -> bool:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from .dispatch import choose, triton_refusal
 
 
 def simple_rms_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -28,17 +24,13 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> T
 
 
 def _triton_refusal(x: Tensor, *, named: bool) -> str | None:
-    """Why the Triton kernels cannot run this call, or None. On the CPU they run in the interpreter, if named."""
-    if x.dtype == torch.float64:
-        return "float64 input"
-    if not _HAS_TRITON:
-        return "triton is not installed"
+    """Why the Triton kernels cannot run this call, or None."""
     if not 1 <= x.shape[-1] <= 16_384:
         return f"D = {x.shape[-1]} is not from 1 to 16,384"
-    if x.is_cuda:
-        return None
-    if not named:
-        return "no CUDA tensor"
+    return triton_refusal(x, named=named, interpreted=_interpreted)
+
+
+def _interpreted() -> bool:
     from . import norm_triton
 
-    return None if norm_triton.INTERPRETED else "no CUDA tensor and the interpreter is off"
+    return norm_triton.INTERPRETED

@@ -143,7 +143,7 @@ def _train(recipe: Recipe, run: Path, config: ModelConfig, data: TokenData, devi
             show(step, line["loss"], speed)
             if last or stop or (recipe.checkpoint.every and step % recipe.checkpoint.every == 0):
                 save(step)
-            if "valid_loss" in line:
+            if last or "valid_loss" in line:
                 plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
             if stop and not last:
                 raise Interrupted(f"stopped and saved at step {step}; the same command goes on from there", stop[0])
