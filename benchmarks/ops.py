@@ -2,7 +2,7 @@
 
     python benchmarks/ops.py            everything; writes benchmarks/results/ops_<device>_<date>.json
     python benchmarks/ops.py --quick    fewer rows and repeats, a few minutes
-    python benchmarks/ops.py --parts attention    only some of check, lengths, others, attention
+    python benchmarks/ops.py --parts attention    only some of check, lengths, fusions, others, losses, attention
     python benchmarks/ops.py --check    only: every configuration that may be chosen, against the float64 recurrence
     python benchmarks/ops.py --sweep    only: chunk, slice, warps and stages
     python benchmarks/ops.py --profile forward|backward|step    one call, to be run under a profiler
@@ -38,12 +38,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from transnormer.ops import lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
+from transnormer.ops import add_rms_norm, lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
 from transnormer.ops import lightning_kernels_triton as device_code
 from transnormer.ops import lightning_triton as kernels
 from transnormer.ops.lightning_triton import Tiles
+from transnormer.ops.lrpe import swish_lrpe
 
-PARTS = ["check", "lengths", "others", "attention"]
+PARTS = ["check", "lengths", "fusions", "others", "losses", "attention"]
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [(4, 32, 2_048), (4, 32, 8_192), (4, 32, 32_768), (1, 32, 131_072), (1, 16, 2_048)]
 SWEEP = [
@@ -190,8 +191,8 @@ def median_ms(call: Callable[[], Any], *, budget_ms: float = 400) -> float:
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
 
-def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
-    """A call's share of the replay of 20 calls in one graph."""
+def graph_ms(calls: Sequence[Callable[[], Any]], number: int = 20) -> float:
+    """A call's share of the replay of so many calls in one graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -200,9 +201,9 @@ def graph_ms(calls: Sequence[Callable[[], Any]]) -> float:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _, call in zip(range(20), itertools.cycle(calls), strict=False):
+        for _, call in zip(range(number), itertools.cycle(calls), strict=False):
             call()
-    return median_ms(graph.replay) / 20
+    return median_ms(graph.replay) / number
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -333,8 +334,65 @@ def _measure_plain(T: int, tensors: list[Any], log_decay: Tensor) -> Any:
     return measure(_plain(T, log_decay), tensors, log_decay, False, False)
 
 
+def fusion_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
+    """SimpleRMSNorm, alone and with what stands around it, and swish with LRPE, beside torch, eager and compiled.
+
+    q, k and the gate are views of one projection's output, as in the model. One tensor is [2, 8192, 4096] in bfloat16.
+    """
+    B, T, H, V = 2, 8_192, 32, 128
+    x, update = (torch.randn(B, T, H * V, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q, k, _, gate = torch.randn(B, T, H, 4, V, device="cuda", dtype=torch.bfloat16).unbind(-2)
+    theta, positions = 10_000 ** -torch.rand(H, V, device="cuda"), torch.arange(T, device="cuda")
+    unit = x.numel() * 2 / bandwidth / 1e9
+
+    def alone(x: Tensor, backend: str) -> tuple[Tensor, ...]:
+        return (simple_rms_norm(x, backend=backend),)
+
+    def times_gate(x: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, ...]:
+        return (simple_rms_norm(x, gate=gate, backend=backend),)
+
+    def after_update(x: Tensor, update: Tensor, backend: str) -> tuple[Tensor, ...]:
+        return add_rms_norm(x, update, backend=backend)
+
+    def turned(q: Tensor, k: Tensor, theta: Tensor, backend: str) -> tuple[Tensor, ...]:
+        return swish_lrpe(q, k, theta, positions, backend=backend)
+
+    cases: list[tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], int, int]] = [
+        (alone, [x], 2, 5), (times_gate, [x, gate], 3, 8), (after_update, [x, update], 4, 8),
+        (turned, [q, k, theta], 6, 14),
+    ]  # fmt: skip
+    for function, inputs, forward_units, both_units in cases:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        forms: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+            "ours": functools.partial(function, backend="triton"),
+            "eager": functools.partial(function, backend="torch"),
+            "compiled": torch.compile(functools.partial(function, backend="torch")),
+        }
+        if function is alone:
+            forms["F.rms_norm"] = lambda x: (F.rms_norm(x, x.shape[-1:], eps=1e-6),)
+        row: dict[str, Any] = {
+            "op": {alone: "norm", times_gate: "norm, gate", after_update: "residual, norm", turned: "swish, LRPE"}[function],
+            "floor_forward_ms": forward_units * unit, "floor_both_ms": both_units * unit, "contenders": {},
+        }  # fmt: skip
+        for name, form in forms.items():
+            with torch.no_grad():
+                found: dict[str, Any] = {
+                    "forward_ms": attempt(functools.partial(median_ms, functools.partial(form, *leaves)))
+                }
+            gradients = [torch.randn_like(y) for y in form(*leaves)]
+
+            def both(form: Callable[..., Any] = form, gradients: list[Tensor] = gradients, leaves: Any = leaves) -> Any:
+                return torch.autograd.grad(form(*leaves), leaves, gradients)
+
+            found["both_ms"] = attempt(functools.partial(median_ms, both))
+            found["both_graph_ms"] = attempt(functools.partial(graph_ms, [both], 4))
+            found["both_bytes"] = attempt(functools.partial(peak_bytes, both))
+            row["contenders"][name] = found
+        yield row
+
+
 def other_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
-    """The one-token step, the norm, the head and loss."""
+    """The one-token step."""
     B, H, D = 64, 32, 128
     q, k, v = (torch.randn(B, 1, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     log_decay = torch.full((H,), -0.1, device="cuda")
@@ -344,40 +402,69 @@ def other_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
         "op": "step", "B": B, "H": H, "K": D, "V": D, "floor_ms": 2 * states[0].numel() * 4 / bandwidth / 1e9,
         "graph_ms": attempt(lambda: graph_ms(calls)), "eager_ms": attempt(lambda: median_ms(calls[0])),
     }  # fmt: skip
-    x = torch.randn(16_384, 4_096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    g = torch.randn_like(x)
-    norms: dict[str, Callable[[Tensor], Tensor]] = {
-        "ours": simple_rms_norm,
-        "F.rms_norm": lambda x: F.rms_norm(x, (4_096,), eps=1e-6),
-        "compiled": torch.compile(functools.partial(simple_rms_norm, backend="torch")),
+
+
+def _loss_contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Name -> mean loss of hidden [N, D], head [vocab, D] and targets [N]."""
+
+    def plain(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, head), targets)
+
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "ours": functools.partial(linear_cross_entropy, backend="triton"),
+        "ours, backend torch": functools.partial(linear_cross_entropy, backend="torch"),
+        "plain": plain,
+        "plain, compiled": torch.compile(plain),
     }
-    unit = x.numel() * 2 / bandwidth / 1e9
-    row: dict[str, Any] = {
-        "op": "simple_rms_norm",
-        "shape": [16_384, 4_096],
-        "floor_ms": 2 * unit,
-        "floor_both_ms": 5 * unit,
-    }
-    for name, norm in norms.items():
+    with contextlib.suppress(ImportError):
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
 
-        def both(norm: Callable[[Tensor], Tensor] = norm) -> Any:
-            return torch.autograd.grad(norm(x), x, g)
+        wide = (None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)  # the last one: sums over slices
+        found["Liger"] = lambda *tensors: Liger.apply(*tensors)[0]
+        found["Liger, float32 sums"] = lambda *tensors: Liger.apply(*tensors, *wide)[0]
+    with contextlib.suppress(ImportError):
+        from cut_cross_entropy import linear_cross_entropy as cut
 
-        with torch.no_grad():
-            row[f"{name} ms"] = attempt(functools.partial(median_ms, functools.partial(norm, x)))
-        row[f"{name} both_ms"] = attempt(functools.partial(median_ms, both))
-    yield row
-    hidden = torch.randn(32_768, 1_024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    head = (torch.randn(64_000, 1_024, device="cuda", dtype=torch.bfloat16) / 32).requires_grad_()
-    targets = torch.randint(64_000, (32_768,), device="cuda")
+        found["cut-cross-entropy"] = cut  # leaves out gradients where the soft-max is below 2^-12
+        found["cut-cross-entropy, whole"] = functools.partial(cut, filter_eps=None)
+    return found
 
-    def loss() -> Any:
-        return torch.autograd.grad(linear_cross_entropy(hidden, head, targets), (hidden, head))
 
-    yield {
-        "op": "linear_cross_entropy", "tokens": 32_768, "width": 1_024, "vocab": 64_000,
-        "both_ms": attempt(lambda: median_ms(loss)), "bytes": attempt(lambda: peak_bytes(loss)),
-    }  # fmt: skip
+def loss_rows(product: float) -> Iterator[dict[str, Any]]:
+    """Head and loss, forward and backward, one contender after another; product: TFLOP/s of a matrix product.
+
+    Distances from float64 are of 2,048 tokens. The floor is the three products.
+    """
+    width, vocab = 1_024, 64_000
+    head = (torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16) / 32).requires_grad_()
+
+    def tokens(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.randn(number, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        return hidden, head, torch.randint(vocab, (number,), device="cuda")
+
+    def results(loss: Callable[..., Tensor], hidden: Tensor, head: Tensor, targets: Tensor) -> list[Tensor]:
+        value = loss(hidden, head, targets)
+        return [value.detach(), *torch.autograd.grad(value, (hidden, head))]
+
+    contenders, few, many = _loss_contenders(), tokens(2_048), tokens(32_768)
+    exact, exact_head = (x.detach().double().requires_grad_() for x in few[:2])
+    true = [x.float() for x in results(contenders["plain"], exact, exact_head, few[2])]
+    floor = 6 * 32_768 * width * vocab / product / 1e9
+    for name, loss in contenders.items():
+        row: dict[str, Any] = {
+            "op": "linear_cross_entropy", "contender": name, "tokens": 32_768, "width": width, "vocab": vocab,
+            "dtype": "bfloat16", "floor_ms": floor,
+        }  # fmt: skip
+
+        def errors(loss: Callable[..., Tensor] = loss) -> dict[str, float]:
+            names = ("loss_error", "d_hidden_error", "d_head_error")
+            return {n: _distance(x, y) for n, x, y in zip(names, results(loss, *few), true, strict=True)}
+
+        call = functools.partial(results, loss, *many)
+        row["both_ms"] = attempt(functools.partial(median_ms, call))
+        row["bytes"] = attempt(functools.partial(peak_bytes, call))
+        found = attempt(errors)
+        yield row | (found if isinstance(found, dict) else {"error": found})
 
 
 # Correctness of every configuration that may be chosen.
@@ -568,8 +655,12 @@ def main() -> None:
     if everything and "lengths" in options.parts:
         lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
         part("lengths", length_rows(lengths))
+    if everything and "fusions" in options.parts:
+        part("fusions", fusion_rows(bandwidth))
     if everything and "others" in options.parts:
         part("others", other_rows(bandwidth))
+    if everything and "losses" in options.parts:
+        part("losses", loss_rows(result["matmul_tflop_per_second"]))
     if everything and "attention" in options.parts:
         part("attention", attention_rows(ROWS, bandwidth, quick))
     print(f"\nwrote {path}")

@@ -141,12 +141,17 @@ def distance(found: Tensor, true: Tensor) -> float:
 def assert_within_twice(
     op: Callable[..., tuple[Tensor, Tensor]], case: Case, note: str = "", factor: float = 2
 ) -> None:
-    """The error rule. States go in and come back in float32."""
+    """The error rule. States go in and come back in float32.
+
+    In float32 an error of four roundings always passes: of a few tokens, torch's own error is that of another order of
+    one sum of K or V products, below a rounding.
+    """
+    least = 4 * torch.finfo(torch.float32).eps
     ours, yardstick, true = run(op, case.to(case.q.dtype, state=torch.float32)), plain(case), exact(case)
     for name, want in true.items():
         if want.numel() == 0:
             continue
-        error, allowed = distance(ours[name], want), factor * distance(yardstick[name], want)
+        error, allowed = distance(ours[name], want), max(factor * distance(yardstick[name], want), least)
         assert error <= allowed, f"{name} {note}: error {error:.3g}, allowed is {allowed:.3g}"
 
 

@@ -16,11 +16,12 @@ from oracle import DECAYS, assert_within_twice, compiled_and_eager_gradients, di
 from transnormer.ops import lightning, lightning_attention, lightning_step_
 from transnormer.ops.dispatch import choose
 
+launch_triton = pytest.importorskip("transnormer.ops.launch_triton")
 lightning_triton = pytest.importorskip("transnormer.ops.lightning_triton")
 Tiles = lightning_triton.Tiles
-GPU = torch.cuda.is_available() and not lightning_triton.INTERPRETED
+GPU = torch.cuda.is_available() and not launch_triton.INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU and not lightning_triton.INTERPRETED:
+if not GPU and not launch_triton.INTERPRETED:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]

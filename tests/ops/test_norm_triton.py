@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transnormer.ops import dispatch, simple_rms_norm
+from transnormer.ops import add_rms_norm, dispatch, simple_rms_norm
 
-norm_triton = pytest.importorskip("transnormer.ops.norm_triton")
-DEVICE = "cuda" if torch.cuda.is_available() and not norm_triton.INTERPRETED else "cpu"
-if DEVICE == "cpu" and not norm_triton.INTERPRETED:
+launch_triton = pytest.importorskip("transnormer.ops.launch_triton")
+DEVICE = "cuda" if torch.cuda.is_available() and not launch_triton.INTERPRETED else "cpu"
+if DEVICE == "cpu" and not launch_triton.INTERPRETED:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 
@@ -37,6 +37,60 @@ def test_error_is_at_most_twice_that_of_plain_torch(shape, dtype):
     for found, usual, exact in zip(both(x, g, backend="triton"), plain, true, strict=True):
         assert found.dtype == dtype
         assert error(found, exact) <= factor * max(error(usual, exact), torch.finfo(dtype).eps)
+
+
+def fused(x, g, d_sum, other, fusion, **options):
+    """Results and gradients of a fused form."""
+    leaves = [x.detach().requires_grad_(), other.detach().requires_grad_()]
+    if fusion == "gate":
+        y = simple_rms_norm(leaves[0], gate=leaves[1], **options)
+        return y.detach(), *torch.autograd.grad(y, leaves, g)
+    s, y = add_rms_norm(*leaves, **options)
+    gradients = torch.autograd.grad((s, y), leaves, (d_sum, g))
+    assert torch.equal(*gradients)
+    return s.detach(), y.detach(), gradients[0]
+
+
+@pytest.mark.parametrize("fusion", ["gate", "heads", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 32), (2, 1500), (300, 16)])
+def test_fused_with_what_stands_around(shape, dtype, fusion):
+    x, g = draw(*shape, dtype=dtype)
+    other, d_sum = draw(*shape, dtype=dtype)
+    factor = 4 if DEVICE == "cpu" and dtype == torch.bfloat16 else 2
+    kind = "residual" if fusion == "residual" else "gate"
+    if fusion == "heads" and shape[-1] % 4 == 0:  # every other piece of a wider tensor, as a projection gives it
+        pieces = other.unflatten(-1, (4, -1))
+        other = torch.stack([pieces, pieces + 1], -2).unbind(-2)[0]
+        assert not other.is_contiguous()
+    plain = fused(x, g, d_sum, other, kind, backend="torch")
+    true = fused(x.double(), g.double(), d_sum.double(), other.double(), kind)
+    for found, usual, exact in zip(fused(x, g, d_sum, other, kind, backend="triton"), plain, true, strict=True):
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        assert error(found, exact) <= factor * max(error(usual, exact), torch.finfo(dtype).eps)
+
+
+def test_a_wide_residual_takes_a_narrow_update():
+    x, update = draw(5, 40)[0], draw(5, 40, dtype=torch.float16)[0]
+    for found, want in zip(
+        add_rms_norm(x, update, backend="triton"), add_rms_norm(x, update, backend="torch"), strict=True
+    ):
+        torch.testing.assert_close(found, want)
+    leaf = update.requires_grad_()
+    s, _ = add_rms_norm(x, leaf, backend="triton")
+    s.sum().backward()
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
+def test_the_gradient_of_the_norm_alone_or_of_the_sum_alone():
+    x, g = draw(5, 40)
+    for take in (0, 1):
+        found, want = (
+            torch.autograd.grad(add_rms_norm(leaf, leaf.detach(), backend=backend)[take], leaf, g)[0]
+            for backend, leaf in (("triton", x.clone().requires_grad_()), ("torch", x.clone().requires_grad_()))
+        )
+        torch.testing.assert_close(found, want)
 
 
 def test_strides_do_not_matter():
@@ -83,8 +137,14 @@ def test_compile_passes_through(monkeypatch):
 
 def test_registration():
     x, g = draw(4, 20)
-    torch.library.opcheck(torch.ops.transnormer.simple_rms_norm, (x.clone().requires_grad_(), 1e-6))
-    torch.library.opcheck(torch.ops.transnormer.simple_rms_norm_backward, (x, g, 1e-6))
+    update, gate = (torch.randn_like(x).requires_grad_() for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    from transnormer.ops import norm_triton
+
+    for arguments in ((leaf, None, None), (leaf, update, None), (leaf, None, gate)):
+        torch.library.opcheck(norm_triton.op, (*arguments, 1e-6))
+    torch.library.opcheck(norm_triton.backward_op, (x, None, g, None, 1e-6))
+    torch.library.opcheck(norm_triton.backward_op, (x, gate.detach(), g, x, 1e-6))
 
 
 def test_what_cannot_run_says_why():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..files import read_tensors, write_tensors, write_text
 from ..ops.loss import linear_cross_entropy
-from .layers import GLUS, LRPE, NORMS, Linear
+from .layers import GLUS, LRPE, NORMS, Linear, added
 from .mixers import MIXERS, LayerState, Place
 from .state import State
 
@@ -31,8 +31,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
         mixed, state = self.mixer(self.mixer_norm(x), state, place)
-        x = x + mixed
-        return x + self.glu(self.glu_norm(x)), state
+        x, normed = added(self.glu_norm, x, mixed)
+        return x + self.glu(normed), state
 
 
 class LanguageModel(nn.Module):

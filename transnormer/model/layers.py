@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..ops.norm import simple_rms_norm
+from ..ops.lrpe import angles, lrpe, swish_lrpe
+from ..ops.norm import add_rms_norm, simple_rms_norm
 
 
 class Linear(nn.Linear):
@@ -23,7 +24,7 @@ class Linear(nn.Linear):
 
 
 class SimpleRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps): no parameters (paper equation 14)."""
+    """x / sqrt(mean(x^2) + eps): no parameters (paper equation 14). With what stands around it, `gated` and `added`."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -31,6 +32,22 @@ class SimpleRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return simple_rms_norm(x, self.eps)
+
+
+def gated(norm: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
+    """norm(x) * gate, in one kernel where there is one. x: [..., H V]; gate: [..., H, V] or like x, or None."""
+    if isinstance(norm, SimpleRMSNorm):
+        return simple_rms_norm(x, norm.eps, gate=gate)
+    y: Tensor = norm(x)
+    return y if gate is None else y * gate.reshape(x.shape)
+
+
+def added(norm: nn.Module, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + update, norm(x + update)), in one kernel where there is one."""
+    if isinstance(norm, SimpleRMSNorm):
+        return add_rms_norm(x, update, norm.eps)
+    x = x + update
+    return x, norm(x)
 
 
 # Activations of q and k, on [B, T, H, K].
@@ -42,16 +59,6 @@ def _shifted_exp(x: Tensor) -> Tensor:
 
 
 # Positions inside the mixer: (config) -> module on q and k [B, T, H, K] and positions [T] or [B, T] (int64).
-
-
-def _angles(positions: Tensor, theta: Tensor, like: Tensor) -> Tensor:
-    """positions x theta modulo 2 pi, [*positions, *theta], in float32 (float64 where `like` is).
-
-    The product is taken in float64: at position 1,000,000 a float32 product is off by 3e-2 radians.
-    """
-    places = positions.double().reshape(*positions.shape, *[1] * theta.dim())
-    turns = torch.remainder(places * theta.double(), 2 * torch.pi)
-    return turns if like.dtype == torch.float64 else turns.float()
 
 
 class LRPE(nn.Module):
@@ -71,9 +78,11 @@ class LRPE(nn.Module):
             self.theta.copy_((10_000**exponents).view_as(self.theta))
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = _angles(positions, self.theta, q)  # [T, H, K] or [B, T, H, K]
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
-        return torch.cat([q * cos, q * sin], dim=-1), torch.cat([k * cos, k * sin], dim=-1)
+        return lrpe(q, self.theta, positions), lrpe(k, self.theta, positions)
+
+    def after_swish(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of swish(q) and swish(k), in one kernel where there is one."""
+        return swish_lrpe(q, k, self.theta, positions)
 
 
 class RoPE(nn.Module):
@@ -86,8 +95,8 @@ class RoPE(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         theta = torch.tensor(self.theta, dtype=torch.float64, device=q.device)
-        angles = _angles(positions, theta, q).unsqueeze(-2)  # [(B,) T, 1, K / 2]
-        cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
+        turns = angles(positions, theta, q).unsqueeze(-2)  # [(B,) T, 1, K / 2]
+        cos, sin = turns.cos().to(q.dtype), turns.sin().to(q.dtype)
 
         def turn(x: Tensor) -> Tensor:
             first, second = x.chunk(2, dim=-1)

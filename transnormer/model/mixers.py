@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..ops.lightning import lightning_attention
-from .layers import ACTIVATIONS, NORMS, POSITIONS, Linear
+from .layers import ACTIVATIONS, LRPE, NORMS, POSITIONS, Linear, gated
 
 LayerState = tuple[Tensor, ...]
 
@@ -57,26 +57,27 @@ class Mixer(nn.Module, ABC):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
         # Decays are constants in float32 whatever the weights are cast to: exp(-1e-5) is 1 in bfloat16.
         super()._apply(fn, recurse)
-        self.log_decay = torch.tensor(self._decays, dtype=torch.float32, device=self.log_decay.device)
+        self.reset_decay()
         return self
+
+    def reset_decay(self) -> None:
+        """Give log_decay its values, which no file stores."""
+        self.log_decay = torch.tensor(self._decays, dtype=torch.float32, device=self.log_decay.device)
 
     @abstractmethod
     def new_state(self, rows: int) -> LayerState:
         """What the layer remembers before the first token of `rows` texts."""
 
     def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H * V] or None."""
+        """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H, V] or [B, T, H * V] or None."""
         q, k, v, *u = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim)).unbind(-2)
-        q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)  # autocast widens some activations
-        if self.position is not None:
-            q, k = self.position(q, k, place.positions)
-        if self.gate_proj is not None:
-            return q, k, v, self.gate_proj(x)
-        return q, k, v, u[0].flatten(-2) if u else None
-
-    def _output(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        """[B, T, H * V], gated, -> [B, T, D]."""
-        return self.out_proj(mixed if gate is None else mixed * gate)
+        if isinstance(self.position, LRPE) and self.activation is F.silu:
+            q, k = self.position.after_swish(q, k, place.positions)
+        else:
+            q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)  # autocast widens some activations
+            if self.position is not None:
+                q, k = self.position(q, k, place.positions)
+        return q, k, v, self.gate_proj(x) if self.gate_proj is not None else u[0] if u else None
 
 
 class GatedLinearAttention(Mixer):
@@ -95,7 +96,7 @@ class GatedLinearAttention(Mixer):
         mixed, after = lightning_attention(
             q, k, v, self.log_decay, state=before, cu_seqlens=place.cu_seqlens, return_state=True
         )
-        return self._output(self.norm(mixed.flatten(-2)), gate), (after,)
+        return self.out_proj(gated(self.norm, mixed.flatten(-2), gate)), (after,)
 
 
 class SoftmaxAttention(Mixer):
@@ -119,7 +120,8 @@ class SoftmaxAttention(Mixer):
         q, k, v, gate = self._project(x, place)
         attend = self._attend if place.cu_seqlens is None else self._attend_packed
         mixed, after = attend(q, k, v, state, place)
-        return self._output(mixed.flatten(-2), gate), after
+        mixed = mixed.flatten(-2)
+        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape)), after
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, place: Place

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
 _log = logging.getLogger("transnormer")
 _said: set[tuple[str, str]] = set()
-
-
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is imported when a call takes it
 
 
-def triton_refusal(x: torch.Tensor, *, named: bool, interpreted: Callable[[], bool]) -> str | None:
+def triton_refusal(x: torch.Tensor, *, named: bool) -> str | None:
     """Why no Triton kernel can run on x, or None. On the CPU they run in the interpreter, and only if named."""
     if x.dtype == torch.float64:
         return "float64 inputs"
     if not _HAS_TRITON:
         return "triton is not installed"
-    if not x.is_cuda and not (named and interpreted()):
+    if not x.is_cuda and not (named and _interpreted()):
         return "no CUDA tensor and the interpreter is off" if named else "no CUDA tensor"
     return None
+
+
+def _interpreted() -> bool:
+    from .launch_triton import INTERPRETED
+
+    return INTERPRETED
 
 
 def choose(op: str, backend: str, refusals: Mapping[str, str | None]) -> str:

@@ -50,12 +50,9 @@ def lightning_attention(
     refusals = {"triton": _triton_refusal(q, v, named=backend == "triton"), "torch": None, "reference": None}
     chosen = choose("lightning_attention", backend, refusals)
     if chosen == "triton":
-        from . import lightning_triton  # noqa: F401  registers the ops
+        from . import lightning_triton
 
-        if q.shape[1] == 1 and cu_seqlens is None:
-            output, last = torch.ops.transnormer.lightning_triton_step(q, k, v, log_decay, state)
-        else:
-            output, last = torch.ops.transnormer.lightning_triton(q, k, v, log_decay, state, cu_seqlens)
+        output, last = lightning_triton.attend(q, k, v, log_decay, state, cu_seqlens)
     elif chosen == "reference":
         output, last = lightning_reference(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
     elif q.shape[1] == 1 and cu_seqlens is None:
@@ -77,9 +74,9 @@ def lightning_step_(
         raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
     refusals = {"triton": _triton_refusal(q, v, named=backend == "triton"), "torch": None}
     if choose("lightning_step_", backend, refusals) == "triton":
-        from . import lightning_triton  # noqa: F401  registers the ops
+        from . import lightning_triton
 
-        return torch.ops.transnormer.lightning_triton_step_(q, k, v, log_decay, state)
+        return lightning_triton.attend_in_place(q, k, v, log_decay, state)
     output, new = _step(q, k, v, log_decay, state)
     state.copy_(new)
     return output
@@ -309,13 +306,7 @@ def _triton_refusal(q: Tensor, v: Tensor, *, named: bool) -> str | None:
     for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
         if not 16 <= width <= 256:
             return f"{letter} = {width} is not from 16 to 256"
-    return triton_refusal(q, named=named, interpreted=_interpreted)
-
-
-def _interpreted() -> bool:
-    from . import lightning_triton
-
-    return lightning_triton.INTERPRETED
+    return triton_refusal(q, named=named)
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:

@@ -29,7 +29,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # triton reads it where a kernel is defined, so once is right
+from .launch_triton import INTERPRETED
+
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _PRECISION = tl.constexpr("ieee")  # of float32 products
 _UNSPECIALIZED = ["T", "H", "N", "segment", "segments"]

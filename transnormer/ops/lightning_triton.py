@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .lightning_kernels_triton import INTERPRETED, backward_kernel, forward_kernel, segments_kernel, step_kernel
+from .launch_triton import define, direct, launch, wants_gradient
+from .lightning_kernels_triton import backward_kernel, forward_kernel, segments_kernel, step_kernel
 
 # What to launch, and how.
 
@@ -44,7 +45,6 @@ _PAIRED = (Tiles(64, 64, 4, 2, True), *_SMALL)
 _FULL = (Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))  # for float32
 _Key = tuple[Any, ...]
 _fitting: dict[_Key, Tiles] = {}  # of a call's key: the configuration that runs it
-_compiled: dict[_Key, Any] = {}  # of a kernel and a call's key: what Triton would find again by every argument
 
 
 @functools.cache
@@ -103,6 +103,7 @@ class _Call:
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, tiles: Tiles | None,
         segments: int | None, more: Sequence[Tensor | None],
     ) -> None:  # fmt: skip
+        self.q = q
         self.B, self.T, self.H, self.K = q.shape
         self.V, self.dtype, self.device = v.shape[3], q.dtype, q.device
         self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -123,9 +124,6 @@ class _Call:
     def run(self, name: str, candidates: Callable[[], list[Tiles]], launch: Callable[[Tiles], None]) -> None:
         """Launch with the first configuration that the GPU has the resources for."""
         key = (name, *self.key)
-        if self.index is not None and self.index != torch.cuda.current_device():
-            with torch.cuda.device(self.index):
-                return self.run(name, candidates, launch)
         if tiles := _fitting.get(key):
             return launch(tiles)
         for tiles in (tries := [self.tiles] if self.tiles else candidates()):
@@ -137,20 +135,12 @@ class _Call:
             else:
                 if len(_fitting) >= 4096:  # of as many lengths
                     _fitting.clear()
-                    _compiled.clear()
                 _fitting[key] = tiles
                 return None
         return None
 
     def launch(self, kernel: Any, programs: int, tiles: Tiles, stages: int, arguments: Sequence[Any]) -> None:
-        """All parameters of the kernel in order. Triton's own look-up by every argument is what this leaves out."""
-        key = (kernel.__name__, tiles, *self.key)
-        if compiled := _compiled.get(key):
-            compiled[(programs, 1, 1)](*arguments)
-            return
-        compiled = kernel[(programs,)](*arguments, num_warps=tiles.warps, num_stages=stages)
-        if not INTERPRETED:
-            _compiled[key] = compiled
+        launch(kernel, self.q, (tiles, *self.key), programs, arguments, warps=tiles.warps, stages=stages)
 
     def cut(self, parts: int, sums: int) -> tuple[int, int]:
         """(tokens a segment, segments), with so many programs a row, head and segment."""
@@ -304,20 +294,31 @@ def step(
     )
 
 
-# Registration: torch.compile and CUDA graphs see four ops. torch.library.custom_op would add milliseconds to a call.
+# What autograd and torch.compile see.
 
 
-def _define(name: str, schema: str, function: Callable[..., Any]) -> None:
-    torch.library.define(f"transnormer::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"transnormer::{name}", "default", function)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`forward`, differentiable, or for one token `step`: straight to the kernels in eager mode, else as an op."""
+    if q.shape[1] == 1 and cu_seqlens is None:
+        if direct(q) and not wants_gradient(q, k, v, state):
+            return _step(q, k, v, log_decay, state)
+        return step_op(q, k, v, log_decay, state)  # type: ignore[no-any-return]
+    if not direct(q):
+        return forward_op(q, k, v, log_decay, state, cu_seqlens)  # type: ignore[no-any-return]
+    if wants_gradient(q, k, v, state):
+        return _Attention.apply(q, k, v, log_decay, state, cu_seqlens)  # type: ignore[no-any-return, no-untyped-call]
+    return forward(q, k, v, log_decay, state, cu_seqlens)
 
 
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
+def attend_in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    """One token; `state` moves on."""
+    return (_step_in_place if direct(q) else step_in_place_op)(q, k, v, log_decay, state)  # type: ignore[no-any-return]
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    output = torch.empty_like(v, memory_format=torch.contiguous_format)
-    new_state = torch.empty((q.shape[0], *q.shape[2:], v.shape[3]), dtype=torch.float32, device=q.device)
+    output, new_state = _fake_step(q, k, v, log_decay, state)
     step(q, k, v, log_decay, state, new_state, output)
     return output, new_state
 
@@ -330,57 +331,41 @@ def _step_in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Te
     return output
 
 
-_define("lightning_triton", f"({_TENSORS}, Tensor? state, Tensor? cu_seqlens) -> (Tensor, Tensor)", forward)
-_define(
-    "lightning_triton_backward",
-    f"({_TENSORS}, Tensor? state, Tensor? cu_seqlens, Tensor d_output, Tensor? d_last)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    backward,
-)
-_define("lightning_triton_step", f"({_TENSORS}, Tensor? state) -> (Tensor, Tensor)", _step)
-_define("lightning_triton_step_", f"({_TENSORS}, Tensor(a!) state) -> Tensor", _step_in_place)
-
-
-@torch.library.register_fake("transnormer::lightning_triton")
-def _(q, k, v, log_decay, state, cu_seqlens):  # type: ignore[no-untyped-def]
+def _fake_forward(q, k, v, log_decay, state, cu_seqlens):  # type: ignore[no-untyped-def]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     last = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     return torch.empty_like(v, memory_format=torch.contiguous_format), last
 
 
-@torch.library.register_fake("transnormer::lightning_triton_backward")
-def _(q, k, v, log_decay, state, cu_seqlens, d_output, d_last):  # type: ignore[no-untyped-def]
+def _fake_backward(q, k, v, log_decay, state, cu_seqlens, d_output, d_last):  # type: ignore[no-untyped-def]
     d_state = q.new_empty((0,) if state is None else state.shape, dtype=torch.float32)
     return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), d_state
 
 
-@torch.library.register_fake("transnormer::lightning_triton_step")
-def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
+def _fake_step(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
     new_state = q.new_empty((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     return torch.empty_like(v, memory_format=torch.contiguous_format), new_state
 
 
-@torch.library.register_fake("transnormer::lightning_triton_step_")
-def _(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
-
-
-def _direct(x: Tensor) -> bool:
-    """Whether nobody watches: no compiler, no mode, no transform. Then the dispatcher need not see the kernels."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
-    return plain and not torch._C._are_functorch_transforms_active()
-
-
-def _below(op: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    if _direct(arguments[0]):
-        return function(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
+_SEQUENCES = "Tensor? state, Tensor? cu_seqlens"
+forward_op = define("lightning_triton", f"({_TENSORS}, {_SEQUENCES}) -> (Tensor, Tensor)", forward, _fake_forward)
+backward_op = define(
+    "lightning_triton_backward",
+    f"({_TENSORS}, {_SEQUENCES}, Tensor d_output, Tensor? d_last) -> (Tensor, Tensor, Tensor, Tensor)",
+    backward, _fake_backward,
+)  # fmt: skip
+step_op = define("lightning_triton_step", f"({_TENSORS}, Tensor? state) -> (Tensor, Tensor)", _step, _fake_step)
+step_in_place_op = define(
+    "lightning_triton_step_", f"({_TENSORS}, Tensor(a!) state) -> Tensor", _step_in_place,
+    lambda q, k, v, log_decay, state: torch.empty_like(v, memory_format=torch.contiguous_format),
+)  # fmt: skip
 
 
 def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, *rest = inputs
+    q, k, v, log_decay, state, *rest = inputs  # a step has no cu_seqlens
     ctx.save_for_backward(q, k, v, log_decay, state, rest[0] if rest else None)
+    ctx.inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
 
@@ -388,45 +373,22 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    dq, dk, dv, d_state = _below(
-        torch.ops.transnormer.lightning_triton_backward, backward,
-        q, k, v, log_decay, state, cu_seqlens, d_output, d_last,
-    )  # fmt: skip
-    return dq, dk, dv, None, None if state is None else d_state.to(state.dtype)
+    dq, dk, dv, d_state = (backward if direct(d_output) else backward_op)(
+        q, k, v, log_decay, state, cu_seqlens, d_output, d_last
+    )
+    gradients = (dq, dk, dv, None, None if state is None else d_state.to(state.dtype), None)
+    return gradients[: ctx.inputs]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, v, log_decay, state, cu_seqlens):  # type: ignore[no-untyped-def, override]
-        return _below(torch.ops.transnormer.lightning_triton, forward, q, k, v, log_decay, state, cu_seqlens)
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def, override]
+        output = forward(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_save_for_backward)
-
-    @staticmethod
-    def backward(ctx, d_output, d_last):  # type: ignore[no-untyped-def, override]
-        return *_differentiate(ctx, d_output, d_last), None
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(q, k, v, log_decay, state):  # type: ignore[no-untyped-def, override]
-        return _below(torch.ops.transnormer.lightning_triton_step, _step, q, k, v, log_decay, state)
-
-    setup_context = staticmethod(_save_for_backward)
     backward = staticmethod(_differentiate)
 
 
-def _or_apply(function: Any, op: Any, kernels: Callable[..., Any]) -> Callable[..., Any]:
-    """What autograd sees: the function where a gradient is wanted, else straight on."""
-
-    def call(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return function.apply(*arguments)
-        return _below(op, kernels, *arguments)
-
-    return call
-
-
-_LIBRARY = torch.library.Library("transnormer", "FRAGMENT")
-_LIBRARY.impl("lightning_triton", _or_apply(_Attention, torch.ops.transnormer.lightning_triton, forward), "Autograd")
-_LIBRARY.impl("lightning_triton_step", _or_apply(_Step, torch.ops.transnormer.lightning_triton_step, _step), "Autograd")
+for _op in ("lightning_triton", "lightning_triton_step"):
+    torch.library.register_autograd(f"transnormer::{_op}", _differentiate, setup_context=_save_for_backward)

@@ -1,4 +1,8 @@
-"""Head and cross entropy in slices: logits of all tokens, [B, T, vocab], never exist."""
+"""Head and cross entropy in slices: logits of all tokens, [B, T, vocab], never exist.
+
+With N tokens the three products take 6 N D vocab operations. Every slice reads the weight twice and, in float32, reads
+and writes its gradient once: slices are as large as a cache on the CPU and as large as products need on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-SLICE_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, which a large cache or a GPU's L2 still serves
+from .dispatch import choose, triton_refusal
+
+SLICE_ELEMENTS = 2**22  # logits held at a time on the CPU: 16 MiB in float32, which a large cache still serves
+CUDA_SLICE_BYTES = 2**29  # and on a GPU: 2^28 logits in bfloat16, 4,194 tokens of 64,000 words
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
 ) -> Tensor:
     """Cross entropy in nats of logits x @ weight^T against targets, with logits of few tokens at a time.
 
     x: [..., D] floating; weight: [vocab, D]; targets: [...] int64, `ignore_index` where a token does not count.
     reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for one loss a token, [...], 0
-    where ignored. Matrix products run in x's dtype, the soft-max and sums in at least float32.
-    Gradients are computed in the forward pass, slice by slice, where x or weight needs one.
-    Raises ValueError where shapes do not fit or, on the CPU, a target is out of range (a GPU asserts on the device).
+    where ignored. Matrix products run in x's dtype, or autocast's where it is on, the soft-max and sums in at least
+    float32. Gradients are computed in the forward pass, slice by slice, where x or weight needs one.
+    backend: how a slice of logits becomes losses and gradients: "auto", "triton" (one kernel) or "torch".
+    Raises ValueError where shapes do not fit or, on the CPU, a target is out of range; a GPU, which is not waited for,
+    and compiled code assert it.
     """
     if targets.shape != x.shape[:-1] or weight.shape[-1] != x.shape[-1]:
         raise ValueError(
@@ -28,56 +44,160 @@ def linear_cross_entropy(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
-    flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    if target.device.type == "cpu":
-        wrong = target[((target < 0) | (target >= weight.shape[0])) & (target != ignore_index)]
-        if len(wrong):
-            raise ValueError(f"target {wrong[0].item()} is outside a vocabulary of {weight.shape[0]}")
-    if reduction == "none":
-        with torch.no_grad():
-            return _SlicedLoss.apply(flat, weight, target, ignore_index, True).view(targets.shape)
-    total = _SlicedLoss.apply(flat, weight, target, ignore_index, False)
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    backend = choose(
+        "linear_cross_entropy", backend, {"triton": triton_refusal(x, named=backend == "triton"), "torch": None}
+    )
+    flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
+    _check_range(target, weight.shape[0], ignore_index)
+    each = reduction == "none"
+    needs_x, needs_w = (not each and torch.is_grad_enabled() and leaf.requires_grad for leaf in (flat, weight))
+    arguments = (flat, weight, target, ignore_index, backend, each, needs_x, needs_w)
+    if torch.compiler.is_compiling():
+        loss = torch.ops.transnormer.linear_cross_entropy(*arguments)[0]
+    elif needs_x or needs_w:
+        loss = _SlicedLoss.apply(*arguments)[0]
+    else:
+        loss = _sliced_loss(*arguments)[0]
+    if each:
+        return loss.detach().view(targets.shape)  # type: ignore[no-any-return]
     if reduction == "sum":
-        return total
-    return total / (target != ignore_index).sum().clamp(min=1)
+        return loss  # type: ignore[no-any-return]
+    return loss / (target != ignore_index).sum().clamp(min=1)  # type: ignore[no-any-return]
+
+
+def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
+    right = ((target >= 0) & (target < vocab)) | (target == ignore_index)
+    if target.is_cpu and not torch.compiler.is_compiling():
+        if not right.all():
+            raise ValueError(f"target {target[~right][0].item()} is outside a vocabulary of {vocab}")
+    else:
+        torch._assert_async(right.all(), f"a target is outside a vocabulary of {vocab}")
+
+
+@torch.no_grad()
+def _sliced_loss(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    backend: str,
+    each: bool,
+    needs_x: bool,
+    needs_w: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [N] or their sum, its gradient by x [N, D], its gradient by weight), gradients [0] where not wanted.
+
+    Losses and the weight's gradient come in at least float32, x's gradient in x's dtype.
+    """
+    softmax_loss_ = _softmax_loss_
+    if backend == "triton":
+        from .loss_triton import softmax_loss_
+    tokens, vocab, w = x.shape[0], weight.shape[0], weight.to(x.dtype)
+    most = SLICE_ELEMENTS // vocab
+    if x.is_cuda:
+        if vocab % 64:  # products and kernels are slow on rows that begin anywhere, so words of zeros are added
+            w = x.new_zeros(-(-vocab // 64) * 64, x.shape[1])
+            w[:vocab] = weight
+        held = x.itemsize if backend == "triton" else 8  # torch holds a slice in float32, and its exponential
+        most = CUDA_SLICE_BYTES // (len(w) * held)
+    losses, dx, dw = _results(x, w, True, needs_x, needs_w)
+    dw.zero_()
+    size = -(-tokens // -(-tokens // max(1, most))) if tokens else 1  # slices of one size, as far as that can be
+    buffer = x.new_empty(size, len(w))
+    for start in range(0, tokens, size):
+        rows = slice(start, start + size)
+        target = targets[rows]
+        logits = buffer[: len(target)]
+        torch.mm(x[rows], w.T, out=logits)
+        softmax_loss_(logits, target, losses[rows], vocab, ignore_index, needs_x or needs_w)
+        if needs_x:
+            torch.mm(logits, w, out=dx[rows])
+        if needs_w:
+            _add_product(dw, logits.T, x[rows])
+    return losses if each else losses.sum(), dx, dw[:vocab]
+
+
+def _softmax_loss_(
+    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool
+) -> None:
+    """Fill in the losses [n] and, where wanted, overwrite the logits [n, pitch] with the gradient of their sum."""
+    of_words = logits[:, :vocab]
+    counts = targets != ignore_index
+    index = targets.where(counts, 0).unsqueeze(1)
+    wide = of_words.to(losses.dtype)
+    norm = wide.logsumexp(1, keepdim=True)
+    losses.copy_((norm - wide.gather(1, index)).squeeze(1).where(counts, 0))
+    if gradient:
+        wide.sub_(norm).exp_()  # the soft-max, then minus one at the target
+        wide.scatter_add_(1, index, wide.new_full(index.shape, -1.0)).masked_fill_(~counts.unsqueeze(1), 0)
+        of_words.copy_(wide)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b. Where total is wider than a and b, old GPUs and the CPU round the product to their dtype first."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    elif b.is_cuda and torch.cuda.get_device_capability(b.device)[0] >= 8:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def _results(x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape[:1] if each else (), dtype=wide),
+        x.new_empty(x.shape if needs_x else (0,)),
+        x.new_empty(weight.shape if needs_w else (0,), dtype=wide),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, weight, *_, ctx.needs_x, ctx.needs_w = inputs
+    _, dx, dw = output
+    ctx.weight_dtype = weight.dtype
+    ctx.mark_non_differentiable(dx, dw)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dx, dw)
+
+
+def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    dx, dw = ctx.saved_tensors
+    return (
+        _times(dx, d_loss, dx.dtype) if ctx.needs_x and d_loss is not None else None,
+        _times(dw, d_loss, ctx.weight_dtype) if ctx.needs_w and d_loss is not None else None,
+        *[None] * 6,
+    )  # fmt: skip
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one pass, rounded once. Not in place: the same graph may be gone through again."""
+    return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 class _SlicedLoss(torch.autograd.Function):
-    """Sum of the losses of flat x [N, D] (or, without gradient, each of them)."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, each: bool) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        needs_x, needs_w = ctx.needs_input_grad[:2]
-        w = weight.to(x.dtype)
-        size = max(1, SLICE_ELEMENTS // weight.shape[0])
-        losses = x.new_empty(x.shape[0], dtype=wide)
-        dx = torch.empty_like(x) if needs_x else None
-        dw = torch.zeros_like(weight, dtype=wide) if needs_w else None
-        for start in range(0, x.shape[0], size):
-            rows = slice(start, start + size)
-            target = targets[rows]
-            counts = target != ignore_index
-            index = target.where(counts, 0).unsqueeze(1)
-            logits = (x[rows] @ w.T).to(wide)
-            norm = logits.logsumexp(1, keepdim=True)
-            losses[rows] = ((norm - logits.gather(1, index)).squeeze(1)) * counts
-            if needs_x or needs_w:
-                d_logits = logits.sub_(norm).exp_()  # the soft-max, then minus one at the target
-                d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -1.0)).mul_(counts.unsqueeze(1))
-                d_logits = d_logits.to(x.dtype)
-                if dx is not None:
-                    torch.mm(d_logits, w, out=dx[rows])
-                if dw is not None:
-                    dw += d_logits.T @ x[rows]
-        ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
-        return losses if each else losses.sum()
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        return _sliced_loss(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
-        dx, dw = ctx.saved_tensors
-        return (
-            None if dx is None else dx * d_total.to(dx.dtype),
-            None if dw is None else dw * d_total.to(dw.dtype),
-            None, None, None,
-        )  # fmt: skip
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
+
+
+# One op in a compiled graph: traced, the loop would be unrolled, and what it writes in place would be copied.
+torch.library.define(
+    "transnormer::linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, int ignore_index, str backend, bool each, bool needs_x, bool needs_w)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("transnormer::linear_cross_entropy", "default", _sliced_loss)
+torch.library.register_autograd("transnormer::linear_cross_entropy", _differentiate, setup_context=_save_for_backward)
+
+
+@torch.library.register_fake("transnormer::linear_cross_entropy")
+def _(x, weight, targets, ignore_index, backend, each, needs_x, needs_w):  # type: ignore[no-untyped-def]
+    return _results(x, weight, each, needs_x, needs_w)

@@ -1,4 +1,4 @@
-"""SimpleRMSNorm: root-mean-square norm without a gain (paper equation 14)."""
+"""SimpleRMSNorm: root-mean-square norm without a gain (paper equation 14), alone or with what stands around it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,49 @@ from torch import Tensor
 from .dispatch import choose, triton_refusal
 
 
-def simple_rms_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension.
+def simple_rms_norm(x: Tensor, eps: float = 1e-6, *, gate: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times a gate where there is one (paper equation 11).
 
     x: [..., D], any floating dtype. Computed in at least float32; returned in x's dtype. There are no parameters.
+    gate: [..., D], or [..., H, V] with H V = D, any strides.
     backend: "auto", "triton" (one kernel a direction) or "torch".
     """
-    refusals = {"triton": _triton_refusal(x, named=backend == "triton"), "torch": None}
-    if choose("simple_rms_norm", backend, refusals) == "triton":
+    if gate is not None and (gate.numel() != x.numel() or x.shape[:-1] != gate.shape[: x.dim() - 1]):
+        raise ValueError(f"a gate is [..., D] or [..., H, V] like x; got {list(x.shape)} and {list(gate.shape)}")
+    if _chosen(x, backend) == "triton":
         from . import norm_triton
 
-        return norm_triton.norm(x, eps)
+        return norm_triton.norm(x, None, gate, eps)[1]
+    y = _norm(x, eps)
+    return y if gate is None else y * gate.reshape(x.shape)
+
+
+def add_rms_norm(x: Tensor, update: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(x + update, simple_rms_norm(x + update)): one more step of the residual stream, and what the next layer reads.
+
+    x, update: [..., D]; the sum has the dtype that torch promotes both to. Other arguments as in `simple_rms_norm`.
+    """
+    if x.shape != update.shape:
+        raise ValueError(f"x and its update are [..., D] alike; got {list(x.shape)} and {list(update.shape)}")
+    if torch.promote_types(x.dtype, update.dtype) == x.dtype and _chosen(x, backend) == "triton":
+        from . import norm_triton
+
+        return norm_triton.norm(x, update, None, eps)
+    s = x + update
+    return s, simple_rms_norm(s, eps, backend=backend)
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _chosen(x: Tensor, backend: str) -> str:
+    return choose("simple_rms_norm", backend, {"triton": _triton_refusal(x, named=backend == "triton"), "torch": None})
 
 
 def _triton_refusal(x: Tensor, *, named: bool) -> str | None:
     """Why the Triton kernels cannot run this call, or None."""
     if not 1 <= x.shape[-1] <= 16_384:
         return f"D = {x.shape[-1]} is not from 1 to 16,384"
-    return triton_refusal(x, named=named, interpreted=_interpreted)
-
-
-def _interpreted() -> bool:
-    from . import norm_triton
-
-    return norm_triton.INTERPRETED
+    return triton_refusal(x, named=named)

@@ -1,43 +1,75 @@
-"""SimpleRMSNorm on the GPU, in Triton: a row is read once forward, it and its gradient once backward.
+"""SimpleRMSNorm on the GPU, in Triton, alone or with what stands around it: a residual added before, a gate after.
 
-With r = 1 / sqrt(mean(x^2) + eps): y = r x and dx = r (g - r^2 mean(g x) x). r is computed again in backward, from an
-x that has to be read anyway, so forward stores nothing but y.
+    s = x + update (or x)      r = 1 / sqrt(mean(s^2) + eps)      y = r s * gate (or r s)
+
+    ds = r (h - r^2 mean(h s) s) + gradient of s itself, with h = dy * gate      dgate = dy * r s
+
+A row is read once in either direction. r is computed again in backward, from an s that has to be read anyway. Counted
+in units of one [rows, D] tensor the norm alone moves 2 and 3, with the residual 4 and 4, with the gate 3 and 5.
 """
 
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # triton reads it where a kernel is defined
+from .launch_triton import define, direct, launch, wants_gradient
 
 
 @triton.jit
-def _forward_kernel(x, y, x_row, rows, eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """y is contiguous [rows, D]."""
+def _gate_offsets(row, c, g_row, g_head, HEAD: tl.constexpr):
+    """Of a gate whose rows lie in pieces of HEAD columns, g_head apart."""
+    return row * g_row + c // HEAD * g_head + c % HEAD
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_kernel(
+    x, update, gate, s, y, x_row, u_row, g_row, g_head, rows, eps,
+    D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ADDS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """s and y are contiguous [rows, D]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (c < D)
     wide = tl.load(x + row * x_row + c, mask=mask, other=0.0).to(tl.float32)
-    r = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
-    tl.store(y + row * D + c, (wide * r[:, None]).to(y.dtype.element_ty), mask=mask)
+    if ADDS:
+        added = wide + tl.load(update + row * u_row + c, mask=mask, other=0.0).to(tl.float32)
+        rounded = added.to(s.dtype.element_ty)
+        tl.store(s + row * D + c, rounded, mask=mask)
+        wide = rounded.to(tl.float32)
+    result = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
+    if GATED:
+        result *= tl.load(gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * D + c, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _backward_kernel(x, g, dx, x_row, g_row, rows, eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """dx is contiguous [rows, D]."""
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward_kernel(
+    s, gate, dy, d_sum, dx, d_gate, s_row, g_row, g_head, dy_row, ds_row, rows, eps,
+    D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ADDS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """dx and d_gate are contiguous [rows, D]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (c < D)
-    wide = tl.load(x + row * x_row + c, mask=mask, other=0.0).to(tl.float32)
-    gradient = tl.load(g + row * g_row + c, mask=mask, other=0.0).to(tl.float32)
-    r = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
-    along = r * r * r * tl.sum(wide * gradient, axis=1) / D
-    result = gradient * r[:, None] - wide * along[:, None]
+    wide = tl.load(s + row * s_row + c, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(dy + row * dy_row + c, mask=mask, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
+    if GATED:
+        tl.store(d_gate + row * D + c, (h * wide * r).to(d_gate.dtype.element_ty), mask=mask)
+        h *= tl.load(gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(tl.float32)
+    result = h * r - wide * (r * r * r * (tl.sum(wide * h, axis=1) / D)[:, None])
+    if ADDS:
+        result += tl.load(d_sum + row * ds_row + c, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx + row * D + c, result.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -47,80 +79,108 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _options(D: int, rows: int) -> tuple[int, dict[str, int]]:
-    """(programs, how): rows of one program together are some 1,024 numbers or more, 8 to 32 a thread."""
+def _pieces(gate: Tensor | None, flat: Tensor) -> Tensor:
+    """A gate [..., D] or [..., H, V] as [rows, H, V], columns adjacent; any such tensor where there is none."""
+    if gate is None:
+        return flat.unsqueeze(1)
+    pieces = gate.reshape(flat.shape[0], -1, gate.shape[-1])
+    return pieces if pieces.stride(2) == 1 else pieces.contiguous()
+
+
+def _options(D: int) -> tuple[int, int, int]:
+    """(padded D, rows a program, warps): 1,024 numbers or more together, 8 to 32 a thread."""
     block = 1 << (D - 1).bit_length()
-    together = max(1, 1024 // block)
-    warps = min(16, max(4, block // 512))
-    return -(-rows // together), {"D": D, "BLOCK": block, "ROWS": together, "num_warps": warps}
+    return block, max(1, 1024 // block), min(16, max(4, block // 512))
 
 
-def forward(x: Tensor, eps: float) -> Tensor:
+def _launch(kernel: Any, tensors: Sequence[Tensor], strides: tuple[int, ...], head: int, flags: tuple[bool, ...],
+            eps: float) -> None:  # fmt: skip
+    """tensors: the first is [rows, D]."""
+    rows, D = tensors[0].shape
+    block, together, warps = _options(D)
+    kinds = tuple((x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
+    key = (kinds, strides, D, head, flags)
+    arguments = (*tensors, *strides, rows, eps, D, head, block, together, *flags)
+    launch(kernel, tensors[0], key, -(-rows // together), arguments, warps=warps)
+
+
+def forward(x: Tensor, update: Tensor | None, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(s, y); s is empty without an update."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    s = x.new_empty(0) if update is None else torch.empty_like(y)
     if x.numel():
         flat = _rows(x)
-        programs, options = _options(flat.shape[1], flat.shape[0])
-        _forward_kernel[(programs,)](flat, y, flat.stride(0), flat.shape[0], eps, **options)
-    return y
+        pieces = _pieces(gate, flat)
+        added = flat if update is None else _rows(update)
+        strides = (flat.stride(0), added.stride(0), *pieces.stride()[:2])
+        flags = (update is not None, gate is not None)
+        _launch(norm_kernel, (flat, added, pieces, s, y), strides, pieces.shape[2], flags, eps)
+    return s, y
 
 
-def backward(x: Tensor, gradient: Tensor, eps: float) -> Tensor:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel():
-        flat, g = _rows(x), _rows(gradient)
-        programs, options = _options(flat.shape[1], flat.shape[0])
-        _backward_kernel[(programs,)](flat, g, dx, flat.stride(0), g.stride(0), flat.shape[0], eps, **options)
-    return dx
+def backward(s: Tensor, gate: Tensor | None, dy: Tensor, d_sum: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(ds, dgate); dgate is empty without a gate. ds is also the gradient of x and of the update."""
+    ds = torch.empty_like(s, memory_format=torch.contiguous_format)
+    d_gate = s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if s.numel():
+        flat, g = _rows(s), _rows(dy)
+        pieces = _pieces(gate, flat)
+        along = g if d_sum is None else _rows(d_sum)
+        strides = (flat.stride(0), *pieces.stride()[:2], g.stride(0), along.stride(0))
+        flags = (d_sum is not None, gate is not None)
+        _launch(norm_backward_kernel, (flat, pieces, g, along, ds, d_gate), strides, pieces.shape[2], flags, eps)
+    return ds, d_gate
+
+
+def norm(x: Tensor, update: Tensor | None, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """`forward`, differentiable: straight to the kernel in eager mode, else as an op that torch.compile knows."""
+    if not direct(x):
+        return op(x, update, gate, eps)  # type: ignore[no-any-return]
+    if wants_gradient(x, update, gate):
+        return _Norm.apply(x, update, gate, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return forward(x, update, gate, eps)
+
+
+def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, update, gate, ctx.eps = inputs
+    ctx.adds = update is not None
+    ctx.save_for_backward(output[0] if ctx.adds else x, gate)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_sum, dy):  # type: ignore[no-untyped-def]
+    s, gate = ctx.saved_tensors
+    if not ctx.adds:
+        d_sum = None
+    if dy is None:
+        return d_sum, d_sum if ctx.adds else None, None, None
+    ds, d_gate = (backward if direct(dy) else backward_op)(s, gate, dy, d_sum, ctx.eps)
+    return ds, ds if ctx.adds else None, None if gate is None else d_gate, None
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(x)
-        ctx.eps = eps
-        return forward(x, eps)
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def, override]
+        output = forward(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        (x,) = ctx.saved_tensors
-        return backward(x, gradient, ctx.eps), None
+    backward = staticmethod(_differentiate)
 
 
-def norm(x: Tensor, eps: float) -> Tensor:
-    """Straight to the kernel in eager mode, as an op that torch.compile knows where it compiles."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return torch.ops.transnormer.simple_rms_norm(x, eps)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Norm.apply(x, eps)  # type: ignore[no-any-return, no-untyped-call]
-    return forward(x, eps)
+def _fake(x, update, gate, eps):  # type: ignore[no-untyped-def]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(0) if update is None else torch.empty_like(y), y
 
 
-for _name, _schema, _function in (
-    ("simple_rms_norm", "(Tensor x, float eps) -> Tensor", forward),
-    ("simple_rms_norm_backward", "(Tensor x, Tensor gradient, float eps) -> Tensor", backward),
-):
-    torch.library.define(f"transnormer::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"transnormer::{_name}", "default", _function)
+def _fake_backward(s, gate, dy, d_sum, eps):  # type: ignore[no-untyped-def]
+    ds = torch.empty_like(s, memory_format=torch.contiguous_format)
+    return ds, s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("transnormer::simple_rms_norm")
-def _(x, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("transnormer::simple_rms_norm_backward")
-def _(x, gradient, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, ctx.eps = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate(ctx, gradient):  # type: ignore[no-untyped-def]
-    (x,) = ctx.saved_tensors
-    return torch.ops.transnormer.simple_rms_norm_backward(x, gradient, ctx.eps), None
-
-
-torch.library.register_autograd("transnormer::simple_rms_norm", _differentiate, setup_context=_save_for_backward)
+op = define("rms_norm", "(Tensor x, Tensor? update, Tensor? gate, float eps) -> (Tensor, Tensor)", forward, _fake)
+backward_op = define(
+    "rms_norm_backward", "(Tensor s, Tensor? gate, Tensor dy, Tensor? d_sum, float eps) -> (Tensor, Tensor)",
+    backward, _fake_backward,
+)  # fmt: skip
+torch.library.register_autograd("transnormer::rms_norm", _differentiate, setup_context=_save_for_backward)
