@@ -17,16 +17,17 @@ input read once, every output written once) over the copy bandwidth measured fir
 from __future__ import annotations
 
 import argparse
-import contextlib
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import itertools
 import json
-import statistics
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ import record
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
+from contenders import LeftProduct, attention_contenders, loss_contenders, plain
+from gpu import attempt, ceilings, graph_ms, joules, median_ms, peak_bytes
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from transnormer.ops import add_rms_norm, lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
+from transnormer.ops import add_rms_norm, lightning_step_, simple_rms_norm
 from transnormer.ops import lightning_kernels_triton as device_code
 from transnormer.ops import lightning_triton as kernels
 from transnormer.ops.lightning_triton import Tiles
@@ -61,203 +62,7 @@ SEGMENTS: list[tuple[tuple[int, int, int], tuple[int | None, ...]]] = [
 ]  # fmt: skip
 
 
-# The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2) work, nothing T x T stored.
-
-
-@triton.jit(do_not_specialize=["T"])
-def _left_product_kernel(
-    q, k, v, output, log_decay, T, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    REVERSE: tl.constexpr,
-):  # fmt: skip
-    """output_i = sum over j <= i (REVERSE: j >= i) of lambda^|i-j| (q_i . k_j) v_j, contiguous [B, T, H, D]."""
-    blocks = tl.cdiv(T, ROWS)
-    block = tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks % H
-    base = (tl.program_id(0) // blocks // H).to(tl.int64) * T * H * D + head * D
-    rate = tl.load(log_decay + head)
-    c = tl.arange(0, D)
-    i = block * ROWS + tl.arange(0, ROWS)
-    at = base + i.to(tl.int64)[:, None] * (H * D) + c[None, :]
-    qi = tl.load(q + at, mask=(i < T)[:, None], other=0.0)
-    total = tl.zeros((ROWS, D), dtype=tl.float32)
-    low = block * ROWS // COLUMNS if REVERSE else 0
-    high = tl.cdiv(T, COLUMNS) if REVERSE else tl.cdiv(tl.minimum((block + 1) * ROWS, T), COLUMNS)
-    for n in range(low, high):
-        j = n * COLUMNS + tl.arange(0, COLUMNS)
-        from_ = base + j.to(tl.int64)[:, None] * (H * D) + c[None, :]
-        kj = tl.load(k + from_, mask=(j < T)[:, None], other=0.0)
-        vj = tl.load(v + from_, mask=(j < T)[:, None], other=0.0)
-        distance = (j[None, :] - i[:, None]) if REVERSE else (i[:, None] - j[None, :])
-        decay = tl.where(distance >= 0, tl.exp(rate * tl.maximum(distance, 0)), 0.0)
-        total = tl.dot((tl.dot(qi, tl.trans(kj)) * decay).to(vj.dtype), vj, total)
-    tl.store(output + at, total.to(output.dtype.element_ty), mask=(i < T)[:, None])
-
-
-class LeftProduct(torch.autograd.Function):
-    """Lightning Attention 1: the output, and with other tensors in the three places its gradients."""
-
-    @staticmethod
-    def launch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, reverse: bool) -> Tensor:
-        output = torch.empty_like(v)
-        B, T, H, D = q.shape
-        _left_product_kernel[(triton.cdiv(T, 128) * H * B,)](
-            q, k, v, output, log_decay, T, H, D, 128, 64, reverse, num_warps=8, num_stages=2
-        )
-        return output
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(q, k, v, log_decay)
-        return LeftProduct.launch(q, k, v, log_decay, False)
-
-    @staticmethod
-    def backward(ctx: Any, d_output: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, log_decay = ctx.saved_tensors
-        dq = LeftProduct.launch(d_output, v, k, log_decay, False)
-        dk = LeftProduct.launch(v, d_output, q, log_decay, True)
-        return dq, dk, LeftProduct.launch(k, q, d_output, log_decay, True), None
-
-
-# Contenders: name -> function of q, k, v [B, T, H, 128] and log_decay [H].
-
-
-def _ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    return lightning_attention(q, k, v, log_decay, backend="triton")  # type: ignore[return-value]
-
-
-def _contenders() -> dict[str, Callable[..., Tensor]]:
-    def softmax(backend: SDPBackend) -> Callable[..., Tensor]:
-        def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-        return attend
-
-    found: dict[str, Callable[..., Tensor]] = {
-        "ours": _ours,
-        "SDPA flash": softmax(SDPBackend.FLASH_ATTENTION),
-        "SDPA cuDNN": softmax(SDPBackend.CUDNN_ATTENTION),
-    }
-    with contextlib.suppress(ImportError):
-        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
-
-        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
-        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
-    with contextlib.suppress(ImportError):
-        from lightning_attn.ops import lightning_attn_func
-
-        def published(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-            return lightning_attn_func(q, k, v, -decay.view(1, -1, 1, 1)).transpose(1, 2)
-
-        found["lightning-attn"] = published
-    return found
-
-
-def _plain(length: int, log_decay: Tensor) -> Callable[..., Tensor]:
-    """Linear attention as written, with its mask made beforehand: it stores [B, H, T, T]."""
-    index = torch.arange(length, device="cuda")
-    distance = (index[:, None] - index[None, :]).clamp(min=0)
-    mask = torch.stack([(rate * distance).exp().tril().bfloat16() for rate in log_decay])
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return ((q @ k.mT) * mask @ v).transpose(1, 2)
-
-    return attend
-
-
-# Measuring.
-
-
-def median_ms(call: Callable[[], Any], *, budget_ms: float = 400) -> float:
-    """Of single calls between events, after warming up."""
-    call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    once = (time.perf_counter() - begin) * 1000
-    repeats = int(min(200, max(7, budget_ms / max(once, 0.01))))
-    for _ in range(min(3, repeats)):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, stop in events:
-        start.record()
-        call()
-        stop.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
-
-
-def graph_ms(calls: Sequence[Callable[[], Any]], number: int = 20) -> float:
-    """A call's share of the replay of so many calls in one graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _, call in zip(range(number), itertools.cycle(calls), strict=False):
-            call()
-    return median_ms(graph.replay) / number
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - before
-
-
-def joules(call: Callable[[], Any], seconds: float = 3.0) -> dict[str, float]:
-    """Energy of a call by NVML's counter over at least `seconds` of repeats, and the idle power."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-
-    def counter() -> float:
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-
-    torch.cuda.synchronize()
-    start, begin = counter(), time.perf_counter()
-    time.sleep(1)
-    idle = (counter() - start) / (time.perf_counter() - begin)
-    calls, start, begin = 0, counter(), time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        for _ in range(10):
-            call()
-        torch.cuda.synchronize()
-        calls += 10
-    return {"joules": (counter() - start) / calls, "idle_watts": idle}
-
-
-def attempt(measure: Callable[[], Any]) -> Any:
-    """The measurement, or what went wrong as text."""
-    try:
-        return measure()
-    except Exception as error:  # recorded: one contender may not end the run
-        torch.cuda.empty_cache()
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-
-
-def ceilings() -> dict[str, float]:
-    """Copy bandwidth, read and written bytes, and bf16 matmul, both on random data."""
-    x = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    copy = median_ms(functools.partial(y.copy_, x))
-    del x, y
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = median_ms(functools.partial(torch.mm, a, b))
-    return {"copy_tb_per_second": 2 * 2**32 / copy / 1e9, "matmul_tflop_per_second": 2 * 8192**3 / product / 1e9}
+# Lightning Attention beside the others.
 
 
 def inputs(B: int, H: int, T: int, sets: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[list[Any], Tensor]:
@@ -302,7 +107,7 @@ def measure(attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor
 
 def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bool) -> Iterator[dict[str, Any]]:
     """One contender after another over all rows. Quick runs leave out softmax attention where it takes seconds."""
-    for name, attend in _contenders().items():
+    for name, attend in attention_contenders().items():
         for B, H, T in rows:
             if quick and T > 8_192 and name.startswith("SDPA"):
                 continue
@@ -322,16 +127,19 @@ def length_rows(lengths: list[int]) -> Iterator[dict[str, Any]]:
     """Ours beside the plain forms of linear attention, B = 1, H = 32."""
     for T in lengths:
         tensors, log_decay = inputs(1, 32, T)
-        forms: dict[str, Callable[..., Tensor]] = {"ours": _contenders()["ours"], "left product": LeftProduct.apply}
+        forms: dict[str, Callable[..., Tensor]] = {
+            "ours": attention_contenders()["ours"],
+            "left product": LeftProduct.apply,
+        }
         row: dict[str, Any] = {"B": 1, "H": 32, "T": T, "contenders": {}}
         for name, attend in forms.items():
-            row["contenders"][name] = attempt(functools.partial(measure, attend, tensors, log_decay, False, False))
+            row["contenders"][name] = attempt(functools.partial(measure, attend, tensors, log_decay, T <= 4_096, False))
         row["contenders"]["plain"] = attempt(functools.partial(_measure_plain, T, tensors, log_decay))
         yield row
 
 
 def _measure_plain(T: int, tensors: list[Any], log_decay: Tensor) -> Any:
-    return measure(_plain(T, log_decay), tensors, log_decay, False, False)
+    return measure(plain(T, log_decay), tensors, log_decay, T <= 4_096, False)
 
 
 def fusion_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
@@ -404,38 +212,12 @@ def other_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
 
 
-def _loss_contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Name -> mean loss of hidden [N, D], head [vocab, D] and targets [N]."""
-
-    def plain(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, head), targets)
-
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "ours": functools.partial(linear_cross_entropy, backend="triton"),
-        "ours, backend torch": functools.partial(linear_cross_entropy, backend="torch"),
-        "plain": plain,
-        "plain, compiled": torch.compile(plain),
-    }
-    with contextlib.suppress(ImportError):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-
-        wide = (None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)  # the last one: sums over slices
-        found["Liger"] = lambda *tensors: Liger.apply(*tensors)[0]
-        found["Liger, float32 sums"] = lambda *tensors: Liger.apply(*tensors, *wide)[0]
-    with contextlib.suppress(ImportError):
-        from cut_cross_entropy import linear_cross_entropy as cut
-
-        found["cut-cross-entropy"] = cut  # leaves out gradients where the soft-max is below 2^-12
-        found["cut-cross-entropy, whole"] = functools.partial(cut, filter_eps=None)
-    return found
-
-
-def loss_rows(product: float) -> Iterator[dict[str, Any]]:
+def loss_rows(product: float, vocab: int) -> Iterator[dict[str, Any]]:
     """Head and loss, forward and backward, one contender after another; product: TFLOP/s of a matrix product.
 
     Distances from float64 are of 2,048 tokens. The floor is the three products.
     """
-    width, vocab = 1_024, 64_000
+    width = 1_024
     head = (torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16) / 32).requires_grad_()
 
     def tokens(number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -446,11 +228,11 @@ def loss_rows(product: float) -> Iterator[dict[str, Any]]:
         value = loss(hidden, head, targets)
         return [value.detach(), *torch.autograd.grad(value, (hidden, head))]
 
-    contenders, few, many = _loss_contenders(), tokens(2_048), tokens(32_768)
+    forms, few, many = loss_contenders(), tokens(2_048), tokens(32_768)
     exact, exact_head = (x.detach().double().requires_grad_() for x in few[:2])
-    true = [x.float() for x in results(contenders["plain"], exact, exact_head, few[2])]
+    true = [x.float() for x in results(forms["plain"], exact, exact_head, few[2])]
     floor = 6 * 32_768 * width * vocab / product / 1e9
-    for name, loss in contenders.items():
+    for name, loss in forms.items():
         row: dict[str, Any] = {
             "op": "linear_cross_entropy", "contender": name, "tokens": 32_768, "width": width, "vocab": vocab,
             "dtype": "bfloat16", "floor_ms": floor,
@@ -471,7 +253,10 @@ def loss_rows(product: float) -> Iterator[dict[str, Any]]:
 
 
 def _error(tiles: Tiles | None, segments: int | None, K: int, V: int, dtype: torch.dtype, lengths: Any) -> float:
-    """The largest error of output, state and gradients in units of plain torch's: at most 2 is right."""
+    """The largest error of output, state and gradients in units of plain torch's: at most 2 is right.
+
+    Two roundings of float32 are the least unit, as in the tests.
+    """
     sys.path.insert(0, str(ROOT / "tests" / "ops"))
     import oracle
 
@@ -489,42 +274,42 @@ def _error(tiles: Tiles | None, segments: int | None, K: int, V: int, dtype: tor
     in_dtype = case.to(dtype)
     true, plain = oracle.exact(in_dtype), oracle.plain(in_dtype)
     return max(
-        oracle.distance(found[name], want) / max(oracle.distance(plain[name], want), 1e-12)
+        oracle.distance(found[name], want) / max(oracle.distance(plain[name], want), 2 * torch.finfo(torch.float32).eps)
         for name, want in true.items()
     )
 
 
-def check(quick: bool, precision: str | None) -> Iterator[dict[str, Any]]:
-    """The chosen configurations; with a precision, float32 alone, with tiles for tensor cores."""
+def check(quick: bool) -> Iterator[dict[str, Any]]:
+    """Every configuration that may be chosen, in several processes, as compiling takes longer than running."""
     widths = [(128, 128), (64, 64), (256, 128)]
-    dtypes = [torch.bfloat16, torch.float16, torch.float32]
     if not quick:
         widths += [(128, 256), (256, 256), (16, 16), (96, 160), (33, 47)]
     shared = kernels._device(torch.cuda.current_device())[1]
     cases: list[tuple[int, list[int] | None]] = [(1, None), (3, None), (1, [70, 0, 130]), (2, [70, 0, 130])]
-    for (K, V), dtype in itertools.product(widths, dtypes):
+    calls = []
+    for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
         wide = max(K, V)
-        options = [
-            *kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared, paired=True),
-        ]  # fmt: skip
+        options = [*kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared, paired=True)]
         options = list(dict.fromkeys(options))
-        if precision:
-            if dtype != torch.float32:
-                continue
-            options = [Tiles(16, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 64, 8, 1)]
         brief = quick and (dtype != torch.bfloat16 or (K, V) != (128, 128))
-        if brief and not precision and dtype != torch.bfloat16 and (K, V) != (128, 128):
-            continue
         for tiles, (segments, lengths) in itertools.product(
-            options[: 1 if brief and not precision else None], cases[:: 3 if brief else 1]
+            options[: 1 if brief else None], cases[:: 3 if brief else 1]
         ):
-            begin = time.perf_counter()
-            error = attempt(functools.partial(_error, tiles, segments, K, V, dtype, lengths))
+            calls.append((tiles, segments, K, V, dtype, lengths))
+    workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for call, (error, seconds) in zip(calls, pool.map(_checked, calls), strict=True):
+            tiles, segments, K, V, dtype, lengths = call
             yield {
                 "K": K, "V": V, "dtype": str(dtype), "tiles": dataclasses.astuple(tiles), "segments": segments,
-                "packed": lengths is not None, "error_over_plain": error, "seconds": time.perf_counter() - begin,
+                "packed": lengths is not None, "error_over_plain": error, "seconds": seconds,
                 "right": isinstance(error, float) and error <= 2,
             }  # fmt: skip
+
+
+def _checked(call: Any) -> tuple[Any, float]:
+    begin = time.perf_counter()
+    return attempt(lambda: _error(*call)), time.perf_counter() - begin
 
 
 def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles]) -> Iterator[dict[str, Any]]:
@@ -611,14 +396,9 @@ def main() -> None:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--profile", choices=["forward", "backward", "step"])
-    parser.add_argument(
-        "--precision", choices=["ieee", "tf32", "tf32x3"], help="try another float32 product in --check"
-    )
     parser.add_argument("--commit", default=None, help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    if options.precision:
-        device_code._PRECISION = tl.constexpr(options.precision)
     if options.profile:
         profile(options.profile)
         return
@@ -644,7 +424,7 @@ def main() -> None:
         return into
 
     if options.check or (everything and not quick and "check" in options.parts):
-        checked = part("check: error in units of plain torch's, at most 2", check(quick, options.precision))
+        checked = part("check: error in units of plain torch's, at most 2", check(quick))
         wrong = [row for row in checked if not row["right"]]
         print(f"{len(wrong)} of {len(checked)} configurations are wrong", flush=True)
     if options.sweep:
@@ -660,7 +440,8 @@ def main() -> None:
     if everything and "others" in options.parts:
         part("others", other_rows(bandwidth))
     if everything and "losses" in options.parts:
-        part("losses", loss_rows(result["matmul_tflop_per_second"]))
+        product = result["matmul_tflop_per_second"]
+        part("losses", itertools.chain.from_iterable(loss_rows(product, vocab) for vocab in (64_000, 50_257)))
     if everything and "attention" in options.parts:
         part("attention", attention_rows(ROWS, bandwidth, quick))
     print(f"\nwrote {path}")

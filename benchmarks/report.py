@@ -89,30 +89,183 @@ def attention(result: dict[str, Any]) -> str:
 
 
 def gpu(result: dict[str, Any]) -> str:
-    rows, shapes = result["attention"], []
-    for row in rows:
-        shape = (row["B"], row["H"], row["T"])
-        if shape not in shapes:
-            shapes.append(shape)
+    """Everything benchmarks/ops.py measured."""
+    parts = [
+        f"## The ops on a GPU\n\nMedian ms of calls, forward / forward and backward, bfloat16. Floor: the bytes that must move over "
+        f"the copy bandwidth of the same run, {result['copy_tb_per_second']:.2f} TB/s; a bf16 matrix product ran at "
+        f"{result['matmul_tflop_per_second']:.0f} TFLOP/s. {result.get('note', '')}\n"
+    ]  # fmt: skip
+    sections = {"attention": contenders, "lengths": lengths, "fusions": fusions, "losses": losses, "others": steps}
+    parts += [section(result[key]) for key, section in sections.items() if result.get(key)]
+    if checked := result.get("check"):
+        right = sum(row["right"] for row in checked)
+        parts.append(
+            f"{right} of {len(checked)} configurations that may be chosen (widths, dtypes, segments, packing) are right: their error "
+            f"against float64 is at most twice plain torch's, and repeats are equal to the bit.\n"
+        )
+    parts.append(
+        f"{result['device']}; torch {result['torch']}, triton {result['triton']}; commit {result['commit'][:12]}"
+        f"{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
+        f"[{result['file']}](../benchmarks/results/{result['file']}).\n"
+    )
+    return "\n".join(parts)
+
+
+def _pair(row: dict[str, Any], forward: str, both: str) -> str:
+    ms = [row.get(key) for key in (forward, both)]
+    return " / ".join(f"{x:.3g}" if isinstance(x, float) else "–" for x in ms) if any(ms) else "–"
+
+
+def contenders(rows: list[dict[str, Any]]) -> str:
+    shapes = list(dict.fromkeys((row["B"], row["H"], row["T"]) for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
     found = {(row["contender"], row["B"], row["H"], row["T"]): row for row in rows}
     lines = []
     for shape in shapes:
-        floor = found["ours", *shape]
-        line = [", ".join(f"{n:,}" for n in shape), f"{floor['floor_forward_ms']:.3f} / {floor['floor_both_ms']:.3f}"]
-        for name in names:
-            row = found.get((name, *shape), {})
-            graph = "_graph" * ("both_graph_ms" in row)
-            measured = f"forward{graph}_ms" in row
-            line.append(f"{row[f'forward{graph}_ms']:.3f} / {row[f'both{graph}_ms']:.3f}" if measured else "–")
+        line = [", ".join(f"{n:,}" for n in shape), _pair(found["ours", *shape], "floor_forward_ms", "floor_both_ms")]
+        line += [_pair(found.get((name, *shape), {}), "forward_ms", "both_ms") for name in names]
         lines.append(line)
+        if "both_graph_ms" in found["ours", *shape]:
+            line = ["the same by graph replay", ""]
+            lines.append(
+                line + [_pair(found.get((name, *shape), {}), "forward_graph_ms", "both_graph_ms") for name in names]
+            )
+    eight = {name: found.get((name, 4, 32, 8_192), {}) for name in names}
+    energy = [
+        [name, f"{row['energy']['joules']:.2f}", f"{row['energy']['idle_watts']:.0f}", f"{row['both_bytes'] / 2**30:.2f}"]
+        for name, row in eight.items() if isinstance(row.get("energy"), dict)
+    ]  # fmt: skip
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), dpi=120, layout="constrained")
+    for axis, kind, title in zip(axes, ("forward_ms", "both_ms"), ("forward", "forward and backward"), strict=True):
+        for name in names:
+            points = [
+                (T, found[name, B, H, T][kind])
+                for B, H, T in shapes
+                if B == 4 and kind in found.get((name, B, H, T), {})
+            ]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        points = [(T, found["ours", B, H, T][f"floor_{kind}"]) for B, H, T in shapes if B == 4]
+        axis.plot(*zip(*points, strict=True), color="black", linestyle=":", label="floor")
+        axis.set(xlabel="T", ylabel="ms", title=f"{title}, B = 4, H = 32, K = V = 128", yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize="small")
+    figure.savefig(DOCS / "ops.png")
+    plt.close(figure)
     return (
-        f"## Lightning Attention on a GPU\n\nMedian ms, forward / forward and backward, bfloat16, head size 128; the smallest "
-        f"shape by CUDA graph replay. Floor: bytes that must move over the copy bandwidth measured in the same run "
-        f"({result['copy_tb_per_second']:.2f} TB/s; bf16 matrix product {result['matmul_tflop_per_second']:.0f} TFLOP/s). SDPA is "
-        f"softmax attention. {result.get('note', '')}\n\n{table(['B, H, T', 'floor', *names], lines)}\n\n"
-        f"{result['device']}; torch {result['torch']}, triton {result['triton']}; commit {result['commit'][:12]}"
-        f"{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
+        f"### Lightning Attention, K = V = 128\n\nSDPA is softmax attention; the others are linear.\n\n"
+        f"{table(['B, H, T', 'floor', *names], lines)}\n\n![ops](ops.png)\n\nEnergy of forward and backward at 4, 32, 8,192 (NVML, 3 s of "
+        f"repeats), power before it, and peak memory beyond the inputs:\n\n"
+        f"{table(['', 'joules a call', 'watts between calls', 'GiB'], energy)}\n"
+    )
+
+
+def lengths(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["contenders"])
+
+    def ms(found: dict[str, Any], kind: str) -> Any:
+        """By graph replay where that was measured: the host takes longer than short lengths."""
+        return found.get(f"{kind}_graph_ms", found[f"{kind}_ms"])
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), dpi=120, layout="constrained")
+    for name in names:
+        good = [row for row in rows if isinstance(row["contenders"][name], dict)]
+        axes[0].plot(
+            [row["T"] for row in good], [ms(row["contenders"][name], "both") for row in good], marker="o", label=name
+        )
+        sizes = [row["contenders"][name]["both_bytes"] / 2**30 for row in good]
+        axes[1].plot([row["T"] for row in good], sizes, marker="o", label=name)
+    for axis, label in zip(axes, ("forward and backward, ms", "peak memory beyond the inputs, GiB"), strict=True):
+        axis.set(xlabel="T (B = 1, H = 32)", ylabel=label, yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    figure.savefig(DOCS / "lengths.png")
+    plt.close(figure)
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        found = row["contenders"][name]
+        if not isinstance(found, dict):
+            return "out of memory" if "OutOfMemory" in found else found
+        return f"{ms(found, 'forward'):.3g} / {ms(found, 'both'):.3g}, {found['both_bytes'] / 2**30:.3g} GiB"
+
+    lines = [[f"{row['T']:,}", *(cell(row, name) for name in names)] for row in rows]
+    faster = [row["T"] for row in rows if all(isinstance(row["contenders"][n], dict) for n in ("ours", "left product"))
+              and ms(row["contenders"]["ours"], "both") < ms(row["contenders"]["left product"], "both")]  # fmt: skip
+    return (
+        f"### Against the plain forms of linear attention\n\nB = 1, H = 32; up to T = 4,096 by graph replay. Plain: the quadratic form with a mask of T × T, which is "
+        f"given. Left product: the paper's first algorithm as a kernel, O(T²) operations and nothing of T × T stored; from "
+        f"T = {min(faster):,} on the chunks are faster, forward and backward.\n\n{table(['T', *names], lines)}\n\n![lengths](lengths.png)\n"
+    )
+
+
+def fusions(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+    lines = [
+        [row["op"], _pair(row, "floor_forward_ms", "floor_both_ms"),
+         *(f"{_pair(found, 'forward_ms', 'both_ms')} ({found['both_graph_ms']:.3g})" if (found := row["contenders"].get(name)) else "–"
+           for name in names)]
+        for row in rows
+    ]  # fmt: skip
+    return (
+        f"### Norms, gates, positions\n\nOne tensor is [2, 8192, 4096]; in brackets forward and backward by graph replay, which leaves out "
+        f"the host. `torch.compile` compiles these alone.\n\n{table(['', 'floor', *names], lines)}\n"
+    )
+
+
+def losses(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        [row["contender"], f"{row['vocab']:,}", f"{row['both_ms']:.1f}" if isinstance(row["both_ms"], float) else row["both_ms"],
+         f"{row['floor_ms']:.1f}", f"{row['bytes'] / 2**30:.2f}" if isinstance(row["bytes"], int) else "–",
+         *(f"{row[key]:.1e}" if key in row else "–" for key in ("loss_error", "d_hidden_error", "d_head_error"))]
+        for row in rows
+    ]  # fmt: skip
+    head = ["", "vocab", "ms", "three products, ms", "GiB", "error of the loss", "of d hidden", "of d head"]
+    return (
+        f"### Head and loss\n\n{rows[0]['tokens']:,} tokens of width {rows[0]['width']:,}, forward and backward; errors are relative, against "
+        f'float64, of 2,048 tokens. cut-cross-entropy leaves out gradients where the soft-max is small; "whole" does not.\n\n{table(head, lines)}\n'
+    )
+
+
+def steps(rows: list[dict[str, Any]]) -> str:
+    row = rows[0]
+    return (
+        f"### One token\n\n{row['B']} rows, {row['H']} heads, K = V = {row['K']}, in place: {row['graph_ms']:.3f} ms by graph replay, "
+        f"{row['eager_ms']:.3f} eager; floor {row['floor_ms']:.3f}.\n"
+    )
+
+
+def sweep(result: dict[str, Any]) -> str:
+    rows = [
+        row
+        for row in result["sweep"]
+        if isinstance(row.get("backward_ms"), float) and isinstance(row.get("forward_ms"), float)
+    ]
+
+    def label(row: dict[str, Any]) -> str:
+        chunk, width, warps, stages, described = row["tiles"]
+        return f"{chunk} × {width}, {warps} warps, {stages} stages{', descriptors' if described else ''}"
+
+    figure, axis = plt.subplots(figsize=(9, 0.34 * len(rows) + 1.2), dpi=120, layout="constrained")
+    places = range(len(rows))
+    axis.barh([n - 0.2 for n in places], [row["forward_ms"] for row in rows], height=0.4, label="forward")
+    axis.barh([n + 0.2 for n in places], [row["backward_ms"] for row in rows], height=0.4, label="backward")
+    for n, row in zip(places, rows, strict=True):
+        if isinstance(row.get("resources"), dict):
+            spilled = row["resources"].get("backward", (0, 0))[1]
+            axis.text(row["backward_ms"], n + 0.2, f" {spilled} spilled", va="center", fontsize="x-small")
+    axis.set_yticks(list(places), [label(row) for row in rows], fontsize="small")
+    axis.set(
+        xlabel=f"ms, B = {rows[0]['B']}, H = {rows[0]['H']}, T = {rows[0]['T']:,}",
+        xlim=(0, 1.15 * max(row["backward_ms"] for row in rows)),
+    )
+    axis.invert_yaxis()
+    axis.legend(loc="lower right")
+    figure.savefig(DOCS / "sweep.png")
+    plt.close(figure)
+    return (
+        f"## Chunk and tile sizes\n\nChunk × slice of the state. Too large spills registers (counted beside the bars), too small starves the matrix units. What is chosen: 64 × 64 with descriptors.\n\n![sweep](sweep.png)\n\n"
+        f"{result['device']}; torch {result['torch']}, triton {result['triton']}; commit {result['commit'][:12]}; "
         f"[{result['file']}](../benchmarks/results/{result['file']}).\n"
     )
 
@@ -123,7 +276,8 @@ def main() -> None:
         ("train", "cpu", training),
         ("inference", "cpu", decoding),
         ("attention", "cpu", attention),
-        ("ops_quick", "h100", gpu),
+        ("ops", "h100", gpu),
+        ("ops_sweep", "h100", sweep),
     ):
         if result := newest(subject, device):
             parts.append(section(result))
