@@ -93,8 +93,6 @@ def attention_contenders() -> dict[str, Callable[..., Tensor]]:
 
     found: dict[str, Callable[..., Tensor]] = {
         "ours": _ours,
-        "SDPA flash": softmax(SDPBackend.FLASH_ATTENTION),
-        "SDPA cuDNN": softmax(SDPBackend.CUDNN_ATTENTION),
     }
     with contextlib.suppress(ImportError):
         from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
@@ -109,6 +107,8 @@ def attention_contenders() -> dict[str, Callable[..., Tensor]]:
             return lightning_attn_func(q, k, v, -decay.view(1, -1, 1, 1)).transpose(1, 2)
 
         found["lightning-attn"] = published
+    found["SDPA cuDNN"] = softmax(SDPBackend.CUDNN_ATTENTION)
+    found["SDPA flash"] = softmax(SDPBackend.FLASH_ATTENTION)
     return found
 
 

@@ -45,7 +45,7 @@ from transnormer.ops import lightning_triton as kernels
 from transnormer.ops.lightning_triton import Tiles
 from transnormer.ops.lrpe import swish_lrpe
 
-PARTS = ["check", "lengths", "fusions", "others", "losses", "attention"]
+PARTS = ["check", "attention", "lengths", "fusions", "others", "losses"]
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [(4, 32, 2_048), (4, 32, 8_192), (4, 32, 32_768), (1, 32, 131_072), (1, 16, 2_048)]
 SWEEP = [
@@ -432,6 +432,8 @@ def main() -> None:
         part(
             "segments", sweep([(*shape, n) for shape, numbers in SEGMENTS for n in numbers], [*SWEEP[:1], *SWEEP[2:5]])
         )
+    if everything and "attention" in options.parts:
+        part("attention", attention_rows(ROWS, bandwidth, quick))
     if everything and "lengths" in options.parts:
         lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
         part("lengths", length_rows(lengths))
@@ -442,8 +444,6 @@ def main() -> None:
     if everything and "losses" in options.parts:
         product = result["matmul_tflop_per_second"]
         part("losses", itertools.chain.from_iterable(loss_rows(product, vocab) for vocab in (64_000, 50_257)))
-    if everything and "attention" in options.parts:
-        part("attention", attention_rows(ROWS, bandwidth, quick))
     print(f"\nwrote {path}")
 
 
