@@ -10,10 +10,11 @@ the state after token t, the gradients are the same walk with other tensors in t
     dv_t = sum over s >= t of lambda^(s-t) (k_t . q_s)  do_s     state  D   = sum lambda^. q^T do   right to left
 
 Nothing is stored between the passes. Counted in units of one [B, T, H, 128] tensor, the forward moves 4 and the
-backward, one launch of three kinds of programs, 12, of which dk and dv share two reads through the cache: 10. (Fusing
-dk and dv in one program would save 11 % of the arithmetic for twice the registers; storing chunk states, one [K, V]
-float32 each, would add 4 units at C = 64 and 1 at C = 256.) Arithmetic, a token and head: 2 C (K + V) + 4 K V FLOPs
-forward, three times that backward; at C = 64, K = V = 128, three tenths of the time its bytes take on Hopper.
+backward, one launch of three kinds of programs, 12, of which dk and dv share two reads through the cache: 10, as a
+profiler counts too. (Fusing dk and dv in one program with the whole state was tried, and is no faster; storing chunk
+states, one [K, V] float32 each, would add 4 units at C = 64 and 1 at C = 256.) Arithmetic, a token and head: 2 C (K + V)
++ 4 K V FLOPs forward, three times that backward; at C = 64, K = V = 128, three tenths of the time its bytes take on
+Hopper.
 
 Where rows x heads x slices do not fill the GPU, time is cut in segments: a first launch sums the state of every
 segment alone (in backward, of both directions), the walk of a segment starts from the decayed sum of those before it.
