@@ -12,6 +12,8 @@ REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY / "examples" / "shakespeare.txt"
 PUBLISHED = Path(__file__).parent / "fixtures" / "tnl_tiny"
 
+if not torch.cuda.is_available():  # triton reads it where it is first imported, and other libraries import it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MPLCONFIGDIR", str(REPOSITORY / "build" / "matplotlib"))
 
 

@@ -19,11 +19,12 @@ ARROWS = {
     "ops": set(),
     "data": {"files"},
     "model": {"config", "files", "ops"},
-    "train": {"config", "files", "data", "model", "evaluation"},
+    "train": {"config", "files", "data", "model", "evaluation", "formats"},
     "inference": {"config", "data", "model"},
     "evaluation": {"config", "data", "model", "inference", "ops"},
-    "hub": {"config", "files", "data", "model"},
-    "cli": {"config", "data", "model", "train", "inference", "evaluation", "hub", "ops"},
+    "formats": {"config", "files", "data", "model", "ops"},
+    "hub": {"config", "files", "data", "model", "ops"},
+    "cli": {"config", "files", "data", "model", "train", "inference", "evaluation", "formats", "ops"},
 }
 # Heavy libraries and the one door of each.
 DOORS = {
@@ -32,6 +33,13 @@ DOORS = {
     "zstandard": "corpus.py",
     "matplotlib": "metrics.py",
     "psutil": "loop.py",
+    "sentencepiece": "tokenizers.py",
+    "tiktoken": "tokenizers.py",
+    "lm_eval": "harness.py",
+    "datasets": "harness.py",
+    "transformers": "hf.py",
+    "peft": "lora.py",
+    "jinja2": "render.py",
 }
 
 

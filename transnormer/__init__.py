@@ -18,8 +18,8 @@ __all__ = [
 
 
 def load(path: str, **options: Any) -> LanguageModel:
-    """A model from any folder: a run, an exported model, a published checkpoint. See `hub.folders.load`."""
-    from .hub.folders import load
+    """A model from any folder: a run, an exported model, a published checkpoint. See `formats.folders.load`."""
+    from .formats.folders import load
 
     return load(path, **options)
 

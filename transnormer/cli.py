@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from .data.chat import Template
     from .evaluation.perplexity import Score
+    from .formats.convert import Written
+    from .inference.engine import Session
+    from .inference.sampling import Sampling
     from .model.language_model import LanguageModel
 
 app = typer.Typer(
@@ -24,6 +28,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there 
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
 TopK = Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Draw among the fewest tokens with this much probability.")]
+MaxShard = Annotated[str, typer.Option(help="Bytes a weight file at most, e.g. 5GB, 500MB.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
 
 
@@ -108,32 +113,45 @@ def chat(
     top_k: TopK = 0,
     top_p: TopP = 0.95,
     seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Where a turn ends; by default at an empty line.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Where a turn ends, without a chat template; by default at an empty line.")
+    ] = None,
+    system: Annotated[str, typer.Option(help="What the model is told first, where it has a chat template.")] = "",
     device: Device = "auto",
 ) -> None:
     """Take turns with a model on one state, whose size does not grow. An empty line or Ctrl-D ends it."""
-    from .data.tokenizer import encode
-    from .inference.engine import Session, generate_text
+    from contextlib import nullcontext
+
+    from .data.chat import Template, find_template
+    from .formats.folders import find_model
+    from .inference.engine import Session
     from .inference.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = _load(model, device)
     session = Session(loaded)
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
+    source = find_template(find_model(model), loaded.tokenizer) if loaded.tokenizer else None
+    if source is not None and stop:
+        raise ValueError("--stop is for models without a chat template; this one's says where a turn ends")
+    if source is None and system:
+        raise ValueError(f"--system needs a chat template, and {model} has none")
+    with Template(source, loaded.tokenizer) if source is not None else nullcontext() as template:
+        messages = [{"role": "system", "content": system}] if system else []
+        while True:
+            try:
+                line = input("> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if not line:
+                return
+            if template is None:
+                _go_on(session, line, max_tokens, sampling, stop or ["\n\n"])
+            else:
+                messages.append({"role": "user", "content": line})
+                said = _answer(session, template, messages, max_tokens, sampling)
+                messages.append({"role": "assistant", "content": said})
             print()
-            return
-        if not line:
-            return
-        stops = stop or ["\n\n"]
-        for piece in generate_text(
-            loaded, line + "\n", max_tokens=max_tokens, sampling=sampling, stop=stops, session=session
-        ):
-            print(piece, end="", flush=True)
-        session.read(encode(loaded.tokenizer, "\n"))
-        print()
 
 
 @app.command()
@@ -147,17 +165,73 @@ def prepare(
     split: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Chooses the documents held out.")] = 0,
     text_field: Annotated[str, typer.Option(help="The field or column of jsonl and parquet with the text.")] = "text",
+    format: Annotated[str, typer.Option(help="text, or what records hold: messages, prompt, alpaca.")] = "text",
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A chat template to use; by default the tokenizer folder's, or ours.")
+    ] = None,
 ) -> None:
-    """Turn text into token shards, ready to train on."""
+    """Turn text or conversations into token shards, ready to train on."""
     from .data.loader import prepare as make
 
     record = make(
-        inputs, out, vocab_size=vocab_size, tokenizer=tokenizer, split=split, seed=seed, text_field=text_field
-    )
+        inputs, out, vocab_size=vocab_size, tokenizer=tokenizer, split=split, seed=seed, text_field=text_field,
+        format=format, chat_template=chat_template,
+    )  # fmt: skip
     for name in ("train", "valid"):
         part = record["splits"][name]
-        print(f"{name}: {part['documents']:,} documents, {part['bytes']:,} bytes, {part['tokens']:,} tokens")
+        if format == "text":
+            print(f"{name}: {part['documents']:,} documents, {part['bytes']:,} bytes, {part['tokens']:,} tokens")
+        else:
+            print(
+                f"{name}: {part['documents']:,} conversations, {part['tokens']:,} tokens, {part['learned']:,} to learn"
+            )
     print(f"vocabulary {record['vocab_size']:,}, in {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A published TransNormerLLM or TransNormerLLM2 folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    max_shard: MaxShard = "5GB",
+    tokenizer: Annotated[bool, typer.Option(help="Convert the folder's tokenizer, where it has one.")] = True,
+) -> None:
+    """Turn a published checkpoint into our format, every tensor checked, in little memory."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from .formats.convert import convert as run
+
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    shard_bytes = _bytes(max_shard)
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        written = run(source, out, shard_bytes=shard_bytes, tokenizer=tokenizer, progress=show)
+    _tell(written)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    format: Annotated[
+        str, typer.Option(help="transnormer, or published: as the published code reads it.")
+    ] = "transnormer",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
+    max_shard: MaxShard = "5GB",
+) -> None:
+    """Write a model and its tokenizer, without what only training needs."""
+    import torch
+
+    from .formats.convert import export as run
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {dtype!r} is unknown; there are float32, bfloat16, float16")
+    kind = None if dtype is None else getattr(torch, dtype)
+    _tell(run(model, out, format=format, dtype=kind, shard_bytes=_bytes(max_shard)))
 
 
 @evaluation.command()
@@ -200,6 +274,57 @@ def perplexity(
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+@evaluation.command()
+def harness(
+    model: Model,
+    tasks: Annotated[
+        str, typer.Option(help="Names, commas between; the harness' own, too. By default those of the paper's table.")
+    ] = "",
+    data: Annotated[Path | None, typer.Option(help="A folder with the tasks' documents: no network is needed.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each question; by default the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens to read at a time.")] = 8_192,
+    max_length: Annotated[int | None, typer.Option(help="Of longer prompts, read the last so many tokens.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write, with all results and settings.")] = None,
+    device: Device = "auto",
+) -> None:
+    """The paper's benchmarks, and all of lm-evaluation-harness, on our own forward."""
+    import json
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from .files import write_text
+
+    try:
+        from .evaluation.harness import PAPER, evaluate, table
+    except ImportError as error:
+        raise ValueError(error) from error
+
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # known before the hours, not after them
+        raise ValueError(f"{out}: not a file in a folder that is there")
+    names = [name.strip() for name in tasks.split(",") if name.strip()] or PAPER
+    loaded = _load(model, device)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("tasks", total=None)
+        result = evaluate(
+            loaded, names, data=data, shots=shots, limit=limit, batch_tokens=batch_tokens, max_length=max_length,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    result["transnormer"] |= {"model": str(model), "command": ["transnormer", *sys.argv[1:]]}
+    if out is not None:
+        write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    shown = Table("task", "version", "split", "documents", "shots", "metric", "value")
+    for row in table(result):
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(shown)
+    ran = result["transnormer"]
+    for line in (f"lm-eval {ran['lm_eval']}, {ran['seconds']:,} s", *ran["notes"]):
+        console.print(line, markup=False, highlight=False)
+
+
 @app.command()
 def info(
     model: Annotated[str | None, typer.Argument(help="A model's folder or the name of a size, e.g. 385m.")] = None,
@@ -212,7 +337,7 @@ def info(
 
     from . import __version__
     from .config import SIZES, ModelConfig
-    from .hub.folders import load
+    from .formats.folders import load
     from .model.language_model import LanguageModel
     from .model.state import State
 
@@ -252,10 +377,61 @@ def version(
 
 
 def _load(folder: Path, device: str) -> LanguageModel:
-    from .hub.folders import load
+    from .formats.folders import load
     from .model.language_model import find_device
 
     return load(folder, device=find_device(device))
+
+
+def _go_on(session: Session, line: str, max_tokens: int, sampling: Sampling, stop: list[str]) -> None:
+    """Print what follows a line, for a model that knows of no turns."""
+    from .data.tokenizer import encode
+    from .inference.engine import generate_text
+
+    for piece in generate_text(
+        session.model, line + "\n", max_tokens=max_tokens, sampling=sampling, stop=stop, session=session
+    ):
+        print(piece, end="", flush=True)
+    session.read(encode(session.model.tokenizer, "\n"))
+
+
+def _answer(
+    session: Session, template: Template, messages: list[dict[str, str]], max_tokens: int, sampling: Sampling
+) -> str:
+    """Print and return what the assistant says next; the session has read all but the last message."""
+    from tokenizers.decoders import DecodeStream
+
+    session.read(template.parts(messages)[-1].ids)
+    decoder, said, count = DecodeStream(skip_special_tokens=True), "", 0
+    for token in session.write(max_tokens, sampling, template.end):
+        piece = decoder.step(session.model.tokenizer, token) or ""
+        print(piece, end="", flush=True)
+        said, count = said + piece, count + 1
+    if count == max_tokens:  # cut off before its end, which the next turn stands behind
+        session.read([template.end])
+    return said
+
+
+def _bytes(size: str) -> int:
+    """A number of bytes, such as 5GB, 500MB or 1000."""
+    import re
+
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)?", size.strip().upper())
+    count = int(float(found[1]) * units[found[2] or ""]) if found else 0
+    if count < 1:
+        raise ValueError(f"{size!r} is no size in bytes; write e.g. 5GB, 500MB")
+    return count
+
+
+def _tell(written: Written) -> None:
+    """What a new folder holds."""
+    dtypes = ", ".join(f"{size / 1e6:,.1f} MB {name}" for name, size in written.dtypes.items())
+    print(f"parameters      {written.config.parameter_count():,}")
+    print(f"weights         {dtypes} in {len(written.files)} file{'s' * (len(written.files) > 1)}")
+    print(f"tokenizer       {written.tokenizer or 'none'}")
+    print(f"fingerprint     {'checked by every load' if written.fingerprint else 'none'}")
+    print(f"in {written.folder}")
 
 
 def _cells(score: Score) -> list[str]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+FINGERPRINT = "fingerprint.json"  # what a converted model must be; of no use to other weights
+INDEX = "model.safetensors.index.json"  # which of several files holds each tensor, as transformers writes it
+LARGEST_INDEX_BYTES = 2**26
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -42,6 +51,42 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated, damaged or not a safetensors file ({error})") from error
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """A model's tensors from WEIGHTS or, where only INDEX is there, from the shards that it names.
+
+    ValueError or OSError names the file that is missing or damaged, or the tensor that is not where INDEX says.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return read_tensors(folder / WEIGHTS)[0]
+    shards: dict[str, set[str]] = {}
+    for name, shard in _index(folder / INDEX).items():
+        shards.setdefault(shard, set()).add(name)
+    if missing := [shard for shard in sorted(shards) if not (folder / shard).is_file()]:
+        raise FileNotFoundError(f"{folder / missing[0]}: no such file, though {INDEX} names it")
+    tensors: dict[str, Tensor] = {}
+    for shard, wanted in sorted(shards.items()):
+        found, _ = read_tensors(folder / shard)
+        if wrong := sorted(wanted ^ found.keys()):
+            word = "lacks" if wrong[0] in wanted else "also holds"
+            raise ValueError(f"{folder / shard} {word} {wrong[0]}: it and {INDEX} are not of one model")
+        tensors.update(found)
+    return tensors
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor -> file of the same folder."""
+    if path.stat().st_size > LARGEST_INDEX_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes are too many for an index of shards")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(name == Path(name).name and name.endswith(".safetensors") for name in index.values()):
+            raise ValueError("a shard must be a .safetensors file of the same folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, or not an index of shards ({error})") from error
+    return dict(index)
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -111,3 +156,126 @@ def sha256(path: Path) -> str:
     """The hash of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Weights too large to hold: written piece by piece, in as many files as wanted, with the hash of each file.
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write_shards(
+    folder: Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    read: Callable[[str], Iterable[Tensor]],
+    shard_bytes: int,
+) -> dict[str, dict[str, object]]:
+    """Write tensors as WEIGHTS, or where that would pass `shard_bytes`, as shards with their INDEX.
+
+    layout: name -> (dtype, shape); dtype is one of DTYPE_NAMES. read(name) gives the tensor in pieces that follow
+    one another in memory order; one piece is held at a time. A tensor is never split over two shards.
+    Returns file name -> {"bytes": size, "sha256": hash}. Raises OSError naming the file, and what `read` raises.
+    """
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items()}
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    files = [WEIGHTS]
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    record: dict[str, dict[str, object]] = {}
+    for file, names in zip(files, shards, strict=True):
+        digest = _write_shard(folder / file, {name: layout[name] for name in names}, sizes, read)
+        record[file] = {"bytes": (folder / file).stat().st_size, "sha256": digest}
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return record
+
+
+def _write_shard(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    sizes: Mapping[str, int],
+    read: Callable[[str], Iterable[Tensor]],
+) -> str:
+    """One safetensors file: the header's length, the header (JSON padded to 8 bytes), the tensors. Returns its hash."""
+    names = sorted(layout, key=lambda name: -layout[name][0].itemsize)  # wide numbers first: all are then aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        dtype, shape = layout[name]
+        spread = [offset, offset + sizes[name]]
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": spread}
+        offset = spread[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+
+            def put(data: bytes | memoryview) -> None:
+                file.write(data)
+                digest.update(data)
+
+            put(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                start = file.tell()
+                for piece in read(name):
+                    put(piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+                if file.tell() - start != sizes[name]:
+                    raise ValueError(f"{name} has {file.tell() - start:,} bytes, not {sizes[name]:,}")
+
+    replace_file(path, write)
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, emptied of what a killed run left, that becomes `out` at the end or goes away.
+
+    Parents that are missing are made, and go away with it. Raises ValueError where `out` exists and is not empty, or
+    another process is writing it.
+    """
+    import fcntl  # not on Windows, where the rest of this module works
+
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists; remove it or choose another folder")
+    folder = out.with_name(f".{out.name}.partial")
+    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise ValueError(f"{out} is being written by another process")
+        for entry in folder.iterdir():
+            entry.unlink()
+        try:
+            yield folder
+            flush(folder)
+            os.replace(folder, out)
+            flush(out.parent)
+        except BaseException as error:
+            shutil.rmtree(folder)
+            with suppress(OSError):  # another process may use them by now
+                for parent in made:
+                    parent.rmdir()
+            if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write does not say where
+                error.filename = str(out)
+            elif isinstance(error, OSError) and str(folder) in str(error):
+                raise OSError(str(error).replace(str(folder), str(out))) from error
+            raise
+    finally:
+        os.close(lock)

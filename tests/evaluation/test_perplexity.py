@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
 from transnormer.data.tokenizer import load_tokenizer
-from transnormer.evaluation.perplexity import Score, score_ids, score_text, score_windows
+from transnormer.evaluation.perplexity import Score, score_ids, score_text
 
 SMALL = {
     "vocab_size": 300,
@@ -53,10 +53,3 @@ def test_bytes_words_and_tokens_are_counted(prepared) -> None:
     assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / score.bytes)
     assert score.perplexity == pytest.approx(300, rel=0.2)  # untrained: nearly uniform
     assert score + score == Score(2 * score.nats, 2 * score.tokens, 2 * score.bytes, 2 * score.words)
-
-
-def test_windows_are_weighed_by_their_tokens() -> None:
-    model = LanguageModel(ModelConfig(**SMALL, initializer_range=0.3)).eval()
-    windows = [torch.randint(300, (3, 11)), torch.randint(300, (1, 11))]
-    each = [score_ids(model, row.tolist()) for batch in windows for row in batch]
-    assert score_windows(model, windows) == pytest.approx(sum(each) / 40, rel=1e-5)

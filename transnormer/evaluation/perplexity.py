@@ -87,16 +87,5 @@ def score_ids(
     return total
 
 
-@torch.inference_mode()
-def score_windows(model: LanguageModel, windows: Sequence[torch.Tensor]) -> float:
-    """Mean cross entropy in nats of windows [B, T + 1] read each from a fresh state, as in training."""
-    total, count = 0.0, 0
-    for ids in windows:
-        ids = ids.to(model.device)
-        total += model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").item()
-        count += ids[:, 1:].numel()
-    return total / count
-
-
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf

@@ -82,7 +82,7 @@ def generate_text(
     if not ids and session.state is None and end is not None:
         ids = [end]
     session.read(ids)
-    decoder = DecodeStream(skip_special_tokens=True)
+    decoder = DecodeStream(ids=ids, skip_special_tokens=True)  # some tokenizers' first word has no blank before it
     held = ""  # text that may still turn out to begin a stop string
     for token in session.write(max_tokens, sampling, end):
         held += decoder.step(model.tokenizer, token) or ""

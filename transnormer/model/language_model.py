@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..files import read_tensors, write_tensors, write_text
+from ..files import FINGERPRINT, WEIGHTS, read_weights, write_tensors, write_text
 from ..ops.loss import linear_cross_entropy
+from .card import write_card
 from .layers import GLUS, LRPE, NORMS, Linear, added
 from .mixers import MIXERS, LayerState, Place
 from .state import State
@@ -43,20 +44,27 @@ class LanguageModel(nn.Module):
     """
 
     tokenizer: Any = None  # set by `transnormer.load` where the folder has one
+    block: type[Block] = Block  # what the layers are; hub/hf.py puts its own here
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.build(config)
+        init_weights(self)
+
+    def build(self, config: ModelConfig) -> None:
+        """Make the submodules, their weights not yet initialised."""
+        # a token that pads and also begins or ends texts is learned like any other
+        pad = None if config.pad_token_id in (config.bos_token_id, config.eos_token_id) else config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         self.embed_positions = None
         if config.position == "ape":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        init_weights(self)
 
     @property
     def device(self) -> torch.device:
@@ -85,20 +93,30 @@ class LanguageModel(nn.Module):
         return F.linear(x, self.head_weight), state
 
     def hidden(
-        self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None, pad: Tensor | None = None
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pad: Tensor | None = None,
+        inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, State]:
-        """The head's input [B, T, D] and the state; arguments as in `forward`."""
+        """The head's input [B, T, D] and the state; arguments as in `forward`.
+
+        ids: also [B, T, D] floating, vectors in the place of the tokens' embeddings.
+        inputs: a list to which every layer's input [B, T, D] is appended.
+        """
         self._check(ids, state, cu_seqlens, pad)
         if pad is not None:  # without padding, rows of unequal length are packed sequences
             real = _real(ids, pad)
             ends = (ids.shape[1] - pad.to(ids.device)).cumsum(0)
-            packed, state = self.hidden(ids[real][None], state, cu_seqlens=F.pad(ends, (1, 0)))
-            x = packed.new_zeros(*ids.shape, packed.shape[-1])
-            x[real] = packed[0]
-            return x, state
+            packed, state = self.hidden(ids[real][None], state, cu_seqlens=F.pad(ends, (1, 0)), inputs=inputs)
+            if inputs is not None:
+                inputs[:] = [_unpack(x, real) for x in inputs]
+            return _unpack(packed, real), state
         seen = None if state is None else state.seen
         place = Place(_positions(ids, seen, cu_seqlens), seen, cu_seqlens)
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids) if ids.dim() == 2 else ids
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         if self.embed_positions is not None:
@@ -110,9 +128,14 @@ class LanguageModel(nn.Module):
             x = x + self.embed_positions(place.positions)
         layers = []
         for number, layer in enumerate(self.layers):
+            if inputs is not None:
+                inputs.append(x)
             x, layer_state = layer(x, None if state is None else state.layers[number], place)
             layers.append(layer_state)
-        read = ids.new_full(ids.shape[:1], ids.shape[1]) if cu_seqlens is None else cu_seqlens.diff().to(ids)
+        if cu_seqlens is None:
+            read = place.positions.new_full(ids.shape[:1], ids.shape[1])
+        else:
+            read = cu_seqlens.diff().to(place.positions)
         return self.norm(x), State(layers, read if seen is None else seen + read)
 
     def loss(
@@ -135,8 +158,8 @@ class LanguageModel(nn.Module):
         return linear_cross_entropy(x, self.head_weight, targets, reduction=reduction)
 
     def _check(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None, pad: Tensor | None) -> None:
-        if ids.dim() != 2 or ids.dtype.is_floating_point:
-            raise ValueError(f"ids must be [B, T] integers; got {list(ids.shape)} {ids.dtype}")
+        if ids.dim() != (3 if ids.is_floating_point() else 2):
+            raise ValueError(f"ids must be [B, T] integers or [B, T, D] vectors; got {list(ids.shape)} {ids.dtype}")
         rows = ids.shape[0]
         if cu_seqlens is not None:
             if pad is not None:
@@ -175,10 +198,15 @@ class LanguageModel(nn.Module):
         return 6.0 * (self.parameter_count() - tables) + 3 * mixers
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, where there is one, tokenizer.json; each whole or not at all."""
+        """Write config.json, model.safetensors and, where there is one, tokenizer.json; each whole or not at all.
+
+        A model card, README.md, is written where the folder has none.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "model.safetensors", self.state_dict(), {"format": "pt"})
+        write_card(folder, self.config, self.parameter_count())
+        (folder / FINGERPRINT).unlink(missing_ok=True)
+        write_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
         if self.tokenizer is not None:
             write_text(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
         write_text(folder / "config.json", self.config.to_json())  # last: a folder without it is not a model
@@ -189,13 +217,13 @@ class LanguageModel(nn.Module):
     ) -> LanguageModel:
         """Read a folder that `save_pretrained` wrote (for every other kind there is `transnormer.load`).
 
+        The weights may also lie in shards, as transformers writes them: model.safetensors.index.json names each.
         dtype: of the weights in memory; None keeps the stored one.
         Raises ValueError or OSError naming the file, and every tensor that is missing, unknown or of another shape.
         """
         folder = Path(folder)
         config = ModelConfig.from_json(folder / "config.json")
-        tensors, _ = read_tensors(folder / "model.safetensors")
-        return cls.from_tensors(config, tensors, folder / "model.safetensors", device=device, dtype=dtype)
+        return cls.from_tensors(config, read_weights(folder), folder / WEIGHTS, device=device, dtype=dtype)
 
     @classmethod
     def from_tensors(
@@ -264,6 +292,13 @@ def find_device(name: str) -> torch.device:
 def _real(ids: Tensor, pad: Tensor) -> Tensor:
     """[B, T] bool: True where a token is not padding."""
     return torch.arange(ids.shape[1], device=ids.device) >= pad.to(ids.device)[:, None]
+
+
+def _unpack(packed: Tensor, real: Tensor) -> Tensor:
+    """[1, N, D] of the N real tokens -> [B, T, D], zero at padding."""
+    x = packed.new_zeros(*real.shape, packed.shape[-1])
+    x[real] = packed[0]
+    return x
 
 
 def _positions(ids: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

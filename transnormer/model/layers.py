@@ -77,12 +77,11 @@ class LRPE(nn.Module):
         with torch.no_grad():
             self.theta.copy_((10_000**exponents).view_as(self.theta))
 
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor, swish: bool = False) -> tuple[Tensor, Tensor]:
+        """swish: of swish(q) and swish(k), in one kernel where there is one."""
+        if swish:
+            return swish_lrpe(q, k, self.theta, positions)
         return lrpe(q, self.theta, positions), lrpe(k, self.theta, positions)
-
-    def after_swish(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of swish(q) and swish(k), in one kernel where there is one."""
-        return swish_lrpe(q, k, self.theta, positions)
 
 
 class RoPE(nn.Module):

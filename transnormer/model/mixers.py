@@ -72,7 +72,7 @@ class Mixer(nn.Module, ABC):
         """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H, V] or [B, T, H * V] or None."""
         q, k, v, *u = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim)).unbind(-2)
         if isinstance(self.position, LRPE) and self.activation is F.silu:
-            q, k = self.position.after_swish(q, k, place.positions)
+            q, k = self.position(q, k, place.positions, swish=True)
         else:
             q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)  # autocast widens some activations
             if self.position is not None:

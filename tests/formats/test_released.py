@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import transnormer
 from transnormer import LanguageModel, ModelConfig
-from transnormer.hub.released import (
+from transnormer.formats.released import (
     config_from_published,
     load_published,
     own_tensors,
@@ -166,10 +166,13 @@ def test_what_cannot_be_read_faithfully_is_refused_by_name(copy) -> None:
             transnormer.load(copy)
 
     some = "model.layers.1.channel_mixer.l2.weight"
-    refused({k: v for k, v in weights.items() if k != some}, r"layers\.1\.glu\.up_proj\.weight is missing")
-    refused({**weights, some: weights[some][:-1]}, r"up_proj\.weight is \[175, 64\], not \[176, 64\]")
-    refused({**weights, "model.layers.0.surprise": weights[some]}, r"unknown tensor model\.layers\.0\.surprise")
-    refused({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, "differs from the embedding")
+    refused({k: v for k, v in weights.items() if k != some}, r"model\.layers\.1\.channel_mixer\.l2\.weight is missing")
+    refused({**weights, some: weights[some][:-1]}, r"l2\.weight is \[175, 64\], not \[176, 64\]")
+    refused({**weights, "model.layers.0.surprise": weights[some]}, r"model\.layers\.0\.surprise is unknown")
+    refused(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1},
+        "lm_head.weight differs from model.embed",
+    )
     refused([1, 2], "something else than named tensors")
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps({"a": pytest.approx(1)}))
     with pytest.raises(ValueError, match="truncated, damaged or holds more than tensors"):
@@ -200,6 +203,8 @@ def test_pickles_that_would_run_code_do_not(copy, tmp_path) -> None:
 def test_configurations_without_a_published_word_are_refused() -> None:
     with pytest.raises(ValueError, match="TransNormerLLM3"):
         config_from_published({"decoder_embed_dim": 64, "gate_dim": 16})
+    with pytest.raises(ValueError, match="unknown published config key 'glu_dims'; did you mean glu_dim"):
+        config_from_published({"decoder_embed_dim": 64, "glu_dims": 16})
     with pytest.raises(ValueError, match="2 flags for 24 layers"):
         config_from_published({"decoder_embed_dim": 64, "linear_use_lrpe_list": [1, 0]})
     for change in ({"glu": "swiglu"}, {"decay": "paper"}, {"gate": False}, {"norm": "rmsnorm"}, {"mixer": "softmax"}):

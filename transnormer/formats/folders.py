@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,23 +10,34 @@ from ..data.tokenizer import GPT2_FILES, load_tokenizer
 from ..files import damage, step_folders
 from ..model.language_model import LanguageModel
 from . import released
+from .fingerprint import Fingerprint
 
 MODEL_FILES = ("config.json", "model.safetensors")
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    check: bool = True,
+) -> LanguageModel:
     """The model of any folder, its `tokenizer` attribute set where the folder has one (else None).
 
     path: a run folder (its newest checkpoint is taken), a checkpoint or exported folder (config.json,
         model.safetensors, tokenizer.json), or a folder in the published format.
     dtype: of the weights in memory; None keeps the stored one.
+    check: where the folder has a fingerprint.json, compare its weight files' hashes and the model's logits with it.
     Raises OSError or ValueError: one line that names the file and what is wrong, and for a damaged checkpoint the
     newest good one.
     """
     folder = find_model(Path(path))
-    values = _read_config(folder)
+    values = released.read_config(folder)
     read = released.load_published if released.is_published(values) else LanguageModel.from_pretrained
+    fingerprint = Fingerprint.read(folder) if check else None
     model = read(folder, device=device, dtype=dtype)
+    if fingerprint is not None:
+        fingerprint.check(model, folder)
     if any(all((folder / name).is_file() for name in names) for names in (("tokenizer.json",), *GPT2_FILES)):
         model.tokenizer = load_tokenizer(folder)
         size = model.tokenizer.get_vocab_size()
@@ -53,13 +62,3 @@ def find_model(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: neither a run (checkpoints/) nor a model folder (config.json)")
     return path
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{folder / 'config.json'}: not a JSON object")
-    return values

@@ -1,0 +1,775 @@
+"""`transnormer convert` and `export`: published checkpoints in, models out, whole and checked, or one clear line."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import transnormer
+from transnormer import TRANSFORMER, LanguageModel, ModelConfig
+from transnormer.data.tokenizer import encode, load_tokenizer, train_tokenizer
+from transnormer.files import seal, sha256
+from transnormer.formats.convert import Checkpoint, convert, export
+from transnormer.formats.fingerprint import published_logits
+from transnormer.formats.released import config_from_published, published_config, published_shapes, published_tensors
+from transnormer.formats.tokenizers import BYTE_LETTERS, TIKTOKEN_WORDS
+
+from ..conftest import PUBLISHED, REPOSITORY, TEXT
+from ..test_cli import call, refused
+
+VALUES = {
+    "architectures": ["TransnormerForCausalLM"], "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig"},
+    "decoder_embed_dim": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "hidden_dim": 32, "glu_dim": 48,
+    "vocab_size": 41, "linear_act_fun": "silu", "linear_use_lrpe_list": [1, 0, 0], "no_scale_embedding": True,
+    "norm_type": "simplermsnorm", "model_type": "transnormer", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def tensors_of(values: dict, dtype: torch.dtype = torch.float32, std: float = 0.2) -> dict[str, torch.Tensor]:
+    """Random weights of a published configuration, by their published names."""
+    config = config_from_published(values)
+    model = LanguageModel(config.replace(initializer_range=std))
+    for parameter in model.parameters():  # gains, biases and theta away from their special initial values
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return {name: t.to(dtype).contiguous() for name, t in published_tensors(model.state_dict(), config).items()}
+
+
+def publish(folder: Path, tensors: dict[str, torch.Tensor], values: dict = VALUES, kind: str = "bin") -> Path:
+    """Write a published folder. kind: bin, old (before torch 1.6) or safetensors; "2 bin" is two shards and an index."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    *count, ending = kind.split()
+    stem, suffix = ("model", "safetensors") if ending == "safetensors" else ("pytorch_model", "bin")
+    names, number = list(tensors), int(count[0]) if count else 1
+    parts = [names[part::number] for part in range(number)] if count else [names]
+    files = [f"{stem}-{n + 1:05d}-of-{number:05d}.{suffix}" if count else f"{stem}.{suffix}" for n in range(number)]
+    for file, part in zip(files, parts, strict=True):
+        chosen = {name: tensors[name] for name in part}
+        if ending == "safetensors":
+            save_file(chosen, folder / file, {"format": "pt"})
+        else:
+            torch.save(chosen, folder / file, _use_new_zipfile_serialization=ending != "old")
+    if count:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+# Every kind of model and file, there and back.
+
+MODELS = [
+    ({}, torch.float32, "bin"),
+    ({}, torch.bfloat16, "safetensors"),
+    ({"decoder_attention_heads": 3, "decoder_embed_dim": 24, "hidden_dim": 24}, torch.float32, "3 bin"),
+    ({"decoder_attention_heads": 5, "decoder_embed_dim": 20, "hidden_dim": 40, "glu_dim": -1}, torch.float16, "bin"),
+    ({"decoder_attention_heads": 6, "decoder_embed_dim": 30, "hidden_dim": 42}, torch.bfloat16, "2 safetensors"),
+    ({"decoder_attention_heads": 1, "decoder_layers": 1, "linear_use_lrpe_list": [0]}, torch.float32, "old"),
+    ({"linear_use_lrpe_list": [0, 1, 1], "no_scale_embedding": False}, torch.bfloat16, "3 bin"),
+    ({"linear_use_lrpe_list": [], "linear_use_lrpe": 1, "bias": True}, torch.float32, "2 old"),
+    ({"linear_use_lrpe_list": [], "linear_act_fun": "1+elu", "tie_word_embeddings": False}, torch.float32, "bin"),
+    ({"norm_type": "layernorm", "linear_act_fun": "relu", "bias": True}, torch.float16, "safetensors"),
+    ({"linear_act_fun": "exp", "no_scale_embedding": False, "pad_token_id": None}, torch.float32, "4 safetensors"),
+    ({"linear_act_fun": "identity", "decoder_layers": 2, "linear_use_lrpe_list": [1, 1]}, torch.bfloat16, "bin"),
+    ({"linear_act_fun": "sine", "eos_token_id": [7, 8], "bos_token_id": 50_260}, torch.float64, "bin"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "dtype", "kind"), MODELS, ids=str)
+def test_there_and_back(change: dict, dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    values = {**VALUES, **change}
+    source = publish(tmp_path / "source", weights := tensors_of(values, dtype), values, kind)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    convert(source, tmp_path / "ours")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+    model, wanted = transnormer.load(tmp_path / "ours"), transnormer.load(source)
+    assert model.config == wanted.config
+    for name, tensor in wanted.state_dict().items():
+        assert model.state_dict()[name].dtype == dtype, name
+        assert torch.equal(model.state_dict()[name], tensor), name
+    ids = torch.randint(values["vocab_size"], (2, 50))
+    with torch.no_grad():
+        assert torch.equal(model(ids)[0], wanted(ids)[0])
+
+    export(tmp_path / "ours", tmp_path / "back", format="published")
+    back = stored(tmp_path / "back")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], tensor) and back[name].dtype == dtype for name, tensor in weights.items())
+    back_values = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back_values["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert config_from_published(back_values) == config_from_published(values)
+
+
+def test_the_published_numbers_come_out_of_a_converted_folder(tmp_path: Path) -> None:
+    expected = load_file(PUBLISHED / "expected.safetensors")
+    out, error = call("convert", PUBLISHED, tmp_path / "ours")
+    assert error == ""
+    assert "167,232" in out
+    assert "float32 in 1 file" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+    files = ["README.md", "config.json", "fingerprint.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == files
+    model, ids = transnormer.load(tmp_path / "ours"), expected["input_ids"].long()
+    with torch.no_grad():
+        assert (model(ids)[0] - expected["logits_eval"]).abs().max() < 1e-4
+    out, _ = call("info", tmp_path / "ours")
+    assert "167,232" in out
+
+
+def test_shapes_are_those_of_the_modules() -> None:
+    for change, _, _ in MODELS:
+        config = config_from_published({**VALUES, **change})
+        found = published_tensors(LanguageModel(config).state_dict(), config)
+        assert [(name, tuple(tensor.shape)) for name, tensor in found.items()] == [*published_shapes(config).items()]
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
+    source = publish(tmp_path / "source", tensors_of(VALUES))
+    out, _ = call("convert", source, tmp_path / "ours", "--max-shard", "20KB")
+    files = sorted((tmp_path / "ours").glob("*.safetensors"))
+    assert f"in {len(files)} files" in out
+    assert [file.name for file in files] == [
+        f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+    ]
+    assert len(files) > 3
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    total = 0
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            names = list(shard.keys())
+            assert {index["weight_map"].pop(name) for name in names} == {file.name}
+            assert shard.metadata() == {"format": "pt"}
+            size = sum(shard.get_tensor(name).nbytes for name in names)
+        assert size <= 20_000
+        total += size
+    assert index == {"metadata": {"total_size": total}, "weight_map": {}}
+    model, wanted = transnormer.load(tmp_path / "ours"), transnormer.load(source)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.state_dict().items())
+    for size in ("5 parsecs", "0", "GB", "-1GB"):
+        assert f"{size!r} is no size in bytes" in refused("convert", source, tmp_path / "no", f"--max-shard={size}")
+
+
+def test_dtypes_are_kept_tensor_by_tensor(tmp_path: Path) -> None:
+    weights = tensors_of(VALUES, torch.bfloat16)
+    theta = "model.layers.0.token_mixer.lrpe.theta"
+    weights[theta] = weights[theta].float() * 1.001
+    convert(publish(tmp_path / "source", weights), tmp_path / "ours")
+    found = stored(tmp_path / "ours")
+    assert {name for name, tensor in found.items() if tensor.dtype == torch.float32} == {
+        "layers.0.mixer.position.theta"
+    }
+    assert transnormer.load(tmp_path / "ours").layers[0].mixer.position.theta.dtype == torch.float32
+
+    some = "model.layers.1.channel_mixer.l1.weight"
+    convert(publish(tmp_path / "mixed", {**weights, some: weights[some].float()}), tmp_path / "two")
+    with pytest.raises(ValueError, match=r"several dtypes \(bfloat16, float32\)"):
+        transnormer.load(tmp_path / "two")
+    transnormer.load(tmp_path / "two", dtype=torch.float32)
+
+
+def test_a_stored_copy_of_the_tied_head_is_left_out(tmp_path: Path) -> None:
+    weights = tensors_of(VALUES)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    convert(publish(tmp_path / "source", weights, kind="2 bin"), tmp_path / "ours")
+    assert "lm_head.weight" not in stored(tmp_path / "ours")
+
+
+def test_views_and_parameters_are_tensors_too(tmp_path: Path) -> None:
+    weights = tensors_of(VALUES)
+    some, other = "model.layers.0.channel_mixer.l3.weight", "model.layers.0.channel_mixer.l1.weight"
+    odd = {**weights, some: weights[some].T.contiguous().T, other: torch.nn.Parameter(weights[other])}
+    assert not odd[some].is_contiguous()
+    for name, source in (("odd", odd), ("plain", weights)):
+        convert(publish(tmp_path / name, source), tmp_path / f"{name} ours")
+    assert sha256(tmp_path / "odd ours/model.safetensors") == sha256(tmp_path / "plain ours/model.safetensors")
+
+
+def test_memory_stays_below_the_largest_shard(tmp_path: Path) -> None:
+    width, layers = 1_024, 4
+    values = {**VALUES, "decoder_embed_dim": width, "hidden_dim": width, "glu_dim": 2_816, "decoder_layers": layers,
+              "vocab_size": 30_000, "decoder_attention_heads": 8, "linear_use_lrpe_list": [1, 0, 0, 0]}  # fmt: skip
+    shapes = published_shapes(config_from_published(values))
+    weights = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, shape in shapes.items()}
+    source = publish(tmp_path / "source", weights, values, "3 bin")
+    largest = max(path.stat().st_size for path in source.glob("*.bin"))
+    assert largest > 55e6
+    script = (
+        "import sys, tokenizers\nfrom transnormer.formats.convert import convert\n"
+        "def memory(key): return next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if l.startswith(key))\n"
+        "before = memory('VmRSS')\nconvert(sys.argv[1], sys.argv[2])\nprint(memory('VmHWM') - before)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(tmp_path / "ours")],
+        capture_output=True, text=True, check=True, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert int(run.stdout) < 1.3 * largest, f"{int(run.stdout) / 1e6:.0f} MB beside a shard of {largest / 1e6:.0f} MB"
+
+
+def test_progress_goes_to_the_end_and_never_back(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    convert(PUBLISHED, tmp_path / "ours", progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len({total for _, total in seen}) == 1
+    assert 0.9 < seen[-1][0] / seen[-1][1] <= 1
+
+
+# The fingerprint.
+
+
+def test_the_published_logits_are_the_published_code_s(tmp_path: Path) -> None:
+    """What the fingerprint is taken from agrees with the published code, not only with our model."""
+    expected = load_file(PUBLISHED / "expected.safetensors")
+    config = config_from_published(json.loads((PUBLISHED / "config.json").read_text()))
+    read = Checkpoint(PUBLISHED, config).pieces
+    found = published_logits(read, config, expected["input_ids"][0].long(), torch.arange(68), torch.float32)
+    assert (found - expected["logits_eval"][0, -1]).abs().max() < 1e-4
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    convert(PUBLISHED, tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+def refuse(folder: Path, match: str, error: type[Exception] = ValueError, **options) -> str:
+    with pytest.raises(error, match=match) as caught:
+        transnormer.load(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_one_flipped_bit_is_found(ours: Path) -> None:
+    weights = ours / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[-5] ^= 1
+    weights.write_bytes(whole)
+    refuse(ours, r"model\.safetensors is truncated or damaged.*fingerprint\.json")
+    transnormer.load(ours, check=False)
+    weights.write_bytes(whole[:-8])
+    refuse(ours, r"model\.safetensors is truncated")
+    weights.unlink()
+    refuse(ours, r"model\.safetensors: no such file", FileNotFoundError)
+
+
+def test_one_damaged_shard_is_named(tmp_path: Path) -> None:
+    convert(PUBLISHED, tmp_path / "ours", shard_bytes=200_000)
+    shard = tmp_path / "ours" / "model-00002-of-00004.safetensors"
+    whole = bytearray(shard.read_bytes())
+    whole[len(whole) // 2] ^= 128
+    shard.write_bytes(whole)
+    refuse(tmp_path / "ours", r"model-00002-of-00004\.safetensors is truncated or damaged")
+    shard.unlink()
+    refuse(tmp_path / "ours", r"model-00002-of-00004\.safetensors: no such file", FileNotFoundError)
+
+
+def _misplace(tensors: dict[str, torch.Tensor]) -> None:
+    name = "layers.1.mixer.qkvu_proj.weight"
+    tensors[name] = tensors[name].unflatten(0, (4, 4, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def _one_weight(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.2.mixer.out_proj.weight"][3, 5] += 1
+
+
+def _swap(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.0.mixer.out_proj.weight"], tensors["layers.1.mixer.out_proj.weight"] = (
+        tensors["layers.1.mixer.out_proj.weight"], tensors["layers.0.mixer.out_proj.weight"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [_misplace, _one_weight, _swap])
+def test_wrong_weights_with_right_hashes_are_found_by_their_logits(damage, ours: Path) -> None:
+    weights = ours / "model.safetensors"
+    tensors = load_file(weights)
+    damage(tensors)
+    save_file(tensors, weights, {"format": "pt"})
+    record = json.loads((ours / "fingerprint.json").read_text())
+    record["files"] = {weights.name: {"bytes": weights.stat().st_size, "sha256": sha256(weights)}}
+    (ours / "fingerprint.json").write_text(json.dumps(record))
+    refuse(ours, r"fingerprint\.json: in float32 on cpu the logit of token \d+ is")
+
+
+@pytest.mark.parametrize("change", [{"embed_scale": False}, {"decay": "paper"}, {"activation": "gelu"}], ids=str)
+def test_a_changed_configuration_is_found(change: dict, ours: Path) -> None:
+    values = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps({**values, **change}))
+    for dtype in (torch.float32, torch.bfloat16):
+        refuse(ours, r"the logit of token \d+ is", dtype=dtype)
+
+
+def test_other_weights_saved_into_the_folder_are_not_held_to_it(ours: Path) -> None:
+    model = transnormer.load(ours)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(2)
+    model.save_pretrained(ours)
+    assert torch.equal(transnormer.load(ours).embed_tokens.weight, model.embed_tokens.weight)
+
+
+def test_every_dtype_passes_the_check(ours: Path) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert transnormer.load(ours, dtype=dtype).head_weight.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": {}}', None], ids=["empty", "list", "nothing", "part", "other words"]
+)
+def test_a_damaged_fingerprint_is_named(text: str | None, ours: Path) -> None:
+    if text is None:
+        record = json.loads((ours / "fingerprint.json").read_text())
+        text = json.dumps({**record, "words": [n + 1_000 for n in record["words"]]})
+    (ours / "fingerprint.json").write_text(text)
+    refuse(ours, r"fingerprint\.json is (damaged|of another model)")
+
+
+def test_weights_whose_logits_are_not_finite_are_refused(tmp_path: Path) -> None:
+    weights = tensors_of(VALUES)
+    for name in ("l1", "l2"):
+        weights[f"model.layers.2.channel_mixer.{name}.weight"] *= 1e30
+    publish(tmp_path / "source", weights)
+    assert "logits are not finite" in refused("convert", tmp_path / "source", tmp_path / "ours")
+
+
+# What is refused: one line that names the thing, and nothing is written.
+
+
+class _Trap:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+SOME = "model.layers.1.channel_mixer.l2.weight"
+
+
+def _with(name: str, value: object):
+    def spoil(weights: dict, tmp_path: Path) -> dict:
+        return {**weights, name: value(weights[name]) if callable(value) else value}
+
+    return spoil
+
+
+def _set(weights: torch.Tensor, number: float) -> torch.Tensor:
+    weights = weights.clone()
+    weights[-1, -1] = number
+    return weights
+
+
+WEIGHTS = [
+    (lambda w, _: {k: v for k, v in w.items() if k != SOME}, f"{SOME} is missing"),
+    (_with("model.layers.0.surprise", torch.ones(2, 2)), "model.layers.0.surprise is unknown"),
+    (_with("model.layers.3.channel_mixer.l2.weight", torch.ones(48, 32)), "layers.3.channel_mixer.l2.weight is unknown"),
+    (_with("model.layers.1.token_mixer.lrpe.theta", torch.ones(4, 1, 8)), "layers.1.token_mixer.lrpe.theta is unknown"),
+    (_with(SOME, lambda w: w[:-1]), f"{SOME} is [47, 32], not [48, 32]"),
+    (_with("model.layers.0.token_mixer.lrpe.theta", lambda w: w.squeeze(1)), "lrpe.theta is [4, 8], not [4, 1, 8]"),
+    (_with(SOME, lambda w: _set(w, float("nan"))), f"{SOME} in pytorch_model.bin holds a number that is not finite"),
+    (_with(SOME, lambda w: _set(w, float("-inf"))), f"{SOME} in pytorch_model.bin holds a number that is not finite"),
+    (_with("lm_head.weight", torch.ones(41, 32)), "lm_head.weight differs from model.embed_tokens.weight"),
+    (_with(SOME, lambda w: w.int()), f"{SOME} is no plain tensor of floating-point numbers (int32)"),
+    (_with(SOME, lambda w: w.to_sparse()), f"{SOME} is no plain tensor"),
+    (_with(SOME, lambda w: w.to("meta")), f"{SOME} is no plain tensor"),
+    (_with("epoch", 3), "'epoch': int"),
+    (_with("optimizer", {"lr": 1.0}), "'optimizer': dict"),
+    (lambda w, _: [*w.values()], "something else than named tensors (list)"),
+    (lambda w, tmp_path: {**w, "trap": _Trap(tmp_path / "sprung")}, "Unsupported global: GLOBAL io.open"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "named"), WEIGHTS, ids=[named for _, named in WEIGHTS])
+def test_weights_that_do_not_fit(spoil, named: str, tmp_path: Path) -> None:
+    source = publish(tmp_path / "source", tensors_of(VALUES))
+    torch.save(spoil(torch.load(source / "pytorch_model.bin"), tmp_path), source / "pytorch_model.bin")
+    line = refused("convert", source, tmp_path / "new" / "ours")
+    assert named in line
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+CONFIGS = [
+    ({"gate_dim": 16}, "TransNormerLLM3 (config key 'gate_dim'): its modelling code is not at hand"),
+    ({"use_rope": True}, "unknown published config key 'use_rope'"),
+    ({"no_scale_embeding": True}, "'no_scale_embeding'; did you mean no_scale_embedding?"),
+    ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
+    ({"decoder_attention_heads": 5}, "hidden_dim 32 is not divisible by decoder_attention_heads 5"),
+    ({"linear_use_lrpe_list": [1]}, "linear_use_lrpe_list has 1 flags for 3 layers"),
+    ({"decoder_layers": "three"}, "wrong kind"),
+    ({"decoder_layers": 10**9}, "decoder_layers is 1,000,000,000, more than"),
+    ({"vocab_size": 10**15}, "vocab_size is 1,000,000,000,000,000, more than"),
+    ({"decoder_layers": 4, "linear_use_lrpe_list": [1, 0, 0, 0]}, "model.layers.3.token_mixer.qkvu_proj.weight is missing"),
+    ({"linear_use_lrpe_list": [1, 1, 0]}, "model.layers.1.token_mixer.lrpe.theta is missing"),
+    ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    ({"bias": True}, "qkvu_proj.bias is missing"),
+    ({"vocab_size": 40, "bos_token_id": 1}, "model.embed_tokens.weight is [41, 32], not [40, 32]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "named"), CONFIGS, ids=[named for _, named in CONFIGS])
+def test_configurations_that_do_not_fit(change: dict, named: str, tmp_path: Path) -> None:
+    publish(tmp_path / "source", tensors_of(VALUES), {**VALUES, **change})
+    assert named in refused("convert", tmp_path / "source", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_folders_that_are_not_what_they_should_be(tmp_path: Path) -> None:
+    weights = tensors_of(VALUES)
+    source = publish(tmp_path / "source", weights, kind="2 bin")
+    shard, index = source / "pytorch_model-00002-of-00002.bin", source / "pytorch_model.bin.index.json"
+
+    def line(folder: Path = source, out: str = "ours") -> str:
+        before = sorted(path for path in tmp_path.rglob("*"))
+        found = refused("convert", folder, tmp_path / out)
+        assert sorted(path for path in tmp_path.rglob("*")) == before
+        return found
+
+    assert "no config.json" in line(tmp_path / "nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    assert "full exists; remove it or choose another" in line(out="full")
+    assert "source exists" in line(out="source")
+
+    whole, map_text = shard.read_bytes(), index.read_text()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert "pytorch_model-00002-of-00002.bin is truncated, damaged" in line()
+    shard.unlink()
+    assert "pytorch_model-00002-of-00002.bin: no such file" in line()
+    torch.save({**torch.load(source / "pytorch_model-00001-of-00002.bin"), **weights}, shard)
+    assert "model.embed_tokens.weight is in pytorch_model-00001-of-00002.bin and again in pytorch_model-0000" in line()
+    shard.write_bytes(whole)
+    index.write_text("{")
+    assert "pytorch_model.bin.index.json: damaged" in line()
+    listed = json.loads(map_text)
+    listed["weight_map"]["model.ghost"] = shard.name
+    index.write_text(json.dumps(listed))
+    assert "model.ghost" in line()
+    index.write_text(map_text)
+    (source / "config.json").write_text("{")
+    assert "config.json: not JSON" in line()
+    (source / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    assert "not a published TransNormerLLM" in line()
+    (source / "config.json").write_text(json.dumps(VALUES))
+    save_file({name: torch.ones(1) for name in weights}, source / "model.safetensors")  # read before any .bin
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-9])
+    assert "model.safetensors: truncated, damaged" in line()
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".ours.partial").mkdir()
+    (tmp_path / ".ours.partial" / "model.safetensors").write_text("half")
+    convert(PUBLISHED, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    transnormer.load(tmp_path / "ours")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        line = refused("convert", PUBLISHED, tmp_path / "ours")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}/ours/model.safetensors: cannot be written: File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+# Tokenizers.
+
+EDGES = [
+    "", " ", "  ", "a", " a", "a  ", "  a  b   c ", "\t\ttab", "a\nb\n\n\nc", "\r\n x", "天气 很好！去公园吧。", "👨‍👩‍👧 😀😀 é",
+    "<s> hi </s> <unk> <pad>", "a▁ b", "x" * 50, "." * 23, " " * 17 + "y", "-" * 9 + " " + "=" * 7, "123456 7.5", "<0x41>",
+    "\u0000a\u007f", "　全角　ＡＢ", "\ufffd", "hahahahaha", "a\u00a0b", "Привет, мир! שלום", "don't I'LL we'Re ſ 'ſ", "end\n",
+]  # fmt: skip
+
+
+def train_sentencepiece(folder: Path, **options) -> Path:
+    import sentencepiece
+
+    lines = [
+        *TEXT.read_text()[:80_000].splitlines(),
+        *["天气很好，我们去公园吧！", "  return  x   ...", "hahaha ------"] * 30,
+    ]
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, minloglevel=2,
+            **{"model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "normalization_rule_name": "identity",
+               "remove_extra_whitespaces": False, **options},
+        )  # fmt: skip
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published model with room for 1,000 words."""
+    values = {**VALUES, "vocab_size": 1_000}
+    return publish(tmp_path_factory.mktemp("wide") / "source", tensors_of(values), values)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"add_dummy_prefix": False},
+        {"split_digits": True, "remove_extra_whitespaces": True},
+        {"add_dummy_prefix": False, "remove_extra_whitespaces": True, "allow_whitespace_only_pieces": True},
+        {"byte_fallback": False, "character_coverage": 0.99},
+        {"byte_fallback": False, "add_dummy_prefix": False, "remove_extra_whitespaces": True},
+        {"add_dummy_prefix": False, "user_defined_symbols": "<mask>,<reserved_1>", "pad_id": 3},
+        {"user_defined_symbols": "<mask>,<reserved_1>", "control_symbols": "<sep>"},
+        {"split_by_whitespace": False, "split_by_number": False},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nfkc", "add_dummy_prefix": False},
+    ],
+    ids=str,
+)
+def test_sentencepiece_ids_and_texts_are_the_library_s(options: dict, wide: Path, tmp_path: Path) -> None:
+    import sentencepiece
+
+    source = shutil.copytree(wide, tmp_path / "source")
+    file = train_sentencepiece(source, **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        written = convert(source, tmp_path / "ours")
+    assert written.tokenizer == "SentencePiece, tokenizer.model"
+    loud = "nfkc" in str(options) or ("user_defined_symbols" in options and "add_dummy_prefix" not in options)
+    assert [str(warning.message)[:16] for warning in told] == ["tokenizer.model:"] * loud
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    tokenizer = transnormer.load(tmp_path / "ours").tokenizer
+    assert tokenizer.get_vocab_size() == library.get_piece_size()
+    spelled = ["say <mask> and<reserved_1> x", "x <mask>"] if "user_defined_symbols" in options else []
+    texts = [*EDGES, *spelled, *TEXT.read_text().splitlines()[3_000:4_000], TEXT.read_text()[200_000:203_000]]
+    for text in texts:
+        ids = library.encode(text)
+        assert encode(tokenizer, text) == ids, text
+        assert tokenizer.decode(ids) == library.decode(ids), text
+    control = [n for n in range(library.get_piece_size()) if library.is_control(n)]
+    assert tokenizer.decode([*control, *library.encode("To be")]) == library.decode(
+        [*control, *library.encode("To be")]
+    )
+
+
+def test_a_converted_tokenizer_writes_on(wide: Path, tmp_path: Path) -> None:
+    train_sentencepiece(source := shutil.copytree(wide, tmp_path / "source"))
+    convert(source, tmp_path / "ours")
+    call("generate", "--model", tmp_path / "ours", "--prompt", "To be", "--max-tokens", 5, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"model_type": "unigram"}, "model_type UNIGRAM, not BPE, cannot be converted exactly"),
+        ({"model_type": "char", "vocab_size": 400}, "model_type CHAR, not BPE,"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix cannot be converted exactly"),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "normalizer 'nmt_nfkc_cf' cannot be converted exactly"),
+        ({"vocab_size": 1_100}, "has 1,100 words, the embedding 1,000"),
+    ],
+    ids=str,
+)
+def test_sentencepiece_models_that_cannot_be_converted(options: dict, named: str, wide: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(wide, tmp_path / "source")
+    train_sentencepiece(source, **options)
+    line = refused("convert", source, tmp_path / "ours")
+    assert named in line
+    assert "tokenizer.model" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    out, _ = call("convert", source, tmp_path / "ours", "--no-tokenizer")
+    assert "tokenizer       none" in out
+    assert transnormer.load(tmp_path / "ours").tokenizer is None
+
+
+def test_damaged_tokenizers_and_missing_libraries_are_named(wide: Path, tmp_path: Path, monkeypatch) -> None:
+    source = shutil.copytree(wide, tmp_path / "source")
+    (source / "tokenizer.model").write_bytes(b"\x00garbage" * 20)
+    assert "tokenizer.model: not a SentencePiece model" in refused("convert", source, tmp_path / "ours")
+    (source / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nnot base64! 2\n")
+    assert "tokenizer.model: line 3 is no base64 token" in refused("convert", source, tmp_path / "ours")
+    (source / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert "tokenizer.model has no rank for byte 0x00" in refused("convert", source, tmp_path / "ours")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert "pip install tiktoken; --no-tokenizer" in refused("convert", source, tmp_path / "ours")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    train = b"\x00garbage"
+    (source / "tokenizer.model").write_bytes(train)
+    assert "pip install sentencepiece protobuf; --no-tokenizer" in refused("convert", source, tmp_path / "ours")
+    (source / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json: not a tokenizer.json" in refused("convert", source, tmp_path / "ours")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[bytes, int]:
+    """Byte strings with ranks, as tiktoken's files hold them: 256 bytes and 600 merges of them."""
+    trained = train_tokenizer([TEXT.read_text()[:200_000], "天气很好，我们去公园吧！ ...... ------ \n\n\n" * 50], 857)
+    letters = {letter: byte for byte, letter in BYTE_LETTERS.items()}
+    words = sorted((number, word) for word, number in trained.get_vocab().items() if number)
+    return {bytes(letters[letter] for letter in word): number - 1 for number, word in words}
+
+
+def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+
+
+@pytest.mark.parametrize("name", ["transnormer_100k.tiktoken", "transnormer_100k", "qwen.tiktoken", "tokenizer.model"])
+def test_tiktoken_ids_and_texts_are_the_library_s(name: str, ranks: dict, wide: Path, tmp_path: Path) -> None:
+    import tiktoken
+
+    source = shutil.copytree(wide, tmp_path / "source")
+    write_ranks(source / name, ranks)
+    values = {**VALUES, "vocab_size": 1_000, "eos_token_id": 860, "bos_token_id": 861}
+    (source / "config.json").write_text(json.dumps(values))
+    added = {"861": {"content": "<|start|>", "special": True}, "863": {"content": "<|pad|>"}}
+    (source / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert convert(source, tmp_path / "ours").tokenizer == f"tiktoken, {name}"
+    tokenizer = transnormer.load(tmp_path / "ours").tokenizer
+    # As cl100k_base is spelled in tiktoken itself, with possessive quantifiers.
+    words = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
+             r"\s+(?!\S)|\s")  # fmt: skip
+    library = tiktoken.Encoding("test", pat_str=words, mergeable_ranks=ranks, special_tokens={})
+    for text in [*EDGES, *TEXT.read_text().splitlines()[3_000:4_000], TEXT.read_text()[300_000:340_000]]:
+        ids = library.encode_ordinary(text)
+        assert encode(tokenizer, text) == ids, text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.get_vocab_size() == 864
+    assert [tokenizer.id_to_token(n) for n in range(len(ranks), 864)] == [
+        "<|unused 856|>", "<|unused 857|>", "<|unused 858|>", "<|unused 859|>", "<|endoftext|>", "<|start|>",
+        "<|unused 862|>", "<|pad|>",
+    ]  # fmt: skip
+    assert encode(tokenizer, "<|start|>") == library.encode_ordinary("<|start|>")
+
+
+def test_the_words_of_tiktoken_are_cut_alike_at_every_character(ranks: dict, wide: Path, tmp_path: Path) -> None:
+    import tiktoken
+
+    write_ranks((source := shutil.copytree(wide, tmp_path / "source")) / "x.tiktoken", ranks)
+    convert(source, tmp_path / "ours")
+    tokenizer = load_tokenizer(tmp_path / "ours")
+    library = tiktoken.Encoding("test", pat_str=TIKTOKEN_WORDS, mergeable_ranks=ranks, special_tokens={})
+    letters = [chr(code) for code in (*range(1, 0xD800), *range(0xE000, 0x20000))]
+    for start in range(0, len(letters), 64):
+        text = "".join(f"a{letter}'{letter}s 1{letter}  {letter}\n" for letter in letters[start : start + 64])
+        assert encode(tokenizer, text) == library.encode_ordinary(text)
+
+
+def test_tiktoken_files_larger_than_the_embedding_are_refused(ranks: dict, wide: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(wide, tmp_path / "source")
+    token, rank = next(reversed(ranks.items()))
+    write_ranks(source / "x.tiktoken", {**ranks, token + b"!": 1_000})
+    assert "x.tiktoken: 857 words with ranks up to 1,000" in refused("convert", source, tmp_path / "ours")
+    write_ranks(source / "x.tiktoken", {**ranks, token + b"!": rank})
+    assert "some of them equal" in refused("convert", source, tmp_path / "ours")
+    write_ranks(source / "x.tiktoken", ranks)
+    (source / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"1000": {"content": "<|far|>"}}}')
+    assert "'<|far|>' has the id 1,000, the embedding 1,000 rows" in refused("convert", source, tmp_path / "ours")
+    (source / "tokenizer_config.json").write_text('{"added_tokens_decoder": 3}')
+    assert "tokenizer_config.json: damaged" in refused("convert", source, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_gpt2_files_and_tokenizer_json_come_along(ranks: dict, wide: Path, tmp_path: Path) -> None:
+    trained = train_tokenizer([TEXT.read_text()[:20_000]], 400)
+    for name in ("json", "gpt2"):
+        source = shutil.copytree(wide, tmp_path / name)
+        if name == "json":
+            (source / "tokenizer.json").write_text(trained.to_str())
+        else:
+            trained.model.save(str(source))
+        convert(source, tmp_path / f"{name} ours")
+        tokenizer = transnormer.load(tmp_path / f"{name} ours").tokenizer
+        assert encode(tokenizer, "To be, or not") == encode(load_tokenizer(source), "To be, or not")
+    small = publish(tmp_path / "small", tensors_of(VALUES))
+    (small / "tokenizer.json").write_text(trained.to_str())
+    assert "has 400 words, the embedding 41" in refused("convert", small, tmp_path / "ours")
+
+
+# Out again.
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder as training leaves it: a sealed checkpoint with weights, tokenizer and what only training needs."""
+    model = LanguageModel(
+        ModelConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    )
+    model.tokenizer = train_tokenizer([TEXT.read_text()[:20_000]], 300)
+    folder = tmp_path / "runs" / "x" / "checkpoints" / "step-0000007"
+    model.save_pretrained(folder)
+    (folder / "optimizer.safetensors").write_bytes(b"much")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    seal(folder)
+    return tmp_path / "runs" / "x"
+
+
+def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
+    out, _ = call("export", "--model", run, "--out", tmp_path / "ours")
+    assert "fingerprint     checked by every load" in out
+    names = [
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "fingerprint.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
+    model, wanted = transnormer.load(tmp_path / "ours"), transnormer.load(run)
+    assert model.config == wanted.config
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.state_dict().items())
+    assert encode(model.tokenizer, "To be") == encode(wanted.tokenizer, "To be")
+
+    call("export", "--model", run, "--out", tmp_path / "half", "--dtype", "bfloat16", "--max-shard", "30KB")
+    half = transnormer.load(tmp_path / "half")
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
+    assert all(torch.equal(t.bfloat16(), half.state_dict()[name]) for name, t in wanted.state_dict().items())
+    transnormer.load(tmp_path / "half", dtype=torch.float32)
+
+    out, _ = call("export", "--model", run, "--out", tmp_path / "theirs", "--format", "published")
+    assert "fingerprint     none" in out
+    ids = torch.randint(300, (1, 40))
+    with torch.no_grad():
+        assert torch.equal(transnormer.load(tmp_path / "theirs")(ids)[0], wanted(ids)[0])
+    call("convert", tmp_path / "theirs", tmp_path / "round")
+    for name in ("model.safetensors", "chat_template.jinja"):
+        assert sha256(tmp_path / "round" / name) == sha256(tmp_path / "ours" / name)
+
+
+def test_the_softmax_baseline_is_exported_but_not_as_published(tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=41, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **TRANSFORMER)
+    LanguageModel(config).save_pretrained(tmp_path / "model")
+    call("export", "--model", tmp_path / "model", "--out", tmp_path / "ours")
+    transnormer.load(tmp_path / "ours")
+    line = refused("export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--format", "published")
+    assert "the published format knows no mixer = 'softmax'" in line
+    assert "'onnx' is unknown; there are transnormer, published" in refused(
+        "export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--format", "onnx"
+    )
+    assert "'int4' is unknown" in refused(
+        "export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--dtype", "int4"
+    )
+    assert "ours exists" in refused("export", "--model", tmp_path / "model", "--out", tmp_path / "ours")
+    broken = LanguageModel(config)
+    broken.layers[1].glu.up_proj.weight.data[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    assert "layers.1.glu.up_proj.weight holds a number that is not finite" in refused(
+        "export", "--model", tmp_path / "broken", "--out", tmp_path / "theirs"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "model", "ours"]
+
+
+def test_published_configs_say_what_ours_say() -> None:
+    for change, _, _ in MODELS:
+        config = config_from_published({**VALUES, **change})
+        assert config_from_published(published_config(config)) == config

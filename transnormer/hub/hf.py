@@ -1,0 +1,479 @@
+"""Our models as transformers' own: configuration, model, tokenizer. Importing this registers them with the Auto classes.
+
+What a model remembers rides in transformers' own cache classes: in each `LinearAttentionLayer` the state [B, H, K, V] of
+the layer as the first recurrent state, in the first layer also the tokens read, [B], as the second; keys and values of
+the softmax baseline in a `DynamicLayer`. A linear layer knows no length: positions come from the tokens read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ..config import ModelConfig, nearest
+from ..data.tokenizer import end_of_text_id
+from ..files import FINGERPRINT
+from ..model import language_model
+from ..model.card import write_card
+from ..model.language_model import LanguageModel
+from ..model.layers import LRPE, Linear
+from ..model.mixers import LayerState, Mixer, Place
+from ..model.state import State
+from ..ops.loss import linear_cross_entropy
+
+FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
+# What transformers itself puts into a configuration besides its own fields, and what of all that config.json keeps.
+THEIRS = {
+    "_commit_hash", "_name_or_path", "attn_implementation", "experts_implementation", "model_type", "name_or_path",
+    "num_labels", "output_attentions", "quantization_config", "torch_dtype", "use_cache",
+}  # fmt: skip
+KEPT = ("architectures", "dtype", "quantization_config", "transformers_version")
+# What collators of packed rows may give.
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# What says where a folder is that may lie on a hub.
+PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# The name of the cache in outputs; transformers changed it in 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class TransNormerConfig(PreTrainedConfig):
+    """`ModelConfig` for transformers: the same fields, defaults and checks, and transformers' own keys beside them.
+
+    Raises ValueError for an unknown key and for a published checkpoint's configuration, which is another format.
+    """
+
+    model_type = "transnormer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    use_cache: ClassVar[bool] = True
+    auto_map: ClassVar[dict[str, str]] = {}  # no remote code; TRL asks for it
+
+    def __init__(self, **values: Any):
+        if "decoder_embed_dim" in values:
+            raise ValueError(
+                "this is a published TransNormerLLM checkpoint; make a folder that transformers reads of it: "
+                "transnormer convert"
+            )
+        own = {name: values.pop(name) for name in FIELDS if name in values}
+        unknown = values.keys() - THEIRS - PreTrainedConfig.__dataclass_fields__.keys()
+        for key in sorted(unknown):
+            raise ValueError(f"unknown model config key {key!r}{nearest(key, FIELDS)}")
+        checked = vars(ModelConfig(**own))
+        super().__init__(**values)
+        for name, value in checked.items():
+            setattr(self, name, value)
+
+    def own(self) -> ModelConfig:
+        """Our record. Raises ValueError where a field was set to what no model can have."""
+        return ModelConfig(**{name: getattr(self, name) for name in FIELDS})
+
+    @property
+    def layer_types(self) -> list[str]:
+        """transformers' word for each layer, from which it makes the layer's cache."""
+        return ["linear_attention" if self.mixer == "gla" else "full_attention"] * self.num_hidden_layers
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """How many states a linear layer's cache holds: the recurrent state, and the tokens read."""
+        return 2
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: our record whole, which `transnormer.load` reads, and transformers' bookkeeping."""
+        theirs = super().to_diff_dict()
+        return self.own().to_dict() | {key: theirs[key] for key in KEPT if theirs.get(key) is not None}
+
+
+class Block(GradientCheckpointingLayer, language_model.Block):
+    """The block, recomputed in the backward pass where `gradient_checkpointing_enable` asked for it."""
+
+    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
+        # with device_map the layers of one model live on several devices
+        seen, bounds = (None if part is None else part.to(x.device) for part in (place.seen, place.cu_seqlens))
+        return super().forward(x, state, Place(place.positions.to(x.device), seen, bounds))
+
+
+class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
+    """`LanguageModel` with transformers' arguments, outputs, files and `generate`. B rows, T tokens.
+
+    The weights' names in files are the same, so that each side reads the other's folders.
+    """
+
+    config: Any
+    lm_head: Any
+    config_class = TransNormerConfig
+    block = Block
+    base_model_prefix = "body"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: TransNormerConfig):
+        PreTrainedModel.__init__(self, config)
+        self.build(config.own())
+        if self.lm_head is None:  # tied; transformers and what builds on it look for a head all the same
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        PreTrainedModel.post_init(self)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        PreTrainedModel._init_weights(self, module)
+        if isinstance(module, LRPE) and not getattr(module.theta, "_is_hf_initialized", False):
+            module.reset_parameters()
+        if isinstance(module, Mixer):
+            module.reset_decay()
+
+    # Reading.
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
+        **packing: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [B, T, vocab], the cache and, with labels, the loss. Arguments besides these as in `body`.
+
+        labels: [B, T] int64, the tokens themselves (they are shifted here); -100 does not count, nor does what follows
+            padding. The loss is the mean over labels that count or, where the Trainer gives num_items_in_batch, their sum
+            divided by it, as gradient accumulation needs. It never holds more than a slice of its logits.
+        logits_to_keep: return the logits of the last so many tokens (0: of all), or of the tokens of an index. The
+            loss is of all tokens whatever is kept: with labels, 1 saves the memory of logits that nobody reads.
+        """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        read = self.body(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
+            output_attentions, cache=cache, **packing,
+        )  # fmt: skip
+        x = read.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss = None if labels is None else self._loss(x, labels, attention_mask, num_items_in_batch)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=self.lm_head(x[:, kept]),
+            hidden_states=read.hidden_states,
+            **{CACHE: read.get(CACHE)},
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _loss(self, x: Tensor, labels: Tensor, mask: Tensor | None, count: int | Tensor | None) -> Tensor:
+        """x [B, T, D], labels [B, T], mask [B, T] -> the loss, in float32 at least."""
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if mask is not None:
+            targets = targets.masked_fill(mask[:, -targets.shape[1] :].to(targets.device) == 0, -100)
+        reduction = "mean" if count is None else "sum"
+        weight = self.lm_head.weight
+        if type(self.lm_head) in (Linear, nn.Linear) and not weight.is_meta:
+            loss = linear_cross_entropy(x.to(weight.device), weight, targets.to(weight.device), reduction=reduction)
+        else:  # a head with an adapter, quantised or offloaded is more than its weight
+            logits = self.lm_head(x).float().flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction=reduction)
+        return loss if count is None else loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+    def body(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
+        **packing: Any,
+    ) -> BaseModelOutputWithPast:
+        """What the head reads, [B, T, D], and the cache; an output object, whatever return_dict says.
+
+        input_ids: [B, T] int64; or inputs_embeds: [B, T, D], vectors in the place of their embeddings.
+        attention_mask: [B, T] or, after tokens that were read before, [B, all]: 0 where a token is padding. Padding may
+            stand at the left; at the right only where no cache is wanted.
+        position_ids: [B, T]: each token's place in its row, from 0. They are checked, not obeyed: a row's places go on
+            from the tokens read. Where those of one row begin again at 0, sequences are packed in it.
+        past_key_values, cache: one thing under its two names: `DynamicCache(config=model.config)`, read and updated.
+            Gradients do not flow through it.
+        use_cache: None: a cache is returned where one can go on from it (not from packed or right-padded rows).
+        packing: cu_seq_lens_q [N + 1]: where N packed sequences of one row begin and end. The rest of PACKING, which
+            collators give with it, says the same again.
+        Raises ValueError in one line for what cannot be read right.
+        """
+        if unknown := packing.keys() - PACKING:
+            raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions: the model keeps no attention weights, so none can be returned")
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        rows, length = given.shape[:2]
+        cache = past_key_values if cache is None else cache
+        step = cache is not None and length == 1 and given.device.type != "cpu"  # a look at the GPU would wait for it
+        pad, right = (None, False) if attention_mask is None or step else _padding(attention_mask, length)
+        state = None if cache is None else self._state(cache, attention_mask, rows, length)
+        seen = None if state is None else state.seen
+        if pad is not None and seen is not None and bool(((pad > 0) & (seen > 0)).any()):
+            raise ValueError("attention_mask has a hole: padding after tokens that were read before")
+        packed = packing.get("cu_seq_lens_q")
+        if position_ids is not None and packed is None and not step:
+            real = None if attention_mask is None else attention_mask[:, -length:].bool()
+            packed = _packed(position_ids, seen, pad, real, rows, length)
+        lasting = not right and packed is None
+        if not lasting and (use_cache or cache is not None):
+            what = "rows padded at the right (padding_side='left' puts it where it can be)" if right else "packed rows"
+            raise ValueError(f"no cache can go on from {what}; or pass use_cache=False")
+        if use_cache is None:
+            use_cache = self.config.use_cache and lasting
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        inputs: list[Tensor] | None = [] if output_hidden_states else None
+        x, state = self.hidden(given, state, cu_seqlens=packed, pad=pad, inputs=inputs)
+        if cache is not None:
+            self._remember(cache, state, length)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=None if inputs is None else (*inputs, x),
+            **{CACHE: cache if use_cache else None},
+        )
+
+    def _state(self, cache: Cache, mask: Tensor | None, rows: int, length: int) -> State | None:
+        """What a cache holds, as our state; None where nothing was read."""
+        kind = LinearAttentionLayer if self.config.mixer == "gla" else DynamicLayer
+        fits = len(cache.layers) == self.config.num_hidden_layers and {type(layer) for layer in cache.layers} == {kind}
+        if kind is DynamicLayer:  # a DynamicCache() makes its layers later; offloaded ones are not at hand
+            fits = (fits or not cache.layers) and not getattr(cache, "offloading", False)
+        if not fits:
+            raise ValueError(
+                f"this cache was not made for the model: {type(cache).__name__} of "
+                f"{', '.join(sorted({type(layer).__name__ for layer in cache.layers})) or 'no layers'}; "
+                "make one by DynamicCache(config=model.config)"
+            )
+        if kind is LinearAttentionLayer:
+            if not cache.layers[0].is_recurrent_states_initialized[0]:
+                return None
+            # the cache is updated in place, which a backward pass must not see
+            keep: Callable[[Tensor], Tensor] = torch.clone if torch.is_grad_enabled() else lambda part: part
+            layers: list[LayerState] = [(keep(layer.recurrent_states[0]),) for layer in cache.layers]
+            return State(layers, keep(cache.layers[0].recurrent_states[1]))
+        past = cache.get_seq_length()
+        if mask is not None and mask.shape[1] != past + length:
+            raise ValueError(f"attention_mask has {mask.shape[1]} columns for {past} tokens read and {length} to read")
+        if not past:
+            return None
+        device = cache.layers[0].keys.device
+        seen = torch.full((rows,), past, device=device) if mask is None else mask[:, :past].to(device).sum(1)
+        return State([(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers], seen)
+
+    def _remember(self, cache: Cache, state: State, length: int) -> None:
+        """Put the state after `length` more tokens into the cache."""
+        for number, parts in enumerate(state.layers):
+            if self.config.mixer == "gla":
+                cache.update_recurrent_state(parts[0].detach(), number)
+                cache.layers[number].device = parts[0].device  # transformers sets it for convolutions alone
+                continue
+            # ours are right-aligned over the longest row; theirs have a place for each column read
+            new = [part[:, -length:].detach() for part in parts]
+            new = [nn.functional.pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in new]
+            cache.update(new[0].transpose(1, 2), new[1].transpose(1, 2), number)
+        if self.config.mixer == "gla":
+            cache.update_recurrent_state(state.seen, 0, state_idx=1)
+
+    # Generation.
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether what was read cannot be taken back: then transformers refuses assisted decoding."""
+        return self.config.mixer == "gla"
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own; of a text whose beginning the given cache has read, it passes on the rest.
+
+        It does so itself for layers that know their length. By this signature it also knows what `generate` takes:
+        inputs_embeds and, for kwargs, whatever `forward` does.
+        """
+        cache, places = kwargs.get("cache", kwargs.get("past_key_values")), kwargs.get("position_ids")
+        if self.config.mixer == "gla" and next_sequence_length is None and cache is not None and places is not None:
+            state = self._state(cache, None, len(input_ids), input_ids.shape[1])
+            if state is not None and places.shape[1] == input_ids.shape[1]:
+                row = int(state.seen.argmax())  # one that is not padding as far as was read
+                next_sequence_length = int(places[row, -1]) + 1 - int(state.seen[row])
+                if next_sequence_length < 1:
+                    raise ValueError(f"the cache has read {int(state.seen[row])} tokens: nothing is left to read")
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
+        if generation_config.is_assistant and self._is_stateful:
+            raise ValueError(f"{type(self).__name__} cannot assist: its state cannot be rolled back")
+        if self.config.mixer == "gla" and "past_key_values" in model_kwargs:
+            # before 5.24, transformers asks a cache of this name for its length, which linear layers do not know
+            cache = model_kwargs["past_key_values"]
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
+            model_kwargs["cache"] = cache
+        return super()._prefill(input_ids, generation_config, model_kwargs, **options)
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """The mask as it is: `body` reads which tokens are padding, not who sees whom."""
+        return attention_mask
+
+    # Files.
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        source: str | os.PathLike[str] | None,
+        *inputs: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **options: Any,
+    ) -> Any:
+        """transformers' own, but strict: every weight comes from the files.
+
+        Raises ValueError, naming the tensor, where one is missing, unknown, of another shape or not finite.
+        """
+        model, info = super(LanguageModel, cls).from_pretrained(
+            source, *inputs, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
+        if not ignore_mismatched_sizes:
+            problems += [
+                f"{name} is {list(stored)}, not {list(wanted)}" for name, stored, wanted in info["mismatched_keys"]
+            ]
+        if model.config.tie_word_embeddings and "lm_head.weight" not in model.all_tied_weights_keys:
+            problems.append("lm_head.weight differs from embed_tokens.weight, which the config ties to it")
+        problems += [
+            f"{name} holds NaN or infinity"
+            for name, tensor in model.named_parameters()
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+        ]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise ValueError(f"{source}: the weights do not fit the config: {'; '.join(problems[:4])}{more}")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> None:
+        """transformers' own, with a model card where the folder has none. `transnormer.load` reads it, shards too."""
+        folder = Path(save_directory)
+        if is_main_process and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_card(folder, self.config.own(), self.parameter_count())
+            (folder / FINGERPRINT).unlink(missing_ok=True)
+        PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
+
+
+class TransNormerTokenizer(PreTrainedTokenizerFast):
+    """tokenizer.json as it is. Padding goes to the left, where generation needs it.
+
+    What begins, ends and pads texts is what tokenizer_config.json says, else config.json, else the end-of-text token.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *inputs: Any, **options: Any) -> Any:
+        # Not in an __init__: a class that has one gets its tokenizer rebuilt by transformers, without the merges.
+        tokenizer = super().from_pretrained(source, *inputs, **options)
+        try:
+            place = {name: options[name] for name in PLACE_OPTIONS if name in options}
+            config, _ = PreTrainedConfig.get_config_dict(source, **place)
+        except OSError:  # a tokenizer alone
+            config = {}
+        ids = {name: config.get(f"{name}_id") for name in ("eos_token", "bos_token", "pad_token")}
+        end = end_of_text_id(tokenizer.backend_tokenizer) if ids["eos_token"] is None else ids["eos_token"]
+        for name, number in ids.items():
+            number = end if number is None else number
+            if getattr(tokenizer, name) is None and number is not None and number < len(tokenizer):
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+        return tokenizer
+
+
+def _padding(mask: Tensor, length: int) -> tuple[Tensor | None, bool]:
+    """Of the last `length` columns: [B], how many at the left of each row are padding, and whether any is at the right.
+
+    None where none is at the left. Raises ValueError for padding between tokens.
+    """
+    if mask.dim() != 2 or mask.shape[1] < length:
+        raise ValueError(f"attention_mask must be [B, T] with T at least {length}; got {list(mask.shape)}")
+    real = mask[:, -length:].bool()
+    if bool(real.all()):
+        return None, False
+    count, first = real.sum(1), real.int().argmax(1)
+    last = length - real.flip(1).int().argmax(1)
+    first, last = first.where(count > 0, length), last.where(count > 0, length)  # a row of padding alone
+    if bool((last - first != count).any()):
+        raise ValueError("attention_mask has a hole: padding between the tokens of a row")
+    return (first if bool(first.any()) else None), bool((last < length).any())
+
+
+def _packed(
+    position_ids: Tensor, seen: Tensor | None, pad: Tensor | None, real: Tensor | None, rows: int, length: int
+) -> Tensor | None:
+    """Where the sequences that position_ids [B or 1, T] pack into one row begin and end; None for one sequence a row.
+
+    real: [B, T] bool or None: whose places count. Raises ValueError for places that do not follow from what was read.
+    """
+    start = torch.zeros(rows, dtype=torch.int64, device=position_ids.device)
+    start = start if seen is None else start + seen
+    places = torch.arange(length, device=position_ids.device)
+    expected = (start if pad is None else start - pad)[:, None] + places
+    wrong = position_ids != expected
+    if not bool((wrong if real is None else wrong & real).any()):
+        return None
+    begins = (position_ids[0] == 0).nonzero().flatten()
+    bounds = nn.functional.pad(begins, (0, 1), value=length)
+    whole = rows == 1 and seen is None and pad is None and len(begins) and not begins[0]
+    if whole and torch.equal(position_ids[0], places - begins.repeat_interleave(bounds.diff())):
+        return bounds
+    raise ValueError(
+        f"position_ids must go on from the tokens read ({start.tolist()}) one by one, or begin again at 0 where "
+        "sequences are packed in one row"
+    )
+
+
+AutoConfig.register(TransNormerConfig.model_type, TransNormerConfig)
+AutoModelForCausalLM.register(TransNormerConfig, TransNormerForCausalLM)
+AutoTokenizer.register(TransNormerConfig, fast_tokenizer_class=TransNormerTokenizer)

@@ -1,0 +1,80 @@
+"""The model card that goes with a model's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import ModelConfig
+from ..files import write_text
+
+CARD = "README.md"
+
+
+def write_card(folder: Path, config: ModelConfig, parameters: int) -> None:
+    """Write README.md where the folder has none: what a person wrote there stays."""
+    if not (folder / CARD).exists():
+        write_text(folder / CARD, model_card(config, parameters))
+
+
+def model_card(config: ModelConfig, parameters: int) -> str:
+    """Markdown with the front matter that model hubs read. The licence, languages and data are its author's to add."""
+    linear = config.mixer == "gla"
+    kind = "a language model with linear attention" if linear else "a Transformer language model, a baseline"
+    memory = "does not grow with the text" if linear else "grows with every token"
+    layers = {"first": "in the first layer", "all": "in every layer"}
+    where = ""
+    if config.position in ("lrpe", "rope"):
+        known = isinstance(config.position_layers, str)
+        where = f" {layers[str(config.position_layers)]}" if known else f" in layers {list(config.position_layers)}"
+    tags = ["transnormer", *(["linear-attention"] if linear else [])]
+    facts = {
+        "parameters": f"{parameters:,}",
+        "layers": config.num_hidden_layers,
+        "width": f"{config.hidden_size:,}",
+        "heads": f"{config.num_attention_heads} of {config.head_dim}",
+        "inner width": f"{config.intermediate_size:,} ({config.glu})",
+        "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'untied'}",
+        "token mixer": config.mixer,
+        "positions": f"{config.position}{where}",
+        "decay": config.decay,
+        "norm": config.norm,
+        "memory of a text": memory,
+    }
+    return f"""---
+library_name: transnormer
+pipeline_tag: text-generation
+tags:
+{chr(10).join(f"- {tag}" for tag in tags)}
+---
+
+# TransNormerLLM, {parameters:,} parameters
+
+This is {kind} (TransNormerLLM, arXiv 2307.14995).
+
+| | |
+|---|---|
+{chr(10).join(f"| {name} | {value} |" for name, value in facts.items())}
+
+## Use
+
+With transnormer; `folder` is the one this card lies in:
+
+```python
+import transnormer
+
+model = transnormer.load(folder)
+print("".join(transnormer.generate(model, "Once", max_tokens=100)))
+```
+
+With transformers, which needs no remote code:
+
+```python
+import transnormer.hub
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+"""
