@@ -1,0 +1,681 @@
+"""lm-evaluation-harness over our own forward: the one door to `lm_eval`.
+
+Prompts, tokens and metrics are the harness' own. Ours is the reading: requests are packed without padding, and what
+several of them begin with (a question before its answers, examples before the questions) is read once; each goes on
+from its state. Tasks come from the network as usual, or over the files of a folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .. import __version__
+from ..config import nearest
+from ..data.tokenizer import encode, end_of_text_id
+from ..inference.engine import Session, generate_text
+from ..inference.sampling import Sampling
+from ..model.language_model import LanguageModel
+from ..model.state import State
+from ..ops.loss import SLICE_ELEMENTS
+
+try:
+    import datasets
+    import lm_eval
+    import lm_eval.tasks
+    import lm_eval.utils
+    import tqdm
+    from lm_eval.api import metrics as harness_metrics
+    from lm_eval.api import task as harness_task
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import evaluate as run_harness
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+except ImportError as error:
+    raise ImportError(f"the harness needs lm-eval ({error}): pip install 'transnormer[eval]'") from error
+
+BATCH_TOKENS = 8_192
+SHARED = 16  # tokens that requests must begin with alike for it to be worth a stop and a state
+STATE_BYTES = 2**31  # of the states of one batch
+TEXTS = 512  # to encode at a time: the library keeps some 100 bytes a character
+NEW_TOKENS = 256  # where a task does not say how many to write; the harness' own number, as is
+SEED = 1234  # which draws the examples of prompts
+RESAMPLES = 1_000  # for the standard error of a metric without a formula: LAMBADA's perplexity
+
+# Task -> (its name in the harness, its folder there, the fields of its documents in a data folder).
+TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "boolq": ("boolq", "super_glue/boolq", ("question", "passage", "label")),
+    "piqa": ("piqa", "piqa", ("goal", "sol1", "sol2", "label")),
+    "siqa": ("social_iqa", "siqa", ("context", "question", "answerA", "answerB", "answerC", "label")),
+    "hellaswag": ("hellaswag", "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "winogrande": ("winogrande", "winogrande", ("sentence", "option1", "option2", "answer")),
+    "arc_easy": ("arc_easy", "arc", ("question", "choices", "answerKey")),
+    "arc_challenge": ("arc_challenge", "arc", ("question", "choices", "answerKey")),
+    "openbookqa": ("openbookqa", "openbookqa", ("question_stem", "choices", "answerKey")),
+    "mmlu": ("mmlu", "mmlu/default", ("question", "subject", "choices", "answer")),
+    "cmmlu": ("cmmlu", "cmmlu", ("Question", "A", "B", "C", "D", "Answer")),
+    "lambada_openai": ("lambada_openai", "lambada", ("text",)),
+    "sciq": ("sciq", "sciq", ("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer")),
+}  # fmt: skip
+PAPER = tuple(task for task in TASKS if task not in ("lambada_openai", "sciq"))  # the paper's table
+SPLITS = ("train", "validation", "test", "dev")
+FILE_BYTES = 2**28  # of one file of a data folder, decompressed
+MEMBERS = 1_000  # of an archive
+
+Splits = dict[str, dict[str, list[dict[str, Any]]]]  # split -> subject ("" where a task has none) -> documents
+
+
+# Reading.
+
+
+@dataclass(eq=False)
+class _Request:
+    """tokens: int64 [n], prompt and continuation; those from `first` on are scored."""
+
+    number: int
+    tokens: np.ndarray
+    first: int
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Tokens to read in one go, the same in one or more requests, and what goes on after them.
+
+    start: how many tokens of the requests come before. spans: (request, from, to): the places in its tokens, all in
+    this piece, that predict a scored token, the next one. state: after what comes before; None at the start.
+    """
+
+    start: int
+    tokens: np.ndarray
+    spans: list[tuple[_Request, int, int]]
+    children: list[_Piece] = field(default_factory=list)
+    state: State | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class HarnessLM(TemplateLM):
+    """A LanguageModel with its tokenizer, as the harness wants models.
+
+    batch_tokens: how many are read at a time. max_length: of a longer prompt only the last so many tokens are read, as
+    the harness' `hf` backend does at 2,048; None reads all of it (learned positions end where their table does).
+    progress: called with (tokens read, tokens in all), or texts where texts are written.
+    Raises ValueError where the model has no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        max_length: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        super().__init__()
+        if model.tokenizer is None:
+            raise ValueError("the model's folder has no tokenizer, so it cannot read text")
+        for name, value in (("batch_tokens", batch_tokens), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more; got {value}")
+        if model.config.position == "ape":
+            table = model.config.max_position_embeddings
+            max_length = min(max_length or table, table)
+        self.model, self.tokenizer = model, model.tokenizer
+        self.batch_tokens, self.max_length, self.progress = batch_tokens, max_length, progress
+        parts = [part for layer in State.new(model).layers for part in layer]
+        self._state_bytes = sum(part.nbytes for part in parts)  # of one row; and what it grows by with each token:
+        self._token_bytes = sum(part.element_size() * part.shape[2:].numel() for part in parts if not part.shape[1])
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text without a prompt: the end of the text before it, as in training."""
+        end = end_of_text_id(self.tokenizer)
+        end = self.model.config.eos_token_id if end is None else end
+        if end is None:
+            raise ValueError("the tokenizer has no end-of-text token, which stands before a text without a prompt")
+        return end
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return encode(self.tokenizer, string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Per (context, continuation): log-probability of the continuation in nats, and whether greedy writes it.
+
+        The continuation's tokens are those by which the whole text is longer than its context, blanks at whose end
+        belong to the continuation: the harness' own rule, with many texts encoded at a time.
+        """
+        asked = []
+        for start in range(0, len(requests), TEXTS):
+            pairs = [request.args for request in requests[start : start + TEXTS]]
+            texts = list({text for context, more in pairs for text in (context.rstrip(), context + more)})
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
+            for context, more in pairs:
+                before, whole = ids[context.rstrip()], ids[context + more]
+                if context == "":  # the prefix token stands for it, once
+                    before = [self.prefix_token_id]
+                    whole = whole if whole[:1] == before else before + whole
+                asked.append(((context, more), before, whole[len(before) :]))
+        return self._loglikelihood_tokens(asked)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Per (text,): its log-probability in nats, after the prefix token.
+
+        The state is carried from the first token to the last; with max_length, a longer text is read in windows, as
+        the `hf` backend does.
+        """
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            length = self.max_length or max(len(ids), 1)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, length, context_len=1):
+                windows.append((("", ""), *make_disjoint_window(window)))
+                owners.append(number)
+        scores = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            scores[owner] += score
+        return scores
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Per (context, settings): the text that follows, up to a stop string."""
+        texts = []
+        for number, request in enumerate(requests):
+            context, settings = request.args
+            settings = normalize_gen_kwargs(settings, NEW_TOKENS)
+            stop, max_tokens = settings.pop("until", None) or (), settings.pop("max_gen_toks")
+            sampling = Sampling(
+                temperature=settings.pop("temperature", 1.0) if settings.pop("do_sample", False) else 0.0,
+                top_k=settings.pop("top_k", 0),
+                top_p=settings.pop("top_p", 1.0),
+                seed=SEED,
+            )
+            if unknown := settings.keys() - {"temperature"}:
+                raise ValueError(f"a task sets {', '.join(sorted(unknown))} for generation, which is not known here")
+            ids = self.tok_encode(context) or [self.prefix_token_id]
+            if self.max_length is not None:
+                if max_tokens >= self.max_length:
+                    raise ValueError(f"max_length {self.max_length} leaves no prompt before {max_tokens} new tokens")
+                ids = ids[max_tokens - self.max_length :]
+            session = Session(self.model)
+            session.read(ids)
+            texts.append(
+                "".join(
+                    generate_text(self.model, "", max_tokens=max_tokens, sampling=sampling, stop=stop, session=session)
+                )
+            )
+            if self.progress is not None:
+                self.progress(number + 1, len(requests))
+        return texts
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        asked = [self._request(number, *request) for number, request in enumerate(requests)]
+        scores, greedy = np.zeros(len(asked)), np.ones(len(asked), dtype=bool)
+        waiting = _tree(asked, self.batch_tokens)[::-1]  # the last is next, so that few states wait at a time
+        done, total = 0, _size(waiting)
+        while waiting:
+            batch = self._take(waiting)
+            bounds = np.cumsum([0, *(len(piece.tokens) for piece in batch)])
+            ids = torch.from_numpy(np.concatenate([piece.tokens for piece in batch]))[None]
+            x, states = self.model.hidden(
+                ids.to(self.model.device),
+                _stack(self.model, [piece.state for piece in batch]),
+                cu_seqlens=torch.from_numpy(bounds).to(self.model.device),
+            )
+            self._score(x[0], batch, bounds, scores, greedy)
+            for row, piece in enumerate(batch):
+                piece.state = None
+                after = states.select([row]) if piece.children else None
+                for child in piece.children[::-1]:
+                    child.state = after
+                    waiting.append(child)
+            done += ids.shape[1]
+            if self.progress is not None:
+                self.progress(done, total)
+        return list(zip(scores.tolist(), greedy.tolist(), strict=True))
+
+    def _request(self, number: int, texts: tuple[str, str], context: list[int], continuation: list[int]) -> _Request:
+        tokens = [*context, *continuation]
+        if self.max_length is not None:
+            tokens = tokens[-self.max_length - 1 :]
+        if not 0 < len(continuation) < len(tokens):
+            raise ValueError(f"{texts[1]!r} makes {len(continuation)} tokens of {len(tokens)}: it cannot be scored")
+        return _Request(number, np.array(tokens, dtype=np.int64), len(tokens) - len(continuation))
+
+    def _take(self, waiting: list[_Piece]) -> list[_Piece]:
+        """The pieces to read together, off the end of the list: at least one."""
+        batch = [waiting.pop()]
+        tokens, longest = len(batch[0].tokens), batch[0].stop
+        while waiting:
+            tokens, longest = tokens + len(waiting[-1].tokens), max(longest, waiting[-1].stop)
+            states = (len(batch) + 1) * (self._state_bytes + self._token_bytes * longest)
+            if tokens > self.batch_tokens or states > STATE_BYTES:
+                break
+            batch.append(waiting.pop())
+        return batch
+
+    def _score(
+        self, x: torch.Tensor, batch: list[_Piece], bounds: np.ndarray, scores: np.ndarray, greedy: np.ndarray
+    ) -> None:
+        """Add to scores and greedy [requests] what x [T, D] says; there are logits only where a token is scored."""
+        places, targets, owners = [], [], []
+        for piece, offset in zip(batch, bounds, strict=False):
+            for request, start, stop in piece.spans:
+                places.append(np.arange(start, stop) + (offset - piece.start))
+                targets.append(request.tokens[start + 1 : stop + 1])
+                owners.append(np.full(stop - start, request.number))
+        if not places:
+            return
+        place, target, owner = (torch.from_numpy(np.concatenate(parts)) for parts in (places, targets, owners))
+        wide, size = torch.promote_types(x.dtype, torch.float32), max(1, SLICE_ELEMENTS // len(self.model.head_weight))
+        for part in torch.arange(len(place)).split(size):
+            wanted = target[part].to(x.device)
+            logits = F.linear(x[place[part].to(x.device)], self.model.head_weight).to(wide)
+            found = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+            np.add.at(scores, owner[part].numpy(), found.double().cpu().numpy())
+            np.logical_and.at(greedy, owner[part].numpy(), (logits.argmax(1) == wanted).cpu().numpy())
+
+
+def _tree(requests: list[_Request], longest: int) -> list[_Piece]:
+    """What there is to read, in pieces of at most `longest` tokens; the last token of a request is only a target."""
+    requests = sorted(requests, key=lambda request: request.tokens[:-1].astype(">u4").tobytes())
+    lengths = [len(request.tokens) - 1 for request in requests]
+    alike = [0, *(_alike(a.tokens[:-1], b.tokens[:-1]) for a, b in itertools.pairwise(requests))]
+    roots: list[_Piece] = []
+    waiting = [(0, len(requests), 0, roots)]
+    while waiting:
+        low, high, start, pieces = waiting.pop()
+        while low < high and lengths[low] == start:  # these end here
+            low += 1
+        for n in range(low + 1, high + 1):
+            if n < high and (alike[n] - start >= SHARED or alike[n] == lengths[n - 1] == lengths[n]):
+                continue
+            stop = min([start + longest, lengths[low], *alike[low + 1 : n]])
+            spans = [(r, max(start, r.first - 1), stop) for r in requests[low:n] if r.first <= stop]
+            pieces.append(_Piece(start, requests[low].tokens[start:stop], spans))
+            waiting.append((low, n, stop, pieces[-1].children))
+            low = n
+    return roots
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences begin with alike."""
+    size = min(len(a), len(b))
+    differ = a[:size] != b[:size]
+    return int(differ.argmax()) if differ.any() else size
+
+
+def _size(pieces: list[_Piece]) -> int:
+    """Tokens of the pieces and all that go on from them."""
+    waiting, tokens = [*pieces], 0
+    while waiting:
+        piece = waiting.pop()
+        waiting += piece.children
+        tokens += len(piece.tokens)
+    return tokens
+
+
+def _stack(model: LanguageModel, states: Sequence[State | None]) -> State | None:
+    """One state with a row each, None standing for a fresh one; None where all are.
+
+    Softmax attention's keys and values, whose number differs, stand at the right of their places.
+    """
+    if not any(states):
+        return None
+    fresh = State.new(model)
+    some = [state or fresh for state in states]
+    layers = []
+    for layer in zip(*(state.layers for state in some), strict=True):
+        parts = []
+        for tensors in zip(*layer, strict=True):
+            most = max(t.shape[1] for t in tensors)
+            parts.append(torch.cat([F.pad(t, (0, 0) * (t.dim() - 2) + (most - t.shape[1], 0)) for t in tensors]))
+        layers.append(tuple(parts))
+    return State(layers, torch.cat([state.seen for state in some]))
+
+
+# Tasks over a data folder.
+
+
+def write_tasks(folder: str | Path, data: str | Path, tasks: Sequence[str] = tuple(TASKS)) -> list[str]:
+    """Write task files into `folder`: the harness' own, with documents from the folder `data`.
+
+    data: <task>.jsonl.gz or <task>.<split>.jsonl.gz (or .jsonl; without a split: validation), where task is a word of
+        TASKS and the fields are those of the Hugging Face data sets; CMMLU as cmmlu.tar.gz of <split>/<subject>.csv.
+    tasks: words of TASKS; those that `data` has nothing of get no file.
+    Returns what differs from the harness' own tasks, in words. `lm_eval --include_path` reads the files, too.
+    Raises ValueError or OSError that names the file and what is wrong with it.
+    """
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"{data}: no such folder")
+    data, folder = Path(data).resolve(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [note for task in tasks for note in _write_task(folder, data, task, read_documents(data, task))]
+
+
+def _write_task(folder: Path, data: Path, task: str, splits: Splits) -> list[str]:
+    """The file of one task, or those of a group with a task per subject."""
+    if not splits:
+        return []
+    index = _manager([task]).task_index
+    configs = {name: entry.cfg for name, entry in index.items() if entry.cfg}  # tags have none
+    children = {name: sorted(entry.tags) for name, entry in index.items() if not entry.cfg}
+    children |= {name: config["task"] for name, config in configs.items() if "group" in config}
+    subjects = {TASKS[task][0]: ""}
+    if TASKS[task][0] in children:
+        subjects = {name: config["dataset_name"] for name, config in configs.items() if name not in children}
+    there = {subject for documents in splits.values() for subject in documents}
+    written = [name for name, subject in subjects.items() if subject in there]
+    notes = [f"{task}: the harness knows no subject {subject}" for subject in sorted(there - set(subjects.values()))]
+    if len(written) < len(subjects):
+        notes.append(f"{task}: {len(written)} of {len(subjects)} subjects are in the data")
+    for name in written:
+        has = [split for split in SPLITS if splits.get(split, {}).get(subjects[name])]
+        own = configs[name].get("test_split") or configs[name].get("validation_split")
+        split = next((split for split in (own, "validation", "test") if split in has), None)
+        if split is None:
+            raise ValueError(f"{data}: {name} has no {own} split, only {', '.join(has)}")
+        if split != own and (note := f"{task}: {split} stands for {own}, which the data does not have") not in notes:
+            notes.append(note)
+        examples = (configs[name].get("fewshot_split"), configs[name].get("training_split"), split)
+        changes = {
+            "include": str(index[name].yaml_path),
+            "dataset_kwargs": {"data": str(data), "task": task, "subject": subjects[name]},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": split,
+            # of the split under test, the harness leaves the question itself out of the examples
+            "fewshot_split": next(split for split in examples if split in has),
+        }
+        _write_yaml(folder / f"{name}.yaml", changes, f"custom_dataset: !function {__name__}.{read_splits.__name__}")
+
+    def exists(name: str) -> bool:
+        return name in written or any(map(exists, children.get(name, ())))
+
+    for name in children.keys() & configs.keys():
+        if kept := [child for child in children[name] if exists(child)]:
+            _write_yaml(folder / f"{name}.yaml", {"include": str(index[name].yaml_path), "task": kept})
+    return notes
+
+
+def _write_yaml(path: Path, values: dict[str, Any], *more: str) -> None:
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+    path.write_text("\n".join([*lines, *more, ""]), encoding="utf-8")
+
+
+def read_splits(*, data: str, task: str, subject: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """The documents of one task, as its file asks for them; the harness hands in the task's metadata as well."""
+    splits = read_documents(Path(data), task)
+    return {split: datasets.Dataset.from_list(found[subject]) for split, found in splits.items() if found.get(subject)}
+
+
+@functools.cache
+def read_documents(data: Path, task: str) -> Splits:
+    """Split -> subject ("" where the task has none) -> documents, of what the folder has of a task: maybe nothing.
+
+    Raises ValueError naming the file and line that cannot be used.
+    """
+    splits: Splits = {}
+    if task == "cmmlu":
+        return _archive(data / "cmmlu.tar.gz") if (data / "cmmlu.tar.gz").is_file() else splits
+    for path in sorted(data.glob(f"{task}.*")):
+        found = re.fullmatch(rf"{task}(?:\.({'|'.join(SPLITS)}))?\.jsonl(?:\.gz)?", path.name)
+        if not found:
+            continue
+        documents = splits.setdefault(found[1] or "validation", {})
+        if documents:
+            raise ValueError(f"{path}: a second file of the same split")
+        for where, document in _json_lines(path):
+            if task == "boolq" and "label" not in document and isinstance(document.get("answer"), bool):
+                document["label"] = int(document["answer"])  # SuperGLUE's field, made of BoolQ's own
+            _require_fields(document, TASKS[task][2], where)
+            documents.setdefault(document["subject"] if task == "mmlu" else "", []).append(document)
+        if not documents:
+            raise ValueError(f"{path}: the file is empty")
+    return splits
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) of every line."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(FILE_BYTES + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read as gzip: {error}") from None
+    if len(content) > FILE_BYTES:
+        raise ValueError(f"{path}: holds more than {FILE_BYTES:,} bytes")
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} line {number}: not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise ValueError(f"{path} line {number}: not a JSON object but {type(document).__name__}")
+        yield f"{path} line {number}", document
+
+
+def _archive(path: Path) -> Splits:
+    """CMMLU's tables, <split>/<subject>.csv in a tar.gz. They are read in memory: no name in it becomes a path."""
+    splits: Splits = {}
+    size, fields = 0, TASKS["cmmlu"][2]
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for number, member in enumerate(archive):
+                size += member.size
+                if size > FILE_BYTES or number >= MEMBERS:
+                    raise ValueError(f"{path}: holds more than {FILE_BYTES:,} bytes or {MEMBERS:,} files")
+                *_, split, name = "", *member.name.split("/")
+                if not member.isfile() or split not in SPLITS or not name.endswith(".csv") or name.startswith("."):
+                    continue
+                table = archive.extractfile(member)
+                assert table is not None  # it is a file
+                reader = csv.DictReader(io.StringIO(table.read().decode("utf-8-sig"), newline=""))
+                documents = [{key: row.get(key) for key in fields} for row in reader]
+                for line, document in enumerate(documents, start=1):
+                    _require_fields(document, fields, f"{path}: {member.name} document {line}")
+                splits.setdefault(split, {})[name.removesuffix(".csv")] = documents
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    return splits
+
+
+def _require_fields(document: dict[str, Any], fields: Sequence[str], where: str) -> None:
+    if missing := [name for name in fields if document.get(name) is None]:
+        raise ValueError(f"{where}: no field {', '.join(missing)}; wanted are {', '.join(fields)}")
+
+
+# Running.
+
+
+def evaluate(
+    model: LanguageModel,
+    tasks: Sequence[str] = PAPER,
+    *,
+    data: str | Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on tasks: words of TASKS, or any task, group or tag of the harness.
+
+    data: a folder with the documents, as in `write_tasks`; None lets the harness fetch them from the Hugging Face Hub.
+    shots: examples before each question; None leaves it to the task. limit: the first so many documents of each task.
+    batch_tokens, max_length, progress: as in `HarnessLM`.
+    Returns the harness' results as plain values, and under "transnormer" what ran: versions, settings, notes.
+    Raises ValueError or OSError, in one line, for what the caller can mend.
+    """
+    for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be {least} or more; got {value}")
+    lm = HarnessLM(model, batch_tokens=batch_tokens, max_length=max_length, progress=progress)
+    began = time.perf_counter()
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        read_documents.cache_clear()
+        notes = [] if data is None else write_tasks(folder, data, _words(tasks))
+        manager = _manager(tasks) if data is None else TaskManager(include_defaults=False, include_path=folder)
+        names = [name for task in tasks for name in _find(task, manager, data)]
+        loaded = _load(list(dict.fromkeys(names)), manager, shots)
+        found = run_harness(lm, loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+        read_documents.cache_clear()
+    result: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
+    for config in result["configs"].values():
+        config.pop("custom_dataset", None)  # the text of a function of ours
+    result["transnormer"] = {
+        "version": __version__,
+        "lm_eval": lm_eval.__version__,
+        "torch": torch.__version__,
+        "tasks": names,
+        "data": None if data is None else str(data),
+        "shots": shots,
+        "limit": limit,
+        "batch_tokens": batch_tokens,
+        "max_length": lm.max_length,
+        "parameters": model.parameter_count(),
+        "dtype": str(model.head_weight.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "seconds": round(time.perf_counter() - began, 1),
+        "notes": notes,
+    }
+    return result
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What `evaluate` returned, in rows of (task, version, split, documents, shots, metric, value)."""
+    groups = result["group_subtasks"]
+    lines: list[tuple[str, ...]] = []
+    waiting = result["transnormer"]["tasks"][::-1]
+    while waiting:
+        name = waiting.pop()
+        values = result["results"].get(name, {})
+        scores = [key for key in values if "," in key and "_stderr," not in key]
+        waiting += [child for child in groups.get(name, ())[::-1] if child in groups or not scores]
+        leaf = name
+        while leaf in groups:
+            leaf = groups[leaf][0]
+        config = result["configs"][leaf]
+        split = config.get("test_split") or config.get("validation_split")
+        for key in scores:
+            metric, filtered = key.split(",", 1)
+            value, error = (_rounded(values.get(k)) for k in (key, f"{metric}_stderr,{filtered}"))
+            lines.append(
+                (
+                    name,
+                    f"{result['versions'].get(name, '')}",
+                    f"{split}",
+                    f"{values['sample_len']:,}",
+                    f"{result['n-shot'][leaf]}",
+                    metric if filtered == "none" else f"{metric} ({filtered})",
+                    value if error in ("", "N/A") else f"{value} ± {error}",
+                )
+            )
+    return lines
+
+
+def _rounded(value: float | str | None) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _manager(tasks: Sequence[str]) -> TaskManager:
+    """The harness' tasks: those of our words quickly, or everything it has, which takes some ten seconds."""
+    root = Path(lm_eval.tasks.__path__[0])
+    quick = TaskManager(include_defaults=False, include_path=[root / TASKS[word][1] for word in _words(tasks)])
+    return quick if all(_name(task) in quick.task_index for task in tasks) else TaskManager()
+
+
+def _words(tasks: Sequence[str]) -> list[str]:
+    """The words of TASKS that these tasks seem to belong to."""
+    return [word for word in TASKS if any(_name(t) == TASKS[word][0] or t.startswith(f"{word}_") for t in tasks)]
+
+
+def _name(task: str) -> str:
+    """The harness' name of a task."""
+    return TASKS[task][0] if task in TASKS else task
+
+
+def _find(task: str, manager: TaskManager, data: str | Path | None) -> list[str]:
+    """The harness' names of a task, group or tag."""
+    entry = manager.task_index.get(_name(task))
+    if entry is not None:
+        return [_name(task)] if entry.cfg else sorted(entry.tags)
+    if data is not None and task in TASKS:
+        file = "cmmlu.tar.gz" if task == "cmmlu" else f"{task}.jsonl.gz or {task}.<split>.jsonl.gz"
+        raise FileNotFoundError(f"{data}: nothing of task {task}; wanted is {file}")
+    known = [*TASKS, *manager.all_tasks]
+    where = "" if data is None else f" over {data}"
+    raise ValueError(f"no task {task!r}{where}{nearest(task, known) or '; there are ' + ', '.join(TASKS)}")
+
+
+def _load(names: list[str], manager: TaskManager, shots: int | None) -> Any:
+    """The tasks with their documents, ready to run with so many examples."""
+    try:
+        loaded = manager.load(names)
+    except OSError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"documents cannot be fetched ({reason}); --data names a folder with them") from error
+    for name, task in loaded["tasks"].items():
+        own = task.get_config("num_fewshot")
+        count = own or 0 if shots is None or own == 0 else shots  # a task that says 0 means it
+        task.set_config("num_fewshot", count)
+        task.set_fewshot_seed(SEED)
+        if sampler := getattr(task, "sampler", None):
+            there = len(sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
+            if count > there:
+                raise ValueError(f"{name}: {count} examples are asked for, but there are {there}")
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness draws a bar a task, prints, starts a process a core, and compiles a template anew for each document.
+
+    It has no other switch for that.
+    """
+    silent, templates = functools.partial(tqdm.tqdm, disable=True), lm_eval.utils.env
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with (
+            patch.object(tqdm, "tqdm", silent),
+            patch.object(harness_task, "tqdm", silent),
+            patch.object(templates, "from_string", functools.lru_cache(1_024)(templates.from_string)),
+            patch.object(harness_metrics, "print", lambda *_: None, create=True),
+            patch.dict(os.environ, DISABLE_MULTIPROC="1"),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
