@@ -131,7 +131,7 @@ def test_an_input_that_is_not_there_is_told_before_anything_is_read(tmp_path):
         ("a.jsonl", '"text"', "a.jsonl line 1: not a JSON object but str"),
         ("a.jsonl", '{"body": "x", "a": 1}', "a.jsonl line 1: no field 'text'; it has a, body"),
         ("a.jsonl", "{}", "a.jsonl line 1: no field 'text'; it has none"),
-        ("a.jsonl", '{"text": null}', "a.jsonl line 1: field 'text' holds NoneType, not a string"),
+        ("a.jsonl", '{"text": null}', "a.jsonl line 1: field 'text' holds null, not a string"),
         ("a.jsonl", '{"text": ["x"]}', "a.jsonl line 1: field 'text' holds list, not a string"),
         ("a.jsonl", '{"text": "\\ud800"}', "a.jsonl line 1: field 'text' is not Unicode text: surrogates"),
         ("a.jsonl.zst", '{"text": 1}', "a.jsonl.zst line 1: field 'text' holds int"),

@@ -251,7 +251,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path, corpus, tokenizer):
     out.mkdir()
     prepare([corpus], out, tokenizer=tokenizer)  # an empty one may be there
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(ValueError, match="out exists; remove it or choose another --out"):
+    with pytest.raises(ValueError, match="out exists; remove it or choose another folder"):
         prepare([corpus], out, tokenizer=tokenizer)
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
     (tmp_path / "file").write_text("")
@@ -318,7 +318,7 @@ def test_two_runs_at_once_do_not_mix(tmp_path, corpus, tokenizer):
 
     def meanwhile(task, done, total):
         if not refused:
-            with pytest.raises(ValueError, match="is being prepared by another process") as caught:
+            with pytest.raises(ValueError, match="is being written by another process") as caught:
                 prepare([corpus], tmp_path / "out", tokenizer=tokenizer)
             refused.append(caught)
 
@@ -404,11 +404,12 @@ def test_damaged_records_are_refused(copy):
     path = copy / "data.json"
     whole = json.loads(path.read_text())
     TokenData(copy)
-    path.write_text(json.dumps(whole | {"format": 2}))
-    with pytest.raises(ValueError, match="has format 2, not 1; prepare the folder again"):
+    path.write_text(json.dumps(whole | {"format": 3}))
+    with pytest.raises(ValueError, match="has format 3, not 1 or 2; prepare the folder again"):
         TokenData(copy)
     parts = [json.dumps(whole)[:-5], "[]", "{}", '"x"', b"\xff"]
     parts += [json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole]
+    parts += [json.dumps(whole | {"format": 2})]
     parts += [json.dumps(whole | {"dtype": "int8"}), json.dumps(whole | {"splits": {"train": {}, "valid": {}}})]
     for key in ("tokens", "bytes", "documents", "shards"):
         train = {k: v for k, v in whole["splits"]["train"].items() if k != key}
@@ -477,7 +478,11 @@ def test_positions_outside_are_refused():
 
 
 def take(batches, n):
-    return [next(batches) for _ in range(n)]
+    """The next n batches as windows, each torch.int64 [B, T + 1]."""
+    found = [next(batches) for _ in range(n)]
+    assert all(torch.equal(batch.ids[:, 1:], batch.targets[:, :-1]) for batch in found)
+    assert all(batch.cu_seqlens is None for batch in found)
+    return [torch.cat([batch.ids, batch.targets[:, -1:]], dim=1) for batch in found]
 
 
 def test_batches_are_windows_that_overlap_by_one(prepared):
@@ -506,7 +511,7 @@ def test_the_global_batch_does_not_depend_on_the_ranks(prepared, ranks, rows):
     alone = Loader(data, seq_len=50, batch_size=8, seed=5)
     shared = [Loader(data, seq_len=50, batch_size=rows, seed=5, rank=r, ranks=ranks) for r in range(ranks)]
     for _ in range(2 * alone.count // 8 + 2):  # over two epochs' ends
-        assert torch.equal(next(alone), torch.cat([next(each) for each in shared]))
+        assert torch.equal(take(alone, 1)[0], torch.cat([take(each, 1)[0] for each in shared]))
     assert {each.position for each in shared} == {alone.position}
 
 
@@ -527,15 +532,17 @@ def test_seek_goes_on_where_another_stopped(prepared):
 
 def test_another_seed_gives_other_batches(prepared):
     data = TokenData(prepared)
-    first, second = (next(Loader(data, seq_len=16, batch_size=8, seed=seed)) for seed in (0, 1))
+    first, second = (take(Loader(data, seq_len=16, batch_size=8, seed=seed), 1)[0] for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
 def test_rows_are_the_callers_to_change(prepared):
     loader = Loader(TokenData(prepared), seq_len=16, batch_size=2, seed=0)
-    next(loader).zero_()
+    batch = next(loader)
+    batch.ids.zero_()
+    assert batch.targets.any()
     loader.seek(0)
-    assert next(loader).any()
+    assert next(loader).ids.any()
 
 
 def test_loader_errors(prepared):

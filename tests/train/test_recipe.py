@@ -47,6 +47,12 @@ def test_the_resolved_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path)
     assert Recipe.load(recipe_file, ["run=2024", "optim.lr=0.5"]).difference(recipe) is not None
     first = Recipe.load(recipe_file).difference(Recipe.load(recipe_file, ["train.steps=7"]))
     assert first == "train.steps was 1000 and is now 7"
+    recipe_file.write_text(recipe_file.read_text().replace('size = "10m"', 'from = "runs/x"'))
+    tuned = Recipe.load(recipe_file, ["lora.targets=out_proj", "train.reset_state=false", "lora.alpha=3"])
+    (tmp_path / "resolved.toml").write_text(tuned.to_toml())
+    assert Recipe.load(tmp_path / "resolved.toml").difference(tuned) is None
+    assert (tuned.lora.rank, tuned.lora.targets, tuned.base) == (8, ("out_proj",), Path("runs/x"))
+    assert Recipe.load(recipe_file).lora is Recipe.load(recipe_file).train.reset_state is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,11 @@ def test_every_recipe_of_the_repository_is_one() -> None:
     recipes = sorted((REPOSITORY / "recipes").glob("*.toml"))
     assert recipes
     for path in recipes:
-        assert Recipe.load(path).model_config(1).parameter_count() > 0
+        recipe = Recipe.load(path)
+        if recipe.base is None:
+            assert recipe.model_config(1).parameter_count() > 0
+        else:
+            assert recipe.base in {Path("runs") / other.stem for other in recipes}
 
 
 def test_a_vocabulary_too_small_for_the_data_is_refused(recipe_file: Path) -> None:

@@ -1,1 +1,1 @@
-"""Text to tokens: documents in (corpus), byte-level BPE (tokenizer), token shards and their loader (loader)."""
+"""Text to tokens: documents in (corpus), conversations (chat), byte-level BPE (tokenizer), shards and loader (loader)."""

@@ -7,11 +7,13 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 TEXT = (".txt", ".md", ".markdown")  # one document a file
 LINES = (".jsonl",)  # one JSON object a line, its text in one field
 COMPRESSED = (".gz", ".zst")  # after any of the above
 PARQUET = (".parquet",)  # one document a row, its text in one column
+KNOWN_RECORDS = f"{', '.join(LINES)} (also {' or '.join(COMPRESSED)}), {', '.join(PARQUET)}"
 KNOWN = f"{', '.join((*TEXT, *LINES))} (each also {' or '.join(COMPRESSED)}), {', '.join(PARQUET)}"
 
 CHUNK_BYTES = 2**18  # read from a file at a time
@@ -37,6 +39,19 @@ def documents(inputs: Sequence[str | Path], *, text_field: str = "text") -> Iter
     return _documents(files, inputs, text_field)
 
 
+def records(
+    inputs: Sequence[str | Path], required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of JSON lines and parquet files, in order: where names the file and its line or row.
+
+    inputs: as in `documents`, but text files named directly are errors and inside folders are passed over.
+    required, optional: the fields, or columns, to read. A record has every required one, and null counts as absent.
+    Raises ValueError in one line as `documents` does.
+    """
+    files = [file for given in inputs for file in _files(Path(given), (*LINES, *PARQUET))]
+    return _records(files, inputs, required, optional)
+
+
 def read_text(path: str | Path) -> str:
     """One text file whole, plain or compressed, whatever its suffix; normalised as `documents` does.
 
@@ -47,7 +62,7 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path}: not a single text; wanted is one text file")
     if not path.exists():
         raise ValueError(f"{path}: no such file")
-    return _normalised(_decode(b"".join(_chunks(path)), str(path)))
+    return normalised(_decode(b"".join(_chunks(path)), str(path)))
 
 
 def _documents(files: list[Path], inputs: Sequence[str | Path], text_field: str) -> Iterator[str]:
@@ -57,11 +72,11 @@ def _documents(files: list[Path], inputs: Sequence[str | Path], text_field: str)
         if kind in TEXT:
             texts: Iterable[str] = [_decode(b"".join(_chunks(path)), str(path))]
         elif kind in LINES:
-            texts = _json_lines(path, text_field)
+            texts = _texts(_json_lines(path, [text_field]), "field", text_field)
         else:
-            texts = _parquet(path, text_field)
+            texts = _texts(_parquet(path, [text_field], strings=True), "column", text_field)
         for text in texts:
-            text = _normalised(text)
+            text = normalised(text)
             if text and not text.isspace():
                 some = True
                 yield text
@@ -69,7 +84,38 @@ def _documents(files: list[Path], inputs: Sequence[str | Path], text_field: str)
         raise ValueError(f"no document in {', '.join(map(str, inputs))}: every one is empty")
 
 
-def _normalised(text: str) -> str:
+def _records(
+    files: list[Path], inputs: Sequence[str | Path], required: Sequence[str], optional: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    some = False
+    for path in files:
+        read = _json_lines if _kind(path) in LINES else _parquet
+        for where, record in read(path, required, optional):
+            some = True
+            for name in required:
+                if record[name] is None:
+                    raise ValueError(f"{where}: {name!r} holds null")
+            yield where, {name: record[name] for name in (*required, *optional) if record.get(name) is not None}
+    if not some:
+        raise ValueError(f"no record in {', '.join(map(str, inputs))}")
+
+
+def _texts(found: Iterable[tuple[str, dict[str, Any]]], word: str, text_field: str) -> Iterator[str]:
+    return (unicode(record[text_field], f"{where}: {word} {text_field!r}") for where, record in found)
+
+
+def unicode(value: object, what: str) -> str:
+    """The value, known to be text that UTF-8 can hold. ValueError begins with `what`, which says what and where it is."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} holds {'null' if value is None else type(value).__name__}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise ValueError(f"{what} is not Unicode text: {error.reason}") from None
+    return value
+
+
+def normalised(text: str) -> str:
     """Line ends become "\\n"; a byte order mark at the start is dropped."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -84,22 +130,23 @@ def _kind(path: Path) -> str | None:
     return next((kind for kind in kinds if plain.endswith(kind)), None)
 
 
-def _files(path: Path) -> Iterator[Path]:
-    """The file itself, or the readable files below a folder in sorted order."""
+def _files(path: Path, kinds: Sequence[str] = (*TEXT, *LINES, *PARQUET)) -> Iterator[Path]:
+    """The file itself, or the files of these kinds below a folder in sorted order."""
+    known = KNOWN if TEXT[0] in kinds else KNOWN_RECORDS
     if path.is_dir():
-        files = list(_walk(path, ()))
+        files = list(_walk(path, (), kinds))
         if not files:
-            raise ValueError(f"{path}: no file in this folder can be read; known are {KNOWN}")
+            raise ValueError(f"{path}: no file in this folder can be read; known are {known}")
         yield from files
     elif not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    elif _kind(path) is None:
-        raise ValueError(f"{path}: unknown kind of file; known are {KNOWN}")
+    elif _kind(path) not in kinds:
+        raise ValueError(f"{path}: {'not records' if _kind(path) else 'unknown kind of file'}; known are {known}")
     else:
         yield path
 
 
-def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[Path, ...], kinds: Sequence[str]) -> Iterator[Path]:
     here = folder.resolve()
     if here in above:  # links are followed, so that no data is lost in silence; a circle would never end
         raise ValueError(f"{folder}: links back to a folder that holds it")
@@ -107,14 +154,16 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _walk(path, (*above, here))
-        elif _kind(path) is not None:
+            yield from _walk(path, (*above, here), kinds)
+        elif _kind(path) in kinds:
             if not path.exists():
                 raise ValueError(f"{path}: a link to a file that is not there")
             yield path
 
 
-def _json_lines(path: Path, text_field: str) -> Iterator[str]:
+def _json_lines(
+    path: Path, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(_lines(_chunks(path)), start=1):
         where = f"{path} line {number}"
         decoded = _decode(line, where).removeprefix("\ufeff")
@@ -126,19 +175,16 @@ def _json_lines(path: Path, text_field: str) -> Iterator[str]:
             raise ValueError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
-        if text_field not in record:
-            raise ValueError(f"{where}: no field {text_field!r}; it has {_listed(record)}")
-        text = record[text_field]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: field {text_field!r} holds {type(text).__name__}, not a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise ValueError(f"{where}: field {text_field!r} is not Unicode text: {error.reason}") from None
-        yield text
+        for name in required:
+            if name not in record:
+                raise ValueError(f"{where}: no field {name!r}; it has {_listed(record)}")
+        yield where, record
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
+def _parquet(
+    path: Path, required: Sequence[str], optional: Sequence[str] = (), *, strings: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """strings: refuse columns of anything else before reading."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -147,22 +193,22 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             schema = file.schema_arrow
-            if text_field not in schema.names:
-                raise ValueError(f"{path}: no column {text_field!r}; it has {_listed(schema.names)}")
-            kind = schema.field(text_field).type
-            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-                raise ValueError(f"{path}: column {text_field!r} holds {kind}, not strings")
+            for name in required:
+                if name not in schema.names:
+                    raise ValueError(f"{path}: no column {name!r}; it has {_listed(schema.names)}")
+                kind = schema.field(name).type
+                if strings and kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+                    raise ValueError(f"{path}: column {name!r} holds {kind}, not strings")
+            columns = [name for name in (*required, *optional) if name in schema.names]
             row = 0
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[text_field]):
-                for scalar in batch.column(0):
+            for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
+                for values in zip(*(batch.column(name) for name in columns), strict=True):
                     row += 1
                     try:
-                        text = scalar.as_py()
+                        record = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
                     except UnicodeDecodeError as error:
                         raise ValueError(f"{path} row {row}: not UTF-8 at byte {error.start}") from None
-                    if text is None:
-                        raise ValueError(f"{path} row {row}: column {text_field!r} holds null, not a string")
-                    yield text
+                    yield f"{path} row {row}", record
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
 

@@ -2,7 +2,8 @@
 
 `prepare` turns documents into a prepared folder: `tokenizer.json`; the ids of the splits `train` and `valid` in
 `train-00000.bin`, `valid-00000.bin`, ..., each document followed by the end-of-text id; and `data.json`, which says
-what they hold and how they were made. `TokenData` opens a split, `Loader` shuffles its windows.
+what they hold and how they were made. Of conversations, whose template lies beside them, each id carries two flags.
+`TokenData` opens a split, `Loader` shuffles its windows.
 """
 
 from __future__ import annotations
@@ -10,26 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..files import sha256
+from ..files import new_folder, sha256
+from . import chat
 from .corpus import documents
 from .tokenizer import check_vocab_size, encodes_in_pieces, end_of_text_id, load_tokenizer, pieces, train_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FORMAT = 1  # of data.json and the shards
+FORMATS = (1, 2)  # of data.json and the shards: of text, and of conversations, whose ids carry flags
+LEARNED, BEGINS = 1 << 31, 1 << 30  # the flags, in uint32: to be predicted; the first token of a document
 SPLITS = ("train", "valid")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SHARD_TOKENS = 2**28  # 512 MiB of uint16
@@ -52,12 +54,17 @@ def prepare(
     split: float = 0.01,
     seed: int = 0,
     text_field: str = "text",
+    format: str = "text",
+    chat_template: str | Path | None = None,
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Tokenize documents into the prepared folder `out`; returns what its data.json holds.
 
     inputs, text_field: as in `corpus.documents`; read three times, streamed.
+    format: "text", or how records hold conversations, as in `chat.conversations`; these need a tokenizer.
+    chat_template: the file with the conversations' template. By default that of the folder `tokenizer`, if it has one,
+        else `chat.DEFAULT`; of prompts with their completions, `chat.PLAIN`.
     vocab_size: train byte-level BPE of this size on the first SAMPLE_BYTES of the training documents; or
     tokenizer: the path of one to load. Exactly one of the two.
     split: share of the documents held out as `valid`, chosen by a hash of `seed` and the document's number: at least
@@ -77,14 +84,24 @@ def prepare(
         raise ValueError(f"split must be a share of the documents, at least 0 and below 1; got {split}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be positive; got {shard_tokens}")
-    texts = documents(inputs, text_field=text_field)  # looks them up before anything is written
+    flags = format != "text"
+    if not flags and chat_template is not None:
+        raise ValueError(f"a chat template needs a format of conversations: {', '.join(chat.FORMATS)}")
 
-    with _new_folder(Path(out)) as folder, nullcontext(progress) if progress else progress_bar() as report:
+    def read() -> Iterator[str]:
+        return chat.conversations(inputs, format) if flags else documents(inputs, text_field=text_field)
+
+    texts = read()  # looks the inputs up before anything is written
+    if flags and tokenizer is None:
+        raise ValueError(f"format {format!r} needs the tokenizer of the model that is to be tuned")
+    source = _template(bpe, format, Path(str(tokenizer)), chat_template) if flags else ""
+
+    with new_folder(Path(out)) as folder, nullcontext(progress) if progress else progress_bar() as report:
         count, total_bytes, fingerprint = _survey(texts, report)
         held_out = _held_out(seed, split, count)
 
         def labelled() -> Iterator[tuple[str, str]]:
-            return _label(documents(inputs, text_field=text_field), held_out, split if count == 1 else 0.0)
+            return _label(read(), held_out, split if count == 1 and not flags else 0.0)
 
         if vocab_size is not None:
             train_texts = (text for name, text in labelled() if name == "train")
@@ -94,15 +111,18 @@ def prepare(
             raise ValueError(f"{tokenizer}: this tokenizer has no token for the end of a text")
         size = 1 + max(bpe.get_vocab().values())
         (folder / "tokenizer.json").write_text(bpe.to_str(pretty=True) + "\n", encoding="utf-8")
-        dtype = "uint16" if size <= 2**16 else "uint32"
-        shards = {name: _Shards(folder, name, DTYPES[dtype], shard_tokens) for name in SPLITS}
-        for name, text_bytes, ids, ends in _encode(bpe, labelled(), report, total_bytes):
-            shards[name].append(np.asarray([*ids, end] if ends else ids, DTYPES[dtype]), text_bytes, ends)
+        dtype = "uint32" if flags or size > 2**16 else "uint16"
+        shards = {name: _Shards(folder, name, DTYPES[dtype], shard_tokens, flags) for name in SPLITS}
+        if flags:
+            (folder / chat.FILE).write_text(source, encoding="utf-8")
+            encoded = _encode_chats(source, bpe, labelled(), report, total_bytes)
+        else:
+            encoded = _encode(bpe, end, labelled(), report, total_bytes)
+        for name, text_bytes, ids, ends in encoded:
+            shards[name].append(np.asarray(ids, DTYPES[dtype]), text_bytes, ends)
         splits = {name: shards[name].close() for name in SPLITS}
-        if sum(record["bytes"] for record in splits.values()) != total_bytes:
-            raise ValueError("the inputs changed while they were read; prepare them again")
-        record = {
-            "format": FORMAT,
+        record: dict[str, Any] = {
+            "format": 1,
             "dtype": dtype,
             "vocab_size": size,
             "end_of_text": end,
@@ -118,6 +138,10 @@ def prepare(
             },
             "splits": splits,
         }
+        if flags:
+            record |= {"format": 2, "flags": True, "chat_template_sha256": sha256(folder / chat.FILE)}
+            template_file = None if chat_template is None else str(chat_template)
+            record["source"] |= {"format": format, "chat_template": template_file}
         (folder / "data.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
@@ -152,39 +176,6 @@ def progress_bar() -> Iterator[Progress]:
         yield report
     finally:
         bars.stop()
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, emptied of what a killed run left, that becomes `out` at the end or goes away."""
-    import fcntl  # not on Windows, where the rest of this module works
-
-    out = out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists; remove it or choose another --out")
-    folder = out.with_name(f".{out.name}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
-        except BlockingIOError:
-            mine = False
-        if not mine:
-            raise ValueError(f"{out} is being prepared by another process")
-        for entry in folder.iterdir():
-            entry.unlink()
-        try:
-            yield folder
-            os.replace(folder, out)
-        except BaseException as error:
-            shutil.rmtree(folder)
-            if isinstance(error, OSError) and error.filename is None:  # a failed write does not say where
-                error.filename = str(out)
-            raise
-    finally:
-        os.close(lock)
 
 
 def _survey(texts: Iterable[str], report: Progress) -> tuple[int, int, str]:
@@ -252,9 +243,9 @@ def _first(texts: Iterable[str], limit: int, total: int, report: Progress) -> It
 
 
 def _encode(
-    tokenizer: Tokenizer, labelled: Iterable[tuple[str, str]], report: Progress, total: int
+    tokenizer: Tokenizer, end: int, labelled: Iterable[tuple[str, str]], report: Progress, total: int
 ) -> Iterator[tuple[str, int, list[int], bool]]:
-    """(split, bytes of text, ids, whether the document ends) of every document's pieces, in order."""
+    """(split, bytes of text, ids, whether the document ends) of every document's pieces, in order; `end` ends it."""
     cut = pieces if encodes_in_pieces(tokenizer) else (lambda text: iter((text,)))
     batch: list[tuple[str, str, bool]] = []
     chars = done = 0
@@ -266,7 +257,7 @@ def _encode(
         for (name, piece, ends), encoding in zip(batch, found, strict=True):
             text_bytes = len(piece.encode())
             done += text_bytes
-            yield name, text_bytes, encoding.ids, ends
+            yield name, text_bytes, [*encoding.ids, end] if ends else encoding.ids, ends
         report("tokenizing", done, total)
 
     for name, text in labelled:
@@ -279,13 +270,49 @@ def _encode(
                 yield from encoded()
                 batch, chars = [], 0
     yield from encoded()
+    _check_unchanged(done, total)
+
+
+def _encode_chats(
+    source: str, tokenizer: Tokenizer, labelled: Iterable[tuple[str, str]], report: Progress, total: int
+) -> Iterator[tuple[str, int, list[int], bool]]:
+    """(split, bytes of what is learned, ids with their flags, True) of every conversation, in order."""
+    done = 0
+    with chat.Template(source, tokenizer) as template:
+        for number, (name, text) in enumerate(labelled, start=1):
+            try:
+                parts = template.parts(json.loads(text))
+            except ValueError as error:
+                raise ValueError(f"conversation {number}: {error}") from None
+            words = [token | LEARNED * part.learned for part in parts for token in part.ids]
+            words[0] |= BEGINS
+            done += len(text.encode())
+            yield name, sum(part.bytes for part in parts if part.learned), words, True
+            report("tokenizing", done, total)
+    _check_unchanged(done, total)
+
+
+def _check_unchanged(done: int, total: int) -> None:
+    if done != total:
+        raise ValueError("the inputs changed while they were read; prepare them again")
+
+
+def _template(tokenizer: Tokenizer, format: str, folder: Path, given: str | Path | None) -> str:
+    """The source of the template to use: see `prepare`."""
+    if given is not None:
+        return chat.read_template(given)
+    if format == "prompt":
+        return chat.PLAIN
+    found = chat.find_template(folder, tokenizer) if folder.is_dir() else None
+    return chat.DEFAULT if found is None else found
 
 
 class _Shards:
     """The files of one split while they are written; `close` returns their record."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int):
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int, flags: bool):
         self._folder, self._name, self._dtype, self._most = folder, name, dtype, shard_tokens
+        self._flags, self._learned = flags, 0
         self._file: Any = None
         self._sizes: list[int] = []
         self._bytes = self._documents = 0
@@ -293,6 +320,7 @@ class _Shards:
     def append(self, ids: np.ndarray, text_bytes: int, ends: bool) -> None:
         self._bytes += text_bytes
         self._documents += ends
+        self._learned += int((ids >= LEARNED).sum()) if self._flags else 0
         while len(ids):
             if self._file is None:
                 self._file = open(self._folder / _shard_name(self._name, len(self._sizes)), "wb")  # noqa: SIM115
@@ -307,7 +335,8 @@ class _Shards:
     def close(self) -> dict[str, Any]:
         self._finish()
         shards = [{"file": _shard_name(self._name, n), "tokens": size} for n, size in enumerate(self._sizes)]
-        return {"tokens": sum(self._sizes), "bytes": self._bytes, "documents": self._documents, "shards": shards}
+        record = {"tokens": sum(self._sizes), "bytes": self._bytes, "documents": self._documents, "shards": shards}
+        return record | {"learned": self._learned} if self._flags else record
 
     def _finish(self) -> None:
         if self._file is not None:
@@ -327,9 +356,10 @@ def _shard_name(split: str, number: int) -> str:
 class TokenData:
     """One split of a prepared folder, read-only and mapped into memory: one run of ids over all its shards.
 
-    tokens, documents; bytes: of the text in UTF-8, for bits per byte; vocab_size: above every id; end_of_text: the id
-    after each document; source: how the folder was made, as `prepare` was asked. Raises ValueError in one line where
-    the folder is not one, or is not as its record says.
+    tokens, documents; learned: tokens to be predicted (all, of text); bytes: of the learned text in UTF-8, for bits
+    per byte; vocab_size: above every id; end_of_text: the id after each document; flags: whether the documents are
+    conversations; chat_template: theirs, or None; source: how the folder was made, as `prepare` was asked.
+    Raises ValueError in one line where the folder is not one, or is not as its record says.
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
@@ -339,11 +369,16 @@ class TokenData:
         record = _read_record(folder)
         found = record["splits"][split]
         self.tokens: int = found["tokens"]
+        self.learned: int = found.get("learned", self.tokens)
         self.bytes: int = found["bytes"]
         self.documents: int = found["documents"]
         self.vocab_size: int = record["vocab_size"]
         self.end_of_text: int = record["end_of_text"]
+        self.flags: bool = record["format"] == 2
+        self.chat_template = chat.read_template(folder / chat.FILE) if self.flags else None
         self.fingerprint: str = f"{record['source']['documents_sha256']} {record['tokenizer_sha256']}"
+        if self.flags:
+            self.fingerprint += f" {record['chat_template_sha256']}"
         self.source: dict[str, Any] = record["source"]
         self.name = f"{folder} {split}"
         self._shards = [_map(folder / shard["file"], record["dtype"], shard["tokens"]) for shard in found["shards"]]
@@ -351,17 +386,38 @@ class TokenData:
 
     def window(self, start: int, length: int) -> np.ndarray:
         """The ids from `start` on as int64 [length]. Raises ValueError where it reaches beyond the split."""
+        words = self._words(start, length)
+        return words & (BEGINS - 1) if self.flags else words
+
+    def marks(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these tokens are learned, and which begin a document: two of bool [length]."""
+        if self.flags:
+            words = self._words(start, length)
+            return words & LEARNED != 0, words & BEGINS != 0
+        before = self._words(max(start, 1) - 1, length - (start == 0))
+        begins = before == self.end_of_text
+        return np.ones(length, bool), np.concatenate([[True], begins]) if start == 0 else begins
+
+    def document_ends(self) -> np.ndarray:
+        """The index after each document's last token, int64 [documents]. Of conversations alone."""
+        starts = [
+            at + np.flatnonzero(shard & BEGINS) for at, shard in zip(self._starts, self._shards, strict=False)
+        ]  # fmt: skip
+        return np.concatenate([*starts, [self.tokens]])[1:].astype(np.int64)
+
+    def _words(self, start: int, length: int) -> np.ndarray:
+        """Ids with their flags as int64 [length]."""
         stop = start + length
         if start < 0 or length < 0 or stop > self.tokens:
             raise ValueError(f"{self.name} has {self.tokens} tokens; there is no window from {start} to {stop}")
-        ids = np.empty(length, np.int64)
+        words = np.empty(length, np.int64)
         at = start
         while at < stop:
             n = int(np.searchsorted(self._starts, at, side="right")) - 1
             end = min(stop, int(self._starts[n + 1]))
-            ids[at - start : end - start] = self._shards[n][at - self._starts[n] : end - self._starts[n]]
+            words[at - start : end - start] = self._shards[n][at - self._starts[n] : end - self._starts[n]]
             at = end
-        return ids
+        return words
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -371,20 +427,26 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: not a prepared folder, for it has no data.json; make one with transnormer prepare")
     try:
         record = json.loads(path.read_bytes())
-        if record["format"] != FORMAT:
-            raise ValueError(f"{path}: has format {record['format']}, not {FORMAT}; prepare the folder again")
+        if record["format"] not in FORMATS:
+            raise ValueError(f"{path}: has format {record['format']}, not 1 or 2; prepare the folder again")
         whole = (
             record["dtype"] in DTYPES and {"vocab_size", "end_of_text", "tokenizer_sha256", "source"} <= record.keys()
         )
         for found in (record["splits"][name] for name in SPLITS):
             whole &= found["tokens"] == sum(shard["tokens"] for shard in found["shards"])
             whole &= {"bytes", "documents"} <= found.keys() and all("file" in shard for shard in found["shards"])
+        if record["format"] == 2:
+            whole &= record["dtype"] == "uint32" and "chat_template_sha256" in record
+            whole &= all("learned" in record["splits"][name] for name in SPLITS)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{path}: damaged, or not of a prepared folder")
     if not tokenizer.is_file() or sha256(tokenizer) != record["tokenizer_sha256"]:
         raise ValueError(f"{tokenizer}: is not the tokenizer that made these tokens")
+    template = folder / chat.FILE
+    if record["format"] == 2 and (not template.is_file() or sha256(template) != record["chat_template_sha256"]):
+        raise ValueError(f"{template}: is not the template that made these tokens")
     return record
 
 
@@ -398,29 +460,58 @@ def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:
     return np.memmap(path, kind, mode="r")
 
 
-class Loader:
-    """Endless shuffled batches of a split: torch.int64 [batch_size, seq_len + 1] for this rank.
+class Batch(NamedTuple):
+    """What a step reads: ids and targets, int64 [B, T], target -100 where nothing is learned.
 
-    Windows start at multiples of seq_len and share one token, the last target and next first input; what is left at
-    the end is dropped. Sample g of the run is window `window_index(seed, g // count, g % count, count)`, and a step
-    takes the next ranks * batch_size samples, of which rank r has the r-th batch_size: what a step sees depends on
-    how many rows it has, not on how many ranks share them. `position` is all that need be saved; `seek` goes there.
+    With cu_seqlens, int64 [N + 1], ids and targets are [1, B * T], N documents one after another, each to be read
+    from a fresh state.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+    @property
+    def learned(self) -> int:
+        """Targets that count."""
+        return int((self.targets != -100).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+
+class Loader:
+    """Endless shuffled batches of a split, for this rank.
+
+    Windows of text start at multiples of seq_len and share one token, the last target and next first input; what is
+    left at the end is dropped. A window of conversations holds as many whole ones as fit, and after them nothing that
+    is learned; one that is longer is cut as text is. reset_state: the state begins anew with every document, and
+    nothing is predicted across a border (`Batch`).
+
+    Sample g of the run is window `window_index(seed, g // count, g % count, count)`, and a step takes the next
+    ranks * batch_size samples, of which rank r has the r-th batch_size: what a step sees depends on how many rows it
+    has, not on how many ranks share them. `position` is all that need be saved; `seek` goes there.
     Raises ValueError where the split has no whole window or a number does not fit.
     """
 
-    def __init__(self, data: TokenData, *, seq_len: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
+    def __init__(
+        self, data: TokenData, *, seq_len: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1,
+        reset_state: bool = False,
+    ):  # fmt: skip
         for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("ranks", ranks)):
             if value < 1:
                 raise ValueError(f"{name} must be positive; got {value}")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank must be at least 0 and below ranks {ranks}; got {rank}")
-        self.count = (data.tokens - 1) // seq_len  # windows, so samples an epoch
+        self._windows = _whole_documents(data, seq_len) if data.flags else None  # [count, 2]
+        # windows, so samples an epoch
+        self.count = (data.tokens - 1) // seq_len if self._windows is None else len(self._windows)
         if self.count < 1:
             raise ValueError(
                 f"{data.name} has {data.tokens} tokens, and one window of seq_len {seq_len} needs {seq_len + 1}"
             )
-        self._data, self._seq_len, self._batch_size, self._seed = data, seq_len, batch_size, seed
-        self._rank, self._ranks = rank, ranks
+        self.data, self._seq_len, self._batch_size, self._seed = data, seq_len, batch_size, seed
+        self._rank, self._ranks, self._reset_state = rank, ranks, reset_state
         self._position = 0
 
     @property
@@ -434,17 +525,56 @@ class Loader:
             raise ValueError(f"position must be 0 or more; got {position}")
         self._position = position
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> Batch:
         first = self._position + self._rank * self._batch_size
-        rows = []
-        for sample in range(first, first + self._batch_size):
-            index = window_index(self._seed, sample // self.count, sample % self.count, self.count)
-            rows.append(self._data.window(index * self._seq_len, self._seq_len + 1))
+        samples = range(first, first + self._batch_size)
         self._position += self._ranks * self._batch_size
-        return torch.from_numpy(np.stack(rows))
+        return self.batch(window_index(self._seed, g // self.count, g % self.count, self.count) for g in samples)
+
+    def batch(self, windows: Iterable[int]) -> Batch:
+        """The windows of these numbers, each below `count`, as rows."""
+        rows = [self._row(number) for number in windows]
+        ids, targets, begins = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
+        if not self._reset_state:
+            return Batch(ids, targets)
+        begins[:, 0] = True
+        bounds = torch.cat([begins.flatten().nonzero().flatten(), torch.tensor([begins.numel()])])
+        return Batch(ids.flatten()[None], targets.flatten()[None], bounds)
+
+    def _row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids and targets int64 [T], begins bool [T]."""
+        start = stop = number * self._seq_len
+        length = self._seq_len + 1
+        if self._windows is not None:
+            start, stop = self._windows[number].tolist()
+        read = min(length, self.data.tokens - start)
+        ids = np.pad(self.data.window(start, read), (0, length - read), constant_values=self.data.end_of_text)
+        learned, begins = (np.pad(marks, (0, length - read)) for marks in self.data.marks(start, read))
+        if self._windows is not None:
+            learned[stop - start :] = False
+        if self._reset_state:
+            learned &= ~begins
+        return ids[:-1], np.where(learned[1:], ids[1:], -100), begins[:-1]
+
+
+def _whole_documents(data: TokenData, seq_len: int) -> np.ndarray:
+    """Windows of at most seq_len + 1 tokens as (start, stop), int64 [count, 2]: whole documents as many as fit."""
+    ends = data.document_ends()
+    windows: list[tuple[int, int]] = []
+    start = 0
+    while start < data.tokens - 1:
+        fit = int(np.searchsorted(ends, start + seq_len + 1, side="right"))
+        whole = int(ends[fit - 1]) if fit else 0
+        if whole > start + 1:
+            windows.append((start, whole))
+            start = whole
+        else:  # longer than a window
+            windows.append((start, start + seq_len + 1))
+            start += seq_len
+    return np.array(windows, np.int64).reshape(-1, 2)
 
 
 _MASK = 2**64 - 1

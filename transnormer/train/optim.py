@@ -13,10 +13,11 @@ from .recipe import Optim
 
 
 def adamw(model: LanguageModel, recipe: Optim) -> torch.optim.AdamW:
-    """Weight decay on matrices and embeddings alone: not on norms' gains, biases and LRPE's angles."""
+    """Of what is trained. Weight decay on matrices and embeddings alone: not on norms' gains, biases, LRPE's angles."""
     spared = {id(p) for module in model.modules() if isinstance(module, LRPE) for p in module.parameters()}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in spared]
-    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in spared]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in spared]
+    others = [p for p in trained if p.dim() <= 1 or id(p) in spared]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     betas = (recipe.betas[0], recipe.betas[1])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
@@ -44,8 +45,10 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
 
 
 def load_optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; every parameter must have its memory. Raises ValueError naming one without."""
+    """The inverse of `optimizer_tensors`; all that is trained must have its memory. Raises ValueError naming one without."""
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         state = {key.partition("/")[0]: value for key, value in tensors.items() if key.partition("/")[2] == name}
         if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
             raise ValueError(f"the optimizer's memory of {name} is missing")

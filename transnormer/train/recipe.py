@@ -7,6 +7,7 @@ import json
 import math
 import re
 import tomllib
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SIZES, ModelConfig, nearest
+from ..data.chat import FORMATS
 
 SCHEDULES = ("cosine", "constant", "wsd")
 DTYPES = ("float32", "bfloat16")
@@ -24,8 +26,10 @@ class Data:
     path: str = ""  # a prepared folder; made from `text` on the first run if it is not there
     text: tuple[str, ...] = ()
     text_field: str = "text"  # of jsonl and parquet files
+    format: str = "text"  # or how the records of `text` hold conversations: messages, prompt, alpaca
+    chat_template: str = ""  # a file with theirs; by default the model's own, or else ours
     vocab_size: int = 0  # of the tokenizer trained on `text`
-    tokenizer: str = ""  # or a tokenizer to take instead
+    tokenizer: str = ""  # or a tokenizer to take instead; by default that of model.from
     split: float = 0.01  # share of the documents held out for validation
     seed: int = 0
 
@@ -38,6 +42,7 @@ class Train:
     accumulate: int = 1  # micro-batches a step
     dtype: str = "float32"  # of the matrix products; weights and optimizer stay in float32
     recompute: bool = False  # activations in the backward pass instead of storing them
+    reset_state: bool | None = None  # at the borders of documents; by default for conversations alone
     device: str = "auto"
     seed: int = 0
     tensorboard: bool = False
@@ -69,13 +74,24 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Adapters to train instead of the weights: W + alpha / rank * B A, with A [rank, in] and B [out, rank]."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # of what A reads
+    targets: tuple[str, ...] = ()  # ends of the names of linear maps in the blocks, e.g. qkvu_proj; by default all
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a run depends on. `model` holds `size` and any field of ModelConfig."""
+    """Everything a run depends on. `model` holds `size` and any field of ModelConfig, or `from` alone."""
 
     run: str
     model: dict[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    lora: Lora | None = None
     optim: Optim = field(default_factory=Optim)
     eval: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -118,13 +134,21 @@ class Recipe:
         return recipe
 
     def _check(self) -> None:
-        train, optim = self.train, self.optim
-        fields = [f.name for f in dataclasses.fields(ModelConfig)]
+        train, optim, lora = self.train, self.optim, self.lora or Lora()
+        fields = ["from", "size", *(f.name for f in dataclasses.fields(ModelConfig))]
         for key in self.model:
-            if key != "size" and key not in fields:
-                raise ValueError(f"unknown key model.{key}{nearest(key, ['size', *fields], 'model.')}")
+            if key not in fields:
+                raise ValueError(f"unknown key model.{key}{nearest(key, fields, 'model.')}")
+        if "from" in self.model:
+            if not isinstance(self.model["from"], str) or not self.model["from"]:
+                raise ValueError(f"model.from = {self.model['from']!r}, but must be a model's folder")
+            if more := [f"model.{key}" for key in self.model if key != "from"]:
+                raise ValueError(f"model.from says what the model is; remove {', '.join(more)}")
+        elif self.lora is not None:
+            raise ValueError("lora needs model.from, the folder of the model to adapt")
         for key, word, words in (
             ("train.dtype", train.dtype, DTYPES), ("optim.schedule", optim.schedule, SCHEDULES),
+            ("data.format", self.data.format, ("text", *FORMATS)),
             ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
         ):  # fmt: skip
             if word not in words:
@@ -132,7 +156,8 @@ class Recipe:
         for key, number in (
             ("train.steps", train.steps), ("train.seq_len", train.seq_len), ("train.accumulate", train.accumulate),
             ("train.batch_tokens", train.batch_tokens), ("checkpoint.keep", self.checkpoint.keep),
-            ("optim.lr", optim.lr), ("eval.tokens", self.eval.tokens),
+            ("optim.lr", optim.lr), ("eval.tokens", self.eval.tokens), ("lora.rank", lora.rank),
+            ("lora.alpha", lora.alpha),
         ):  # fmt: skip
             if number <= 0:
                 raise ValueError(f"{key} = {number}, but must be positive")
@@ -140,6 +165,7 @@ class Recipe:
             ("optim.min_lr", optim.min_lr, 0, 1), ("optim.decay_share", optim.decay_share, 0, 1),
             ("train.seed", train.seed, 0, 2**31 - 1), ("data.seed", self.data.seed, 0, 2**63 - 1),
             ("optim.eps", optim.eps, 0, 1), ("data.vocab_size", self.data.vocab_size, 0, 2**24),
+            ("lora.dropout", lora.dropout, 0, 1),
         ):  # fmt: skip
             if not least <= number <= most:
                 raise ValueError(f"{key} = {number}, but must be from {least} to {most}")
@@ -158,6 +184,11 @@ class Recipe:
             raise ValueError(f"optim.betas = {list(optim.betas)}, but must be two numbers from 0 to below 1")
         if not self.data.path:
             raise ValueError("data.path is missing: the prepared folder, or where to put what is made from data.text")
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the model to start from."""
+        return Path(self.model["from"]) if "from" in self.model else None
 
     @property
     def rows(self) -> int:
@@ -179,6 +210,8 @@ class Recipe:
         values = dataclasses.asdict(self)
         lines = [f"run = {_toml(values.pop('run'))}"]
         for table, content in values.items():
+            if content is None:
+                continue
             lines += ["", f"[{table}]"]
             lines += [f"{key} = {_toml(value)}" for key, value in content.items() if value is not None]
         return "\n".join(lines) + "\n"
@@ -200,12 +233,14 @@ def _build(kind: type, values: object, prefix: str) -> Any:
     """A dataclass from a table, refusing unknown keys and wrong types; ints are taken for floats."""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix.rstrip('.')} must be a table of settings, not {values!r}")
-    types = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
     built = {}
     for key, value in values.items():
-        if key not in types:
-            raise ValueError(f"unknown key {prefix}{key}{nearest(key, list(types), prefix)}")
-        wanted = types[key]
+        if key not in hints:
+            raise ValueError(f"unknown key {prefix}{key}{nearest(key, list(hints), prefix)}")
+        wanted = hints[key]
+        if isinstance(wanted, types.UnionType):  # of something and None, which is its absence
+            wanted = typing.get_args(wanted)[0]
         if dataclasses.is_dataclass(wanted):
             built[key] = _build(typing.cast(type, wanted), value, f"{prefix}{key}.")
             continue
