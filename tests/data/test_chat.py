@@ -205,7 +205,8 @@ def test_a_template_that_cannot_be_learned_or_read_in_turns_is_refused(chatml):
     ],
 )
 def test_a_hostile_template_is_refused_in_one_line(tokenizer, source, message, monkeypatch):
-    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.5)
+    # a busy machine may take a second to hand out 512 MiB
+    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.5 if "0.5 s" in message else 20.0)
     with pytest.raises(ValueError, match=message) as caught, Template(source, tokenizer) as template:
         template.parts(CHAT)
     assert "\n" not in str(caught.value)
