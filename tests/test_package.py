@@ -12,14 +12,14 @@ import transnormer
 
 PACKAGE = Path(transnormer.__file__).parent
 
-# Each part and the parts it may import; `train` may use evaluation's perplexity alone.
+# Each part and the parts it may import.
 ARROWS = {
     "config": set(),
     "files": set(),
     "ops": set(),
     "data": {"files"},
     "model": {"config", "files", "ops"},
-    "train": {"config", "files", "data", "model", "evaluation", "formats"},
+    "train": {"config", "files", "data", "model", "formats"},
     "inference": {"config", "data", "model"},
     "evaluation": {"config", "data", "model", "inference", "ops"},
     "formats": {"config", "files", "data", "model", "ops"},
