@@ -816,3 +816,17 @@ while found:
         f"transnormer.hub needs transformers 5.16 or newer, and there is {here}: pip install 'transnormer[hf]'"
         for here in ("none", "5.15.2")
     ], done.stderr
+
+
+def test_another_librarys_command_knows_our_classes(folders, tmp_path) -> None:
+    (tmp_path / "command.py").write_text(
+        "import sys, transformers\n"
+        "if __name__ == '__main__':\n"
+        "    print(type(transformers.AutoConfig.from_pretrained(sys.argv[1])).__name__, len(sys.argv))\n"
+    )
+    command = [sys.executable, "-m", "transnormer.hub"]
+    done = subprocess.run([*command, "command", folders["tied"]], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["TransNormerConfig", "2"], done.stderr
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: which module?")
