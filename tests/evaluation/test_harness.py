@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
 from transnormer.data.tokenizer import END_OF_TEXT, encode, load_tokenizer
-from transnormer.evaluation import harness
+from transnormer.evaluation import documents, harness
 from transnormer.evaluation.harness import PAPER, TASKS, HarnessLM, evaluate, table, write_tasks
 from transnormer.evaluation.perplexity import score_ids
 from transnormer.model.state import State
@@ -480,7 +480,7 @@ def test_what_is_wrong_is_named(make, data: Path, tmp_path: Path, monkeypatch, t
             (tmp_path / name).rename(tmp_path / "piqa.train.jsonl")
         else:
             (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(harness, "FILE_BYTES", 4_000)
+    monkeypatch.setattr(documents, "FILE_BYTES", 4_000)
     with pytest.raises((ValueError, OSError), match=message) as error:
         evaluate(make("linear"), tasks, data=tmp_path, **options)
     assert "\n" not in str(error.value)
@@ -507,7 +507,7 @@ def test_archives_are_read_within_limits_and_write_nowhere(make, tmp_path: Path,
     archive(folder / "cmmlu.tar.gz", good | {f"test/{n}.csv": "" for n in range(7)})
     for name, limit in (("FILE_BYTES", 100), ("MEMBERS", 8)):
         with monkeypatch.context() as patch:
-            patch.setattr(harness, name, limit)
+            patch.setattr(documents, name, limit)
             with pytest.raises(ValueError, match=f"holds more than .*{limit} "):
                 evaluate(make("linear"), ["cmmlu"], data=folder)
     evaluate(make("linear"), ["cmmlu"], data=folder)
