@@ -87,5 +87,5 @@ class TestTriton:
 
         (q, k, theta), positions, gradients = draw(length=5, width=4, device=device)
         leaves = [x.clone().requires_grad_() for x in (q, k, theta)]
-        torch.library.opcheck(lrpe_triton.op, (*leaves, positions))
+        torch.library.opcheck(torch.ops.transnormer.swish_lrpe, (*leaves, positions))
         torch.library.opcheck(lrpe_triton.backward_op, (q, k, theta, positions, *gradients))

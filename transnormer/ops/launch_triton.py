@@ -50,10 +50,6 @@ def direct(x: Any) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register transnormer::name, to be seen by torch.compile and modes; returns the op.
 
@@ -63,3 +59,38 @@ def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[
     torch.library.impl(f"transnormer::{name}", "default", function)
     torch.library.register_fake(f"transnormer::{name}", fake)
     return getattr(torch.ops.transnormer, name)
+
+
+def differentiable(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    save_for_backward: Callable[..., None],
+    differentiate: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register transnormer::name with its gradient; returns it as a function of the same arguments, the first a tensor.
+
+    In eager mode that goes straight to `function`; the dispatcher would take longer than small kernels run.
+    save_for_backward(ctx, inputs, output) and differentiate(ctx, *gradients): as torch.library.register_autograd has it.
+    """
+    op = define(name, schema, function, fake)
+    torch.library.register_autograd(f"transnormer::{name}", differentiate, setup_context=save_for_backward)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:  # type: ignore[override]
+            output = function(*inputs)
+            save_for_backward(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    def call(*inputs: Any) -> Any:
+        if not direct(inputs[0]):
+            return op(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return Eager.apply(*inputs)  # type: ignore[no-untyped-call]
+        return function(*inputs)
+
+    return call

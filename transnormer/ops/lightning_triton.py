@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_triton import define, direct, launch, wants_gradient
+from .launch_triton import define, differentiable, direct, launch
 from .lightning_kernels_triton import backward_kernel, forward_kernel, segments_kernel, step_kernel
 
 # What to launch, and how.
@@ -297,21 +297,6 @@ def step(
 # What autograd and torch.compile see.
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`forward`, differentiable, or for one token `step`: straight to the kernels in eager mode, else as an op."""
-    if q.shape[1] == 1 and cu_seqlens is None:
-        if direct(q) and not wants_gradient(q, k, v, state):
-            return _step(q, k, v, log_decay, state)
-        return step_op(q, k, v, log_decay, state)  # type: ignore[no-any-return]
-    if not direct(q):
-        return forward_op(q, k, v, log_decay, state, cu_seqlens)  # type: ignore[no-any-return]
-    if wants_gradient(q, k, v, state):
-        return _Attention.apply(q, k, v, log_decay, state, cu_seqlens)  # type: ignore[no-any-return, no-untyped-call]
-    return forward(q, k, v, log_decay, state, cu_seqlens)
-
-
 def attend_in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token; `state` moves on."""
     return (_step_in_place if direct(q) else step_in_place_op)(q, k, v, log_decay, state)  # type: ignore[no-any-return]
@@ -349,13 +334,11 @@ def _fake_step(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
 _SEQUENCES = "Tensor? state, Tensor? cu_seqlens"
-forward_op = define("lightning_triton", f"({_TENSORS}, {_SEQUENCES}) -> (Tensor, Tensor)", forward, _fake_forward)
 backward_op = define(
     "lightning_triton_backward",
     f"({_TENSORS}, {_SEQUENCES}, Tensor d_output, Tensor? d_last) -> (Tensor, Tensor, Tensor, Tensor)",
     backward, _fake_backward,
 )  # fmt: skip
-step_op = define("lightning_triton_step", f"({_TENSORS}, Tensor? state) -> (Tensor, Tensor)", _step, _fake_step)
 step_in_place_op = define(
     "lightning_triton_step_", f"({_TENSORS}, Tensor(a!) state) -> Tensor", _step_in_place,
     lambda q, k, v, log_decay, state: torch.empty_like(v, memory_format=torch.contiguous_format),
@@ -380,15 +363,29 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
     return gradients[: ctx.inputs]
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def, override]
-        output = forward(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
+_RESULTS = "(Tensor, Tensor)"
+_attend = differentiable(
+    "lightning_triton",
+    f"({_TENSORS}, {_SEQUENCES}) -> {_RESULTS}",
+    forward,
+    _fake_forward,
+    _save_for_backward,
+    _differentiate,
+)
+_attend_one = differentiable(
+    "lightning_triton_step",
+    f"({_TENSORS}, Tensor? state) -> {_RESULTS}",
+    _step,
+    _fake_step,
+    _save_for_backward,
+    _differentiate,
+)
 
-    backward = staticmethod(_differentiate)
 
-
-for _op in ("lightning_triton", "lightning_triton_step"):
-    torch.library.register_autograd(f"transnormer::{_op}", _differentiate, setup_context=_save_for_backward)
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`forward` or, for one token, the step, differentiable."""
+    if q.shape[1] == 1 and cu_seqlens is None:
+        return _attend_one(q, k, v, log_decay, state)  # type: ignore[no-any-return]
+    return _attend(q, k, v, log_decay, state, cu_seqlens)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import define, direct, launch, wants_gradient
+from .launch_triton import define, differentiable, direct, launch
 
 TOKENS = 16  # a program
 
@@ -143,30 +143,12 @@ def backward(
     return dq, dk, d_theta.sum(0, dtype=torch.float64).to(theta.dtype)
 
 
-def swish_lrpe(q: Tensor, k: Tensor, theta: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """`forward`, differentiable: straight to the kernel in eager mode, else as an op that torch.compile knows."""
-    if not direct(q):
-        return op(q, k, theta, positions)  # type: ignore[no-any-return]
-    if wants_gradient(q, k, theta):
-        return _Turn.apply(q, k, theta, positions)  # type: ignore[no-any-return, no-untyped-call]
-    return forward(q, k, theta, positions)
-
-
 def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
 def _differentiate(ctx, *gradients):  # type: ignore[no-untyped-def]
     return *(backward if direct(gradients[0]) else backward_op)(*ctx.saved_tensors, *gradients), None
-
-
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def, override]
-        _save_for_backward(ctx, inputs, None)
-        return forward(*inputs)
-
-    backward = staticmethod(_differentiate)
 
 
 def _fake(q, k, theta, positions):  # type: ignore[no-untyped-def]
@@ -178,10 +160,12 @@ def _fake_backward(q, k, theta, positions, d_q_out, d_k_out):  # type: ignore[no
     return dq, dk, torch.empty_like(theta, memory_format=torch.contiguous_format)
 
 
-op = define("swish_lrpe", "(Tensor q, Tensor k, Tensor theta, Tensor positions) -> (Tensor, Tensor)", forward, _fake)
 backward_op = define(
     "swish_lrpe_backward",
     "(Tensor q, Tensor k, Tensor theta, Tensor positions, Tensor d_q_out, Tensor d_k_out) -> (Tensor, Tensor, Tensor)",
     backward, _fake_backward,
 )  # fmt: skip
-torch.library.register_autograd("transnormer::swish_lrpe", _differentiate, setup_context=_save_for_backward)
+swish_lrpe = differentiable(
+    "swish_lrpe", "(Tensor q, Tensor k, Tensor theta, Tensor positions) -> (Tensor, Tensor)",
+    forward, _fake, _save_for_backward, _differentiate,
+)  # fmt: skip

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import define, direct, launch, wants_gradient
+from .launch_triton import define, differentiable, direct, launch
 
 
 @triton.jit
@@ -132,15 +132,6 @@ def backward(s: Tensor, gate: Tensor | None, dy: Tensor, d_sum: Tensor | None, e
     return ds, d_gate
 
 
-def norm(x: Tensor, update: Tensor | None, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """`forward`, differentiable: straight to the kernel in eager mode, else as an op that torch.compile knows."""
-    if not direct(x):
-        return op(x, update, gate, eps)  # type: ignore[no-any-return]
-    if wants_gradient(x, update, gate):
-        return _Norm.apply(x, update, gate, eps)  # type: ignore[no-any-return, no-untyped-call]
-    return forward(x, update, gate, eps)
-
-
 def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, update, gate, ctx.eps = inputs
     ctx.adds = update is not None
@@ -158,16 +149,6 @@ def _differentiate(ctx, d_sum, dy):  # type: ignore[no-untyped-def]
     return ds, ds if ctx.adds else None, None if gate is None else d_gate, None
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def, override]
-        output = forward(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
-
-
 def _fake(x, update, gate, eps):  # type: ignore[no-untyped-def]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return x.new_empty(0) if update is None else torch.empty_like(y), y
@@ -178,9 +159,11 @@ def _fake_backward(s, gate, dy, d_sum, eps):  # type: ignore[no-untyped-def]
     return ds, s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-op = define("rms_norm", "(Tensor x, Tensor? update, Tensor? gate, float eps) -> (Tensor, Tensor)", forward, _fake)
 backward_op = define(
     "rms_norm_backward", "(Tensor s, Tensor? gate, Tensor dy, Tensor? d_sum, float eps) -> (Tensor, Tensor)",
     backward, _fake_backward,
 )  # fmt: skip
-torch.library.register_autograd("transnormer::rms_norm", _differentiate, setup_context=_save_for_backward)
+norm = differentiable(
+    "rms_norm", "(Tensor x, Tensor? update, Tensor? gate, float eps) -> (Tensor, Tensor)",
+    forward, _fake, _save_for_backward, _differentiate,
+)  # fmt: skip
