@@ -38,7 +38,7 @@ def run(code: list[str], folder: Path) -> str:
 def test_the_readme_and_the_inference_page(folder: Path) -> None:
     for page in ("README.md", "docs/inference.md"):
         for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.DOTALL):
-            run(["-c", block], folder)
+            assert run(["-c", block], folder)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.py")), ids=lambda path: path.stem)

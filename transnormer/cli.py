@@ -98,10 +98,10 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = _load(model, device)
     text = sys.stdin.read() if prompt == "-" else prompt
-    for number, piece in enumerate(
-        generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
-    ):
-        print(piece if number else text + piece, end="", flush=True)
+    pieces = generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
+    print(text + next(pieces, ""), end="", flush=True)  # once there is something to write on with, or nothing came
+    for piece in pieces:
+        print(piece, end="", flush=True)
     print()
 
 
@@ -399,12 +399,12 @@ def _answer(
     session: Session, template: Template, messages: list[dict[str, str]], max_tokens: int, sampling: Sampling
 ) -> str:
     """Print and return what the assistant says next; the session has read all but the last message."""
-    from tokenizers.decoders import DecodeStream
+    from .inference.engine import Decoder
 
     session.read(template.parts(messages)[-1].ids)
-    decoder, said, count = DecodeStream(skip_special_tokens=True), "", 0
+    decoder, said, count = Decoder(session.model.tokenizer), "", 0
     for token in session.write(max_tokens, sampling, template.end):
-        piece = decoder.step(session.model.tokenizer, token) or ""
+        piece = decoder.step(token)
         print(piece, end="", flush=True)
         said, count = said + piece, count + 1
     if count == max_tokens:  # cut off before its end, which the next turn stands behind

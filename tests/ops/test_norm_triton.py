@@ -83,6 +83,13 @@ def test_a_wide_residual_takes_a_narrow_update():
     assert torch.equal(leaf.grad, torch.ones_like(leaf))
 
 
+def test_a_wide_gate_leaves_the_dtype_as_it_is():
+    x, gate = draw(5, 40, dtype=torch.float16)[0], draw(5, 40)[0]
+    found, want = (simple_rms_norm(x, gate=gate, backend=backend) for backend in ("triton", "torch"))
+    assert found.dtype == want.dtype == torch.float16
+    torch.testing.assert_close(found, want)
+
+
 def test_the_gradient_of_the_norm_alone_or_of_the_sum_alone():
     x, g = draw(5, 40)
     for take in (0, 1):

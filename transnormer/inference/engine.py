@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..model.state import State
 from .sampling import Sampling, sample
 
 PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
+CONTEXT = 8  # tokens that the text of the next one may depend on, and that a character may have
 
 
 class Session:
@@ -55,6 +57,29 @@ class Session:
             yield token
 
 
+class Decoder:
+    """Tokens to text as they come. (The library's own DecodeStream raises where byte tokens are no valid UTF-8.)
+
+    A token's text depends on those before it: read, the tokens that come before the first. Text is held back while its
+    last character may be unfinished, but not for longer than a few tokens.
+    """
+
+    def __init__(self, tokenizer: Any, read: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._ids = list(read[-CONTEXT:])
+        self._told = len(self._ids)  # of the ids, those whose text was given
+
+    def step(self, token: int) -> str:
+        """The text that the next token adds; empty where that is not known yet."""
+        self._ids.append(token)
+        known, text = (self._tokenizer.decode(ids) for ids in (self._ids[: self._told], self._ids))
+        unfinished = text.endswith("\ufffd") and len(self._ids) - self._told < CONTEXT
+        if unfinished or len(text) <= len(known):
+            return ""
+        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        return str(text[len(known) :])
+
+
 def generate_text(
     model: LanguageModel,
     prompt: str,
@@ -71,8 +96,6 @@ def generate_text(
     """
     if model.tokenizer is None:
         raise ValueError("the model's folder has no tokenizer, so it cannot read or write text")
-    from tokenizers.decoders import DecodeStream
-
     from ..data.tokenizer import encode, end_of_text_id
 
     end = model.config.eos_token_id if model.config.eos_token_id is not None else end_of_text_id(model.tokenizer)
@@ -82,10 +105,10 @@ def generate_text(
     if not ids and session.state is None and end is not None:
         ids = [end]
     session.read(ids)
-    decoder = DecodeStream(ids=ids, skip_special_tokens=True)  # some tokenizers' first word has no blank before it
+    decoder = Decoder(model.tokenizer, ids)
     held = ""  # text that may still turn out to begin a stop string
     for token in session.write(max_tokens, sampling, end):
-        held += decoder.step(model.tokenizer, token) or ""
+        held += decoder.step(token)
         cuts = [found for string in stop if string and (found := held.find(string)) >= 0]
         if cuts:
             yield held[: min(cuts)]

@@ -22,7 +22,7 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6, *, gate: Tensor | None = None,
 
         return norm_triton.norm(x, None, gate, eps)[1]
     y = _norm(x, eps)
-    return y if gate is None else y * gate.reshape(x.shape)
+    return y if gate is None else (y * gate.reshape(x.shape)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
