@@ -136,6 +136,16 @@ def find_template(folder: str | Path, tokenizer: Tokenizer) -> str | None:
     return "".join(f"{{% set {name} = {json.dumps(text)} %}}" for name, text in other.items()) + source
 
 
+def choose_template(tokenizer: Tokenizer, format: str, folder: Path, given: str | Path | None) -> str:
+    """The source of the template that `loader.prepare` uses: the one given, the folder's, or ours."""
+    if given is not None:
+        return read_template(given)
+    if format == "prompt":
+        return PLAIN
+    found = find_template(folder, tokenizer) if folder.is_dir() else None
+    return DEFAULT if found is None else found
+
+
 def _tokenizer_config(path: Path) -> dict[str, str]:
     """The texts among what it holds: the template, and tokens, which may be records; {} where there is no file."""
     if not path.is_file():

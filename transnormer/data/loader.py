@@ -94,7 +94,7 @@ def prepare(
     texts = read()  # looks the inputs up before anything is written
     if flags and tokenizer is None:
         raise ValueError(f"format {format!r} needs the tokenizer of the model that is to be tuned")
-    source = _template(bpe, format, Path(str(tokenizer)), chat_template) if flags else ""
+    source = chat.choose_template(bpe, format, Path(str(tokenizer)), chat_template) if flags else ""
 
     with new_folder(Path(out)) as folder, nullcontext(progress) if progress else progress_bar() as report:
         count, total_bytes, fingerprint = _survey(texts, report)
@@ -295,16 +295,6 @@ def _encode_chats(
 def _check_unchanged(done: int, total: int) -> None:
     if done != total:
         raise ValueError("the inputs changed while they were read; prepare them again")
-
-
-def _template(tokenizer: Tokenizer, format: str, folder: Path, given: str | Path | None) -> str:
-    """The source of the template to use: see `prepare`."""
-    if given is not None:
-        return chat.read_template(given)
-    if format == "prompt":
-        return chat.PLAIN
-    found = chat.find_template(folder, tokenizer) if folder.is_dir() else None
-    return chat.DEFAULT if found is None else found
 
 
 class _Shards:
@@ -548,6 +538,9 @@ class Loader:
         """ids and targets int64 [T], begins bool [T]."""
         start = stop = number * self._seq_len
         length = self._seq_len + 1
+        if self._windows is None and not self._reset_state:  # then all is learned, and borders are nothing
+            ids = self.data.window(start, length)
+            return ids[:-1], ids[1:], np.zeros(self._seq_len, bool)
         if self._windows is not None:
             start, stop = self._windows[number].tolist()
         read = min(length, self.data.tokens - start)
