@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import record
 import torch
 
 
@@ -50,14 +51,7 @@ def graph_ms(calls: Sequence[Callable[[], Any]], number: int = 20) -> float:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - before
+    return record.peak_bytes(call, "cuda")
 
 
 def joules(call: Callable[[], Any], seconds: float = 3.0) -> dict[str, float]:
