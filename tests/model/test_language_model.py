@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
 from transnormer.config import ACTIVATIONS, GLUS, NORMS
 from transnormer.model.language_model import init_weights
-from transnormer.model.layers import LRPE
+from transnormer.model.layers import LRPE, Place
 
 SMALL = {"vocab_size": 29, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
 KINDS = [
@@ -194,7 +194,7 @@ def test_lrpe_is_right_at_position_a_million() -> None:
     lrpe = LRPE(config)
     lrpe.reset_parameters()
     positions = torch.tensor([0, 999_999, 1_000_000, 10_000_000])
-    turned, _ = lrpe(torch.ones(1, 4, 2, 32), torch.ones(1, 4, 2, 32), positions)
+    turned, _ = lrpe(torch.ones(1, 4, 2, 32), torch.ones(1, 4, 2, 32), Place(positions))
     for p, position in enumerate(positions.tolist()):
         for h, j in itertools.product(range(2), (0, 1, 7, 31)):
             angle = math.fmod(lrpe.theta[h, j].item() * position, 2 * math.pi)

@@ -104,6 +104,11 @@ def exact(case: Case) -> dict[str, Tensor]:
 
 def plain(case: Case) -> dict[str, Tensor]:
     """Plain torch in the dtype of the case."""
+    return run(plain_attention, case)
+
+
+def plain_attention(q, k, v, log_decay, *, state=None, cu_seqlens=None):  # type: ignore[no-untyped-def]
+    """(output, last state) of the quadratic form and the state einsum, every tensor in the input dtype."""
 
     def one(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
         length, dtype = q.shape[1], q.dtype
@@ -117,17 +122,14 @@ def plain(case: Case) -> dict[str, Tensor]:
             last = last + powers[:, -1][None, :, None, None] * state
         return output, last
 
-    def whole(q, k, v, log_decay, *, state, cu_seqlens):  # type: ignore[no-untyped-def]
-        if cu_seqlens is None:
-            return one(q, k, v, log_decay, state)
-        bounds = cu_seqlens.tolist()
-        parts = [
-            one(q[:, a:b], k[:, a:b], v[:, a:b], log_decay, None if state is None else state[n : n + 1])
-            for n, (a, b) in enumerate(itertools.pairwise(bounds))
-        ]
-        return torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts])
-
-    return run(whole, case)
+    if cu_seqlens is None:
+        return one(q, k, v, log_decay, state)
+    bounds = cu_seqlens.tolist()
+    parts = [
+        one(q[:, a:b], k[:, a:b], v[:, a:b], log_decay, None if state is None else state[n : n + 1])
+        for n, (a, b) in enumerate(itertools.pairwise(bounds))
+    ]
+    return torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts])
 
 
 def distance(found: Tensor, true: Tensor) -> float:

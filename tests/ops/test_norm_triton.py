@@ -149,9 +149,29 @@ def test_registration():
     from transnormer.ops import norm_triton
 
     for arguments in ((leaf, None, None), (leaf, update, None), (leaf, None, gate)):
-        torch.library.opcheck(torch.ops.transnormer.rms_norm, (*arguments, 1e-6))
+        torch.library.opcheck(torch.ops.transnormer.rms_norm, (*arguments, 1e-6, torch.float32))
     torch.library.opcheck(norm_triton.backward_op, (x, None, g, None, 1e-6))
     torch.library.opcheck(norm_triton.backward_op, (x, gate.detach(), g, x, 1e-6))
+
+
+def test_under_autocast_a_product_can_read_the_norm():
+    """Norms come in autocast's dtype, the residual stream keeps its own; the gradients are those of the cast."""
+    x, g = draw(4, 20)
+    update = torch.randn_like(x).bfloat16()
+    for backend in ("triton", "torch"):
+        leaf, want_leaf = (x.clone().requires_grad_() for _ in range(2))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            alone = simple_rms_norm(leaf, backend=backend)
+            s, y = add_rms_norm(leaf, update, backend=backend)
+        want_s, want_y = add_rms_norm(want_leaf, update, backend=backend)
+        assert (alone.dtype, s.dtype, y.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+        torch.testing.assert_close(alone, simple_rms_norm(x, backend=backend).bfloat16())
+        torch.testing.assert_close(s, want_s)
+        torch.testing.assert_close(y, want_y.bfloat16())
+        found = torch.autograd.grad((s, y), leaf, (g, g.bfloat16()))[0]
+        torch.testing.assert_close(
+            found, torch.autograd.grad((want_s, want_y), want_leaf, (g, g.bfloat16().float()))[0]
+        )
 
 
 def test_what_cannot_run_says_why():

@@ -35,8 +35,8 @@ from ..files import FINGERPRINT
 from ..model import language_model
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
-from ..model.layers import LRPE, Linear
-from ..model.mixers import LayerState, Mixer, Place
+from ..model.layers import LRPE, Linear, Place
+from ..model.mixers import LayerState, Mixer
 from ..model.state import State
 from ..ops.loss import linear_cross_entropy
 
@@ -105,9 +105,7 @@ class Block(GradientCheckpointingLayer, language_model.Block):
     """The block, recomputed in the backward pass where `gradient_checkpointing_enable` asked for it."""
 
     def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
-        # with device_map the layers of one model live on several devices
-        seen, bounds = (None if part is None else part.to(x.device) for part in (place.seen, place.cu_seqlens))
-        return super().forward(x, state, Place(place.positions.to(x.device), seen, bounds))
+        return super().forward(x, state, place.to(x.device))  # with device_map the layers live on several devices
 
 
 class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):

@@ -15,8 +15,8 @@ from ..config import ModelConfig
 from ..files import FINGERPRINT, WEIGHTS, read_weights, write_tensors, write_text
 from ..ops.loss import linear_cross_entropy
 from .card import write_card
-from .layers import GLUS, LRPE, NORMS, Linear, added
-from .mixers import MIXERS, LayerState, Place
+from .layers import GLUS, LRPE, NORMS, Linear, Place, added, rotation
+from .mixers import MIXERS, LayerState
 from .state import State
 
 
@@ -115,8 +115,9 @@ class LanguageModel(nn.Module):
                 inputs[:] = [_unpack(x, real) for x in inputs]
             return _unpack(packed, real), state
         seen = None if state is None else state.seen
-        place = Place(_positions(ids, seen, cu_seqlens), seen, cu_seqlens)
         x = self.embed_tokens(ids) if ids.dim() == 2 else ids
+        positions = _positions(ids, seen, cu_seqlens)
+        place = Place(positions, seen, cu_seqlens, rotation(self.config, positions, x.dtype))
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         if self.embed_positions is not None:

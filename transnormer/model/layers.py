@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,27 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..ops.lrpe import angles, lrpe, swish_lrpe
 from ..ops.norm import add_rms_norm, simple_rms_norm
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of one call stand.
+
+    positions: int64 [T], or [B, T] where rows differ: each token's place in its own sequence, from 0.
+    seen: int64 [B or N]: how many tokens of each row or packed sequence came before this call; None at the start.
+    cu_seqlens: int64 [N + 1] where one row holds N packed sequences.
+    rotation: cosine and sine of RoPE's angles, [T, 1, K / 2] or [B, T, 1, K / 2]: they are every layer's. None without.
+    """
+
+    positions: Tensor
+    seen: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+
+    def to(self, device: torch.device) -> Place:
+        seen, bounds = (None if part is None else part.to(device) for part in (self.seen, self.cu_seqlens))
+        rotation = None if self.rotation is None else (self.rotation[0].to(device), self.rotation[1].to(device))
+        return Place(self.positions.to(device), seen, bounds, rotation)
 
 
 class Linear(nn.Linear):
@@ -58,7 +80,7 @@ def _shifted_exp(x: Tensor) -> Tensor:
     return (x - x.detach().amax(-1, keepdim=True)).exp()
 
 
-# Positions inside the mixer: (config) -> module on q and k [B, T, H, K] and positions [T] or [B, T] (int64).
+# Positions inside the mixer: (config) -> module on q and k [B, T, H, K] and their place.
 
 
 class LRPE(nn.Module):
@@ -77,11 +99,11 @@ class LRPE(nn.Module):
         with torch.no_grad():
             self.theta.copy_((10_000**exponents).view_as(self.theta))
 
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor, swish: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, place: Place, swish: bool = False) -> tuple[Tensor, Tensor]:
         """swish: of swish(q) and swish(k), in one kernel where there is one."""
         if swish:
-            return swish_lrpe(q, k, self.theta, positions)
-        return lrpe(q, self.theta, positions), lrpe(k, self.theta, positions)
+            return swish_lrpe(q, k, self.theta, place.positions)
+        return lrpe(q, self.theta, place.positions), lrpe(k, self.theta, place.positions)
 
 
 class RoPE(nn.Module):
@@ -89,19 +111,26 @@ class RoPE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        half = config.head_dim // 2
-        self.theta = [config.rope_theta ** (-j / half) for j in range(half)]
 
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        theta = torch.tensor(self.theta, dtype=torch.float64, device=q.device)
-        turns = angles(positions, theta, q).unsqueeze(-2)  # [(B,) T, 1, K / 2]
-        cos, sin = turns.cos().to(q.dtype), turns.sin().to(q.dtype)
+    def forward(self, q: Tensor, k: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        if place.rotation is None:
+            raise ValueError("RoPE needs a place with its rotation")
+        cos, sin = (part.to(q.dtype) for part in place.rotation)
 
         def turn(x: Tensor) -> Tensor:
             first, second = x.chunk(2, dim=-1)
             return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
         return turn(q), turn(k)
+
+
+def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """What `Place.rotation` holds, in at least float32; None where no layer turns by RoPE."""
+    if config.position != "rope":
+        return None
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / -config.head_dim
+    turns = angles(positions, config.rope_theta**exponents, dtype).unsqueeze(-2)
+    return turns.cos(), turns.sin()
 
 
 # Gated linear units: (config) -> module on [..., D].

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..ops.gla import gated_linear_attention
 from ..ops.lightning import lightning_attention
-from .layers import ACTIVATIONS, LRPE, NORMS, POSITIONS, Linear, gated
+from .layers import ACTIVATIONS, LRPE, NORMS, POSITIONS, Linear, Place, SimpleRMSNorm, gated
 
 LayerState = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the tokens of one call stand.
-
-    positions: int64 [T], or [B, T] where rows differ: each token's place in its own sequence, from 0.
-    seen: int64 [B or N]: how many tokens of each row or packed sequence came before this call; None at the start.
-    cu_seqlens: int64 [N + 1] where one row holds N packed sequences.
-    """
-
-    positions: Tensor
-    seen: Tensor | None = None
-    cu_seqlens: Tensor | None = None
 
 
 class Mixer(nn.Module, ABC):
@@ -72,11 +58,11 @@ class Mixer(nn.Module, ABC):
         """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H, V] or [B, T, H * V] or None."""
         q, k, v, *u = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim)).unbind(-2)
         if isinstance(self.position, LRPE) and self.activation is F.silu:
-            q, k = self.position(q, k, place.positions, swish=True)
+            q, k = self.position(q, k, place, swish=True)
         else:
             q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)  # autocast widens some activations
             if self.position is not None:
-                q, k = self.position(q, k, place.positions)
+                q, k = self.position(q, k, place)
         return q, k, v, self.gate_proj(x) if self.gate_proj is not None else u[0] if u else None
 
 
@@ -86,17 +72,27 @@ class GatedLinearAttention(Mixer):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
         self.norm = NORMS[config.norm](config.inner_size, config.norm_eps)  # over all heads together
+        self.eps = config.norm_eps
 
     def new_state(self, rows: int) -> LayerState:
         return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
 
     def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
-        q, k, v, gate = self._project(x, place)
         before = None if state is None else state[0]
+        if self._is_one_op():
+            qkvu = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim))
+            y, after = gated_linear_attention(qkvu, self.log_decay, self.eps, state=before, cu_seqlens=place.cu_seqlens)
+            return self.out_proj(y), (after,)
+        q, k, v, gate = self._project(x, place)
         mixed, after = lightning_attention(
             q, k, v, self.log_decay, state=before, cu_seqlens=place.cu_seqlens, return_state=True
         )
         return self.out_proj(gated(self.norm, mixed.flatten(-2), gate)), (after,)
+
+    def _is_one_op(self) -> bool:
+        """Whether all between the projections is as published, without positions."""
+        plain = self.position is None and self.activation is F.silu and self.parts == 4
+        return plain and isinstance(self.norm, SimpleRMSNorm)
 
 
 class SoftmaxAttention(Mixer):

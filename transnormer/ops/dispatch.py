@@ -13,6 +13,14 @@ _said: set[tuple[str, str]] = set()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is imported when a call takes it
 
 
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a matrix product would take x as: autocast's dtype where it is on (never for float64), else its own."""
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 def triton_refusal(x: torch.Tensor, *, named: bool) -> str | None:
     """Why no Triton kernel can run on x, or None. On the CPU they run in the interpreter, and only if named."""
     if x.dtype == torch.float64:

@@ -47,7 +47,7 @@ def lightning_attention(
     Raises ValueError where shapes or dtypes do not fit, RuntimeError where the named backend cannot run the call.
     """
     _check(q, k, v, log_decay, state, cu_seqlens)
-    refusals = {"triton": _triton_refusal(q, v, named=backend == "triton"), "torch": None, "reference": None}
+    refusals = {"triton": refusal(q, v, named=backend == "triton"), "torch": None, "reference": None}
     chosen = choose("lightning_attention", backend, refusals)
     if chosen == "triton":
         from . import lightning_triton
@@ -72,7 +72,7 @@ def lightning_step_(
     _check(q, k, v, log_decay, state, None)
     if q.shape[1] != 1:
         raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
-    refusals = {"triton": _triton_refusal(q, v, named=backend == "triton"), "torch": None}
+    refusals = {"triton": refusal(q, v, named=backend == "triton"), "torch": None}
     if choose("lightning_step_", backend, refusals) == "triton":
         from . import lightning_triton
 
@@ -301,7 +301,7 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
 _chunked.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _triton_refusal(q: Tensor, v: Tensor, *, named: bool) -> str | None:
+def refusal(q: Tensor, v: Tensor, *, named: bool) -> str | None:
     """Why the Triton kernels cannot run this call, or None."""
     for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
         if not 16 <= width <= 256:

@@ -113,12 +113,14 @@ def _read(q, state):
 
 @triton.jit
 def _walk(
-    q, k, v, output, state, rate, row, head, start, stop, column,
-    q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, o_t,
+    q, k, v, output, raw, state, rate, row, head, start, stop, column,
+    q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, o_t, r_t,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr,
+    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, SWISHED: tl.constexpr,
 ):  # fmt: skip
     """Walks tokens start … stop - 1 of one row and head, writes their output, returns the state at the far end.
+
+    SWISHED: the output is a gradient of swish(raw), and becomes that of raw.
 
     The last chunk of a walk may be short. What lies beyond it is read by no token of it, being later along the walk.
     """
@@ -141,6 +143,11 @@ def _walk(
         state = _absorb(state, kc, vc, rate, along, count, REVERSE)
         columns = column + tl.arange(0, BV)
         mask = (along < count)[:, None] & (columns < V)[None, :]
+        if SWISHED:
+            offsets = i.to(tl.int64)[:, None] * r_t + columns[None, :]
+            x = tl.load(raw + first.to(tl.int64) * r_t + offsets, mask=mask, other=0.0).to(tl.float32)
+            share = tl.sigmoid(x)
+            result *= share * (1 + x * (1 - share))
         offsets = i.to(tl.int64)[:, None] * o_t + columns[None, :]
         tl.store(output + first.to(tl.int64) * o_t + offsets, result.to(output.dtype.element_ty), mask=mask)
     return state
@@ -168,23 +175,26 @@ def _reach(rate):
 
 @triton.jit
 def _program(
-    q, k, v, output, state_in, state_out, local, cu_seqlens, log_decay, row, head, s, column,
-    q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, in_n, in_h, in_k, in_v, out_k, out_v,
-    T, H, N, segment, segments,
+    q, k, v, output, raw, state_in, state_out, local, cu_seqlens, log_decay, row, head, s, column,
+    q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, o_b, o_t, o_h, r_b, r_t, r_h,
+    in_n, in_h, in_k, in_v, out_k, out_v, T, H, N, segment, segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr,
+    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, SWISHED: tl.constexpr,
     PACKED: tl.constexpr, HAS_STATE: tl.constexpr, STORE_STATE: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
     """All sequences, or parts of them, in segment s of one row, for one head and slice.
 
-    The output is contiguous [B, T, H, V]; outgoing states [N, H, K, V] and local ones [B, segments, H, K, V] are too.
+    Columns of the output and of raw are adjacent; outgoing states [N, H, K, V] and local ones [B, segments, H, K, V]
+    are contiguous.
     """
     rate = tl.load(log_decay + head).to(tl.float32)
     lo = s * segment
     hi = tl.minimum(lo + segment, T)
     wide_row = row.to(tl.int64)
     wide_head = head.to(tl.int64)
-    output += (wide_row * T * H + wide_head) * V
+    output += wide_row * o_b + wide_head * o_h
+    if SWISHED:
+        raw += wide_row * r_b + wide_head * r_h
     state_in += wide_head * in_h
     state_out += wide_head * (K * V)
     local += (wide_row * segments * H + wide_head) * (K * V)
@@ -218,9 +228,9 @@ def _program(
                 away = t * segment - stop if REVERSE else start - (t + 1) * segment
                 state += tl.load(local + apart * t + offsets, mask=mask, other=0.0) * tl.exp(rate * away)
         state = _walk(
-            q, k, v, output, state, rate, row, head, start, stop, column,
-            q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, H * V,
-            K, V, BK, BV, C, REVERSE, DESCRIBED,
+            q, k, v, output, raw, state, rate, row, head, start, stop, column,
+            q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, o_t, r_t,
+            K, V, BK, BV, C, REVERSE, DESCRIBED, SWISHED,
         )  # fmt: skip
         if STORE_STATE:
             offsets, mask = _state_offsets(column, out_k, out_v, K, V, BK, BV)
@@ -291,25 +301,31 @@ def forward_kernel(
     SLICES: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % SLICES * BV
     rest = tl.program_id(0) // SLICES
+    o_t = H.to(tl.int64) * V  # the output is contiguous [B, T, H, V]
     _program(
-        q, k, v, output, state, last, local, cu_seqlens, log_decay,
+        q, k, v, output, output, state, last, local, cu_seqlens, log_decay,
         rest // segments // H, rest // segments % H, rest % segments, column,
-        q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, s_n, s_h, s_k, s_v, V, 1,
-        T, H, N, segment, segments, K, V, BK, BV, C, False, DESCRIBED, PACKED, HAS_STATE, True, SEGMENTED,
+        q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, T * o_t, o_t, V, 0, 0, 0,
+        s_n, s_h, s_k, s_v, V, 1, T, H, N, segment, segments,
+        K, V, BK, BV, C, False, DESCRIBED, False, PACKED, HAS_STATE, True, SEGMENTED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def backward_kernel(
-    q, k, v, g, q_slice, k_slice, g_slice, dq, dk, dv, state, d_last, d_state, local, d_local, cu_seqlens, log_decay,
+    q, k, v, g, q_slice, k_slice, g_slice, dq, dk, dv, q_raw, k_raw, state, d_last, d_state, local, d_local,
+    cu_seqlens, log_decay,
     q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, g_b, g_t, g_h, g_c,
-    s_n, s_h, s_k, s_v, e_n, e_h, e_k, e_v,
+    dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, r_b, r_t, r_h, s_n, s_h, s_k, s_v, e_n, e_h, e_k, e_v,
     T, H, N, segment, segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SK: tl.constexpr, SV: tl.constexpr,
-    C: tl.constexpr, DESCRIBED: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, DESCRIBED: tl.constexpr, SWISHED: tl.constexpr, PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_LAST: tl.constexpr, SEGMENTED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dq in slices of K, SK wide, dv in slices of V, SV wide. g is d_output; s and e are state and d_last."""
+    """dk and dq in slices of K, SK wide, dv in slices of V, SV wide. g is d_output; s and e are state and d_last.
+
+    Strides of dq are those of dk. SWISHED: q and k are swish of q_raw and k_raw, and dq and dk the gradients of these.
+    """
     OF_K: tl.constexpr = (K + SK - 1) // SK
     OF_V: tl.constexpr = (V + SV - 1) // SV
     part = tl.program_id(0) % (2 * OF_K + OF_V)
@@ -319,21 +335,25 @@ def backward_kernel(
     row = rest // segments // H
     if part < OF_K:
         _program(
-            v, g, q_slice, dk, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, part * SK,
-            v_b, v_t, v_h, v_c, g_b, g_t, g_h, g_c, q_b, q_t, q_h, q_c, e_n, e_h, e_v, e_k, 1, V,
-            T, H, N, segment, segments, V, K, BV, SK, C, True, DESCRIBED, PACKED, HAS_LAST, False, SEGMENTED,
+            v, g, q_slice, dk, k_raw, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, part * SK,
+            v_b, v_t, v_h, v_c, g_b, g_t, g_h, g_c, q_b, q_t, q_h, q_c, dk_b, dk_t, dk_h, r_b, r_t, r_h,
+            e_n, e_h, e_v, e_k, 1, V, T, H, N, segment, segments,
+            V, K, BV, SK, C, True, DESCRIBED, SWISHED, PACKED, HAS_LAST, False, SEGMENTED,
         )  # fmt: skip
     elif part < OF_K + OF_V:
         _program(
-            k, q, g_slice, dv, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, (part - OF_K) * SV,
-            k_b, k_t, k_h, k_c, q_b, q_t, q_h, q_c, g_b, g_t, g_h, g_c, e_n, e_h, e_k, e_v, V, 1,
-            T, H, N, segment, segments, K, V, BK, SV, C, True, DESCRIBED, PACKED, HAS_LAST, HAS_STATE, SEGMENTED,
+            k, q, g_slice, dv, dv, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, (part - OF_K) * SV,
+            k_b, k_t, k_h, k_c, q_b, q_t, q_h, q_c, g_b, g_t, g_h, g_c, dv_b, dv_t, dv_h, 0, 0, 0,
+            e_n, e_h, e_k, e_v, V, 1, T, H, N, segment, segments,
+            K, V, BK, SV, C, True, DESCRIBED, False, PACKED, HAS_LAST, HAS_STATE, SEGMENTED,
         )  # fmt: skip
     else:
         _program(
-            g, v, k_slice, dq, state, d_state, local, cu_seqlens, log_decay, row, head, s, (part - OF_K - OF_V) * SK,
-            g_b, g_t, g_h, g_c, v_b, v_t, v_h, v_c, k_b, k_t, k_h, k_c, s_n, s_h, s_v, s_k, 1, V,
-            T, H, N, segment, segments, V, K, BV, SK, C, False, DESCRIBED, PACKED, HAS_STATE, False, SEGMENTED,
+            g, v, k_slice, dq, q_raw, state, d_state, local, cu_seqlens, log_decay, row, head, s,
+            (part - OF_K - OF_V) * SK,
+            g_b, g_t, g_h, g_c, v_b, v_t, v_h, v_c, k_b, k_t, k_h, k_c, dk_b, dk_t, dk_h, r_b, r_t, r_h,
+            s_n, s_h, s_v, s_k, 1, V, T, H, N, segment, segments,
+            V, K, BV, SK, C, False, DESCRIBED, SWISHED, PACKED, HAS_STATE, False, SEGMENTED,
         )  # fmt: skip
 
 

@@ -235,11 +235,17 @@ def forward(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
-    d_output: Tensor, d_last: Tensor | None, *, tiles: Tiles | None = None, segments: int | None = None,
+    d_output: Tensor, d_last: Tensor | None, *, into: Sequence[Tensor] = (), raw: Sequence[Tensor] = (),
+    tiles: Tiles | None = None, segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and of the incoming state (empty where there was none)."""
-    call = _Call(q, k, v, log_decay, cu_seqlens, tiles, segments, (state, d_output, d_last))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    """Gradients of q, k, v and of the incoming state (empty where there was none).
+
+    into: where to write the first three, columns adjacent, strides of dq and dk alike. raw: two such tensors of which
+    q and k are the swish; then dq and dk are the gradients of these.
+    """
+    call = _Call(q, k, v, log_decay, cu_seqlens, tiles, segments, (state, d_output, d_last, *into, *raw))
+    dq, dk, dv = into or (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q_raw, k_raw = raw or (q, k)
     d_state = call.empty_state(*(() if state is None else (call.N,)))
     if call.N * call.H == 0:
         return dq, dk, dv, d_state
@@ -257,11 +263,12 @@ def backward(
         described = call.describe(tiles, q, k, v, d_output)
         blocks = ((q, BK), (k, BK), (v, BV), (d_output, BV), (q, SK), (k, SK), (d_output, SV))
         arguments = (
-            *(_as(x, tiles.chunk, width, described) for x, width in blocks), dq, dk, dv,
+            *(_as(x, tiles.chunk, width, described) for x, width in blocks), dq, dk, dv, q_raw, k_raw,
             d_state if state is None else state, d_state if d_last is None else d_last, d_state, *sums, *call.bounds(),
             *q.stride(), *k.stride(), *v.stride(), *d_output.stride(),
+            *dk.stride()[:3], *dv.stride()[:3], *q_raw.stride()[:3],
             *(_NO_STRIDES if state is None else state.stride()), *(_NO_STRIDES if d_last is None else d_last.stride()),
-            call.T, call.H, call.N, *cut, call.K, call.V, BK, BV, SK, SV, tiles.chunk, described,
+            call.T, call.H, call.N, *cut, call.K, call.V, BK, BV, SK, SV, tiles.chunk, described, bool(raw),
             cu_seqlens is not None, state is not None, d_last is not None, cut[1] > 1,
         )  # fmt: skip
         call.launch(backward_kernel, rows * cut[1] * programs, tiles, tiles.stages, arguments)

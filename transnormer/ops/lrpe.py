@@ -9,14 +9,14 @@ from torch import Tensor
 from .dispatch import choose, triton_refusal
 
 
-def angles(positions: Tensor, theta: Tensor, like: Tensor) -> Tensor:
-    """positions x theta modulo 2 pi, [*positions, *theta], in float32 (float64 where `like` is).
+def angles(positions: Tensor, theta: Tensor, dtype: torch.dtype) -> Tensor:
+    """positions x theta modulo 2 pi, [*positions, *theta], in float32 (float64 where `dtype` is).
 
     The product is taken in float64: at position 1,000,000 a float32 product is off by 3e-2 radians.
     """
     places = positions.double().reshape(*positions.shape, *[1] * theta.dim())
     turns = torch.remainder(places * theta.double(), 2 * torch.pi)
-    return turns if like.dtype == torch.float64 else turns.float()
+    return turns if dtype == torch.float64 else turns.float()
 
 
 def lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
 
     x: [B, T, H, K]; theta: [H, K] radians a token; positions: integers [T] or [B, T]. Returns [B, T, H, 2 K].
     """
-    turns = angles(positions, theta, x)  # [T, H, K] or [B, T, H, K]
+    turns = angles(positions, theta, x.dtype)  # [T, H, K] or [B, T, H, K]
     return torch.cat([x * turns.cos().to(x.dtype), x * turns.sin().to(x.dtype)], dim=-1)
 
 

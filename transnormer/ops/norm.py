@@ -5,24 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import choose, triton_refusal
+from .dispatch import choose, product_dtype, triton_refusal
 
 
 def simple_rms_norm(x: Tensor, eps: float = 1e-6, *, gate: Tensor | None = None, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times a gate where there is one (paper equation 11).
 
-    x: [..., D], any floating dtype. Computed in at least float32; returned in x's dtype. There are no parameters.
+    x: [..., D], any floating dtype. Computed in at least float32; returned in x's dtype, or autocast's where it is on,
+    for a product is what reads it. There are no parameters.
     gate: [..., D], or [..., H, V] with H V = D, any strides.
-    backend: "auto", "triton" (one kernel a direction) or "torch".
+    backend: "auto", "triton" (one kernel a direction) or "torch", which is what auto takes while torch.compile looks on:
+    it fuses that form with whatever stands around it.
     """
     if gate is not None and (gate.numel() != x.numel() or x.shape[:-1] != gate.shape[: x.dim() - 1]):
         raise ValueError(f"a gate is [..., D] or [..., H, V] like x; got {list(x.shape)} and {list(gate.shape)}")
     if _chosen(x, backend) == "triton":
         from . import norm_triton
 
-        return norm_triton.norm(x, None, gate, eps)[1]
+        return norm_triton.norm(x, None, gate, eps, product_dtype(x))[1]
     y = _norm(x, eps)
-    return y if gate is None else (y * gate.reshape(x.shape)).to(x.dtype)
+    return y if gate is None else (y * gate.reshape(x.shape)).to(y.dtype)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -35,21 +37,23 @@ def add_rms_norm(x: Tensor, update: Tensor, eps: float = 1e-6, *, backend: str =
     if torch.promote_types(x.dtype, update.dtype) == x.dtype and _chosen(x, backend) == "triton":
         from . import norm_triton
 
-        return norm_triton.norm(x, update, None, eps)
+        return norm_triton.norm(x, update, None, eps, product_dtype(x))
     s = x + update
     return s, simple_rms_norm(s, eps, backend=backend)
 
 
 def _norm(x: Tensor, eps: float) -> Tensor:
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(product_dtype(x))
 
 
 def _chosen(x: Tensor, backend: str) -> str:
-    return choose("simple_rms_norm", backend, {"triton": _triton_refusal(x, named=backend == "triton"), "torch": None})
+    if backend == "auto" and torch.compiler.is_compiling():
+        return "torch"
+    return choose("simple_rms_norm", backend, {"triton": refusal(x, named=backend == "triton"), "torch": None})
 
 
-def _triton_refusal(x: Tensor, *, named: bool) -> str | None:
+def refusal(x: Tensor, *, named: bool) -> str | None:
     """Why the Triton kernels cannot run this call, or None."""
     if not 1 <= x.shape[-1] <= 16_384:
         return f"D = {x.shape[-1]} is not from 1 to 16,384"

@@ -53,11 +53,11 @@ def norm_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
-    s, gate, dy, d_sum, dx, d_gate, s_row, g_row, g_head, dy_row, ds_row, rows, eps,
+    s, gate, dy, d_sum, dx, d_gate, s_row, g_row, g_head, dy_row, ds_row, dg_row, dg_head, rows, eps,
     D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADDS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """dx and d_gate are contiguous [rows, D]."""
+    """dx is contiguous [rows, D]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (c < D)
@@ -65,7 +65,8 @@ def norm_backward_kernel(
     h = tl.load(dy + row * dy_row + c, mask=mask, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
     if GATED:
-        tl.store(d_gate + row * D + c, (h * wide * r).to(d_gate.dtype.element_ty), mask=mask)
+        to = _gate_offsets(row, c, dg_row, dg_head, HEAD)
+        tl.store(d_gate + to, (h * wide * r).to(d_gate.dtype.element_ty), mask=mask)
         h *= tl.load(gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(tl.float32)
     result = h * r - wide * (r * r * r * (tl.sum(wide * h, axis=1) / D)[:, None])
     if ADDS:
@@ -104,10 +105,11 @@ def _launch(kernel: Any, tensors: Sequence[Tensor], strides: tuple[int, ...], he
     launch(kernel, tensors[0], key, -(-rows // together), arguments, warps=warps)
 
 
-def forward(x: Tensor, update: Tensor | None, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(s, y); s is empty without an update."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    s = x.new_empty(0) if update is None else torch.empty_like(y)
+def forward(
+    x: Tensor, update: Tensor | None, gate: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(s, y); s, in x's dtype, is empty without an update. y comes in the dtype asked for."""
+    s, y = _fake(x, update, gate, eps, dtype)
     if x.numel():
         flat = _rows(x)
         pieces = _pieces(gate, flat)
@@ -118,22 +120,30 @@ def forward(x: Tensor, update: Tensor | None, gate: Tensor | None, eps: float) -
     return s, y
 
 
-def backward(s: Tensor, gate: Tensor | None, dy: Tensor, d_sum: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(ds, dgate); dgate is empty without a gate. ds is also the gradient of x and of the update."""
+def backward(
+    s: Tensor, gate: Tensor | None, dy: Tensor, d_sum: Tensor | None, eps: float, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(ds, dgate); dgate is empty without a gate. ds is also the gradient of x and of the update.
+
+    into: where to write dgate, [..., H, V] with rows evenly apart and columns adjacent.
+    """
     ds = torch.empty_like(s, memory_format=torch.contiguous_format)
-    d_gate = s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    d_gate = into
+    if d_gate is None:
+        d_gate = s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
     if s.numel():
         flat, g = _rows(s), _rows(dy)
         pieces = _pieces(gate, flat)
+        written = pieces if gate is None else d_gate.view(flat.shape[0], *pieces.shape[1:])
         along = g if d_sum is None else _rows(d_sum)
-        strides = (flat.stride(0), *pieces.stride()[:2], g.stride(0), along.stride(0))
+        strides = (flat.stride(0), *pieces.stride()[:2], g.stride(0), along.stride(0), *written.stride()[:2])
         flags = (d_sum is not None, gate is not None)
-        _launch(norm_backward_kernel, (flat, pieces, g, along, ds, d_gate), strides, pieces.shape[2], flags, eps)
+        _launch(norm_backward_kernel, (flat, pieces, g, along, ds, written), strides, pieces.shape[2], flags, eps)
     return ds, d_gate
 
 
 def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, update, gate, ctx.eps = inputs
+    x, update, gate, ctx.eps, _ = inputs
     ctx.adds = update is not None
     ctx.save_for_backward(output[0] if ctx.adds else x, gate)
     ctx.set_materialize_grads(False)
@@ -144,14 +154,14 @@ def _differentiate(ctx, d_sum, dy):  # type: ignore[no-untyped-def]
     if not ctx.adds:
         d_sum = None
     if dy is None:
-        return d_sum, d_sum if ctx.adds else None, None, None
+        return d_sum, d_sum if ctx.adds else None, None, None, None
     ds, d_gate = (backward if direct(dy) else backward_op)(s, gate, dy, d_sum, ctx.eps)
-    return ds, ds if ctx.adds else None, None if gate is None else d_gate, None
+    return ds, ds if ctx.adds else None, None if gate is None else d_gate, None, None
 
 
-def _fake(x, update, gate, eps):  # type: ignore[no-untyped-def]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x.new_empty(0) if update is None else torch.empty_like(y), y
+def _fake(x, update, gate, eps, dtype):  # type: ignore[no-untyped-def]
+    s = x.new_empty(0) if update is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return s, torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _fake_backward(s, gate, dy, d_sum, eps):  # type: ignore[no-untyped-def]
@@ -164,6 +174,6 @@ backward_op = define(
     backward, _fake_backward,
 )  # fmt: skip
 norm = differentiable(
-    "rms_norm", "(Tensor x, Tensor? update, Tensor? gate, float eps) -> (Tensor, Tensor)",
+    "rms_norm", "(Tensor x, Tensor? update, Tensor? gate, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     forward, _fake, _save_for_backward, _differentiate,
 )  # fmt: skip
