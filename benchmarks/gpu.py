@@ -54,8 +54,8 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return record.peak_bytes(call, "cuda")
 
 
-def joules(call: Callable[[], Any], seconds: float = 3.0) -> dict[str, float]:
-    """Energy of a call by NVML's counter over at least `seconds` of repeats, and the idle power."""
+def joules(call: Callable[[], Any], seconds: float = 3.0, each: int = 10) -> dict[str, float]:
+    """Energy of a call by NVML's counter over at least `seconds` of repeats, `each` between looks, and the idle power."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -70,10 +70,10 @@ def joules(call: Callable[[], Any], seconds: float = 3.0) -> dict[str, float]:
     idle = (counter() - start) / (time.perf_counter() - begin)
     calls, start, begin = 0, counter(), time.perf_counter()
     while time.perf_counter() - begin < seconds:
-        for _ in range(10):
+        for _ in range(each):
             call()
         torch.cuda.synchronize()
-        calls += 10
+        calls += each
     return {"joules": (counter() - start) / calls, "idle_watts": idle}
 
 
