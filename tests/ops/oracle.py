@@ -148,14 +148,21 @@ def assert_within_twice(
     On a GPU in float32, an error of four roundings always passes: of one token, torch sums K or V products as a tree,
     which is off by less than a rounding, and the kernels one after another.
     """
-    on_gpu = case.q.is_cuda and case.q.dtype == torch.float32
-    least = 4 * torch.finfo(torch.float32).eps if on_gpu else 0.0
     ours, yardstick, true = run(op, case.to(case.q.dtype, state=torch.float32)), plain(case), exact(case)
     for name, want in true.items():
-        if want.numel() == 0:
-            continue
-        error, allowed = distance(ours[name], want), max(factor * distance(yardstick[name], want), least)
-        assert error <= allowed, f"{name} {note}: error {error:.3g}, allowed is {allowed:.3g}"
+        assert_no_further(name, ours[name], yardstick[name], want, case.q, note, factor)
+
+
+def assert_no_further(
+    name: str, found: Tensor, yardstick: Tensor, true: Tensor, like: Tensor, note: str = "", factor: float = 2
+) -> None:
+    """The error rule for one tensor; `like` has the inputs' dtype and device."""
+    if true.numel() == 0:
+        return
+    on_gpu = like.is_cuda and like.dtype == torch.float32
+    least = 4 * torch.finfo(torch.float32).eps if on_gpu else 0.0
+    error, allowed = distance(found, true), max(factor * distance(yardstick, true), least)
+    assert error <= allowed, f"{name} {note}: error {error:.3g}, allowed is {allowed:.3g}"
 
 
 def compiled_and_eager_gradients(attention, case):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import distance, plain_attention
+from oracle import assert_no_further, distance, plain_attention
 
 from transnormer.ops.gla import gated_linear_attention
 from transnormer.ops.norm import simple_rms_norm
@@ -57,8 +57,7 @@ def check(T, V, dtype, *, B=2, lengths=None, state=True):
     true = run(plain, torch.float64, torch.float64, tensors, cu_seqlens)
     factor = 4 if not GPU and dtype == torch.bfloat16 else 2
     for name, found, usual, want in zip(("y", "last", "d_qkvu", "d_state"), ours, yardstick, true, strict=False):
-        error, allowed = distance(found, want), factor * distance(usual, want)
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed is {allowed:.3g}"
+        assert_no_further(name, found, usual, want, tensors[0], factor=factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -20,16 +20,16 @@ from .launch_triton import define, differentiable, direct, launch
 BLOCK = 2_048  # numbers a program
 
 
-@triton.jit(do_not_specialize=["numel"])
+@triton.jit
 def swish_kernel(qkvu, q, k, numel, HEAD: tl.constexpr, BLOCK: tl.constexpr):
     """q and k, contiguous with `numel` elements each, from the first two HEAD columns of every four."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < numel
+    mask = at < numel  # of a numel that 16 divides, as it is specialized for: loads are then as wide as can be
     place = at // HEAD * (4 * HEAD) + at % HEAD
     x = tl.load(qkvu + place, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(qkvu + place + HEAD, mask=mask, other=0.0).to(tl.float32)
     tl.store(q + at, (x * tl.sigmoid(x)).to(q.dtype.element_ty), mask=mask)
-    x = tl.load(qkvu + place + HEAD, mask=mask, other=0.0).to(tl.float32)
-    tl.store(k + at, (x * tl.sigmoid(x)).to(k.dtype.element_ty), mask=mask)
+    tl.store(k + at, (y * tl.sigmoid(y)).to(k.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -39,7 +39,7 @@ def forward(
     B, T, H, _, V = qkvu.shape
     q, k = (qkvu.new_empty(B, T, H, V) for _ in range(2))
     if q.numel():
-        key = (qkvu.dtype, V, qkvu.data_ptr() % 16 == 0)
+        key = (qkvu.dtype, V, qkvu.data_ptr() % 16 == 0, q.numel() % 16 == 0, q.numel() < 2**31)
         arguments = (qkvu, q, k, q.numel(), V, BLOCK)
         launch(swish_kernel, qkvu, key, -(-q.numel() // BLOCK), arguments, warps=8)
     mixed, last = lightning_triton.forward(q, k, qkvu[..., 2, :], log_decay, state, cu_seqlens)

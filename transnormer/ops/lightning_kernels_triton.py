@@ -138,14 +138,16 @@ def _walk(
         qc = _load(q, row, head, first, start, stop, 0, q_t, q_c, C, K, BK, REVERSE, DESCRIBED)
         kc = _load(k, row, head, first, start, stop, 0, k_t, k_c, C, K, BK, REVERSE, DESCRIBED)
         vc = _load(v, row, head, first, start, stop, column, v_t, v_c, C, V, BV, REVERSE, DESCRIBED)
+        columns = column + tl.arange(0, BV)
+        mask = (along < count)[:, None] & (columns < V)[None, :]
+        if SWISHED:  # asked for before the products, to be there after them
+            offsets = i.to(tl.int64)[:, None] * r_t + columns[None, :]
+            xc = tl.load(raw + first.to(tl.int64) * r_t + offsets, mask=mask, other=0.0)
         scores = (_dot(qc, tl.trans(kc)) * inside).to(vc.dtype)
         result = _dot(scores, vc, _read(qc, state) * before[:, None])
         state = _absorb(state, kc, vc, rate, along, count, REVERSE)
-        columns = column + tl.arange(0, BV)
-        mask = (along < count)[:, None] & (columns < V)[None, :]
         if SWISHED:
-            offsets = i.to(tl.int64)[:, None] * r_t + columns[None, :]
-            x = tl.load(raw + first.to(tl.int64) * r_t + offsets, mask=mask, other=0.0).to(tl.float32)
+            x = xc.to(tl.float32)
             share = tl.sigmoid(x)
             result *= share * (1 + x * (1 - share))
         offsets = i.to(tl.int64)[:, None] * o_t + columns[None, :]
