@@ -128,7 +128,7 @@ def gpu_rows(options: argparse.Namespace, ceiling: float) -> Iterator[dict[str, 
                 found = gpu.attempt(partial(measure, name, size, rows, length, options.repeats, ceiling))
                 yield row | (found if isinstance(found, dict) else {"error": found})
                 _forget()
-        if options.million:
+        if options.million and size == options.size[0]:
             for tokens in (32_768, MILLION):
                 row = {"model": "transnormer, in segments of 32,768", "size": size, "rows": 1, "seq_len": tokens}
                 found = gpu.attempt(partial(measure_segments, size, tokens))
