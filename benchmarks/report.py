@@ -44,6 +44,84 @@ def training(result: dict[str, Any]) -> str:
             f"The ceiling is a square matrix product: {ceilings}.\n\n{table(head, rows)}\n\n{source(result)}\n")  # fmt: skip
 
 
+NAMES = {
+    "transnormer": "TransNormerLLM", "llama": "LLaMA (transformers)", "softmax": "our softmax Transformer",
+    "retnet": "RetNet (fla)",
+}  # fmt: skip
+
+
+def training_gpu(result: dict[str, Any]) -> str:
+    found = [row for row in result["rows"] if "tokens_per_second" in row]
+    usual = [row for row in found if row["model"] in NAMES]
+    speed = {(row["size"], row["seq_len"], row["model"]): row["tokens_per_second"] for row in usual}
+    rows = []
+    for row in usual:
+        ours = speed[row["size"], row["seq_len"], "transnormer"]
+        rows.append([
+            row["size"], f"{row['rows']} × {row['seq_len']:,}", NAMES[row["model"]], f"{row['parameters'] / 1e6:,.1f}",
+            f"{row['tokens_per_second']:,}", "" if row["model"] == "transnormer" else f"{ours / row['tokens_per_second']:.2f}",
+            f"{row['flop_share']:.0%}", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['millijoules_per_token']:.1f}",
+            f"{row['first_step_seconds']:.0f}",
+        ])  # fmt: skip
+    head = ["size", "B × T", "model", "M parameters", "tokens/s", "ours is times faster", "share of the ceiling", "peak, GiB",
+            "mJ a token", "first step, s"]  # fmt: skip
+    sizes = list(dict.fromkeys(row["size"] for row in usual))
+    figure, axes = plt.subplots(
+        1, len(sizes), figsize=(4.5 * len(sizes), 3.5), dpi=120, layout="constrained", squeeze=False
+    )
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for model, label in NAMES.items():
+            points = [(length, rate) for (of, length, name), rate in speed.items() if (of, name) == (size, model)]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.set(title=size, xlabel="tokens a row", ylabel="tokens per second", ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({length for of, length, _ in speed if of == size}), minor=False)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(DOCS / "training.png")
+    plt.close(figure)
+    long = {row["seq_len"]: row for row in found if "segments" in row["model"]}
+    million = ""
+    if len(long) == 2:
+        (_, short_row), (tokens, row) = sorted(long.items())
+        million = (
+            f"One row of {tokens:,} tokens trains in {row['peak_bytes'] / 2**30:.1f} GiB at {row['tokens_per_second']:,} tokens/s "
+            f"(`train/segments.py`: exact gradients, segments of 32,768 read twice); a row of {short_row['seq_len']:,}, read "
+            f"twice too, at {short_row['tokens_per_second']:,}.\n\n"
+        )
+    notes = dict.fromkeys(
+        f"{NAMES[row['model']]}, {row['size']}: {row['note']}. " for row in usual if row["model"] != "transnormer"
+    )
+    return (
+        f"## Training on a GPU\n\nA step is loss, backward, clip and AdamW on random ids; bf16 autocast over float32 weights, vocabulary "
+        f"64,000, SDPA's cuDNN kernels, blocks compiled. Contenders have the GPU to themselves, one after another. The ceiling is a "
+        f"square matrix product, {result['matmul_tflop_per_second']:,.0f} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}"
+        + "".join(notes)
+        + f"\n\n{source(result)}\n"
+    )
+
+
+def training_profile(result: dict[str, Any]) -> str:
+    """Where a step's time goes, by kind of kernel."""
+    kinds = {
+        "matrix products": ("nvjet", "splitKreduce"), "attention": ("backward_kernel", "forward_kernel", "sdpa", "cudnn"),
+        "swish, gate, norm around it": ("swish_kernel", "norm_kernel", "norm_backward_kernel", "lrpe"),
+        "optimizer and clip": ("multi_tensor",), "soft-max of the loss": ("softmax_loss", "liger"),
+        "compiled element-wise": ("triton_",),
+    }  # fmt: skip
+    totals: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        of = totals.setdefault(row["model"], dict.fromkeys([*kinds, "other"], 0.0))
+        order = ["swish, gate, norm around it", *kinds]  # "norm_backward_kernel" ends like the attention's
+        of[next((kind for kind in order if any(word in row["kernel"] for word in kinds[kind])), "other")] += row["ms"]
+    rows = [[kind, *(f"{of[kind]:.1f}" for of in totals.values())] for kind in [*kinds, "other"]]
+    rows.append(["sum", *(f"{sum(of.values()):.1f}" for of in totals.values())])
+    return (f"### Where a step goes\n\nms of the longest kernels of one step, 385m, 16 × 2,048.\n\n"
+            f"{table(['', *(NAMES[model] for model in totals)], rows)}\n\n{source(result)}\n")  # fmt: skip
+
+
 def decoding(result: dict[str, Any]) -> str:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), dpi=120, layout="constrained")
     for name in ("transnormer", "transformer"):
@@ -292,6 +370,8 @@ def sweep(result: dict[str, Any]) -> str:
 def main() -> None:
     parts = ["# Performance\n\nGenerated by `benchmarks/report.py` from `benchmarks/results/`.\n"]
     for subject, device, section in (
+        ("train", "h100", training_gpu),
+        ("train_profile", "h100", training_profile),
         ("train", "cpu", training),
         ("inference", "cpu", decoding),
         ("attention", "cpu", attention),
