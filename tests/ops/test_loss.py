@@ -281,6 +281,35 @@ def test_logits_of_minus_infinity_count_for_nothing(backend):
     same(found, gradients(true.sum(), want)[0])
 
 
+def test_slices_of_the_vocabulary_combine_to_the_whole(backend):
+    logits, targets = torch.randn(4, 96, device=DEVICE), torch.tensor([70, -100, 3, 40], device=DEVICE)
+    want, true = logits.clone(), torch.empty(4, device=DEVICE)
+    softmax_loss_(backend)(want, targets, true, 96, -100, True)
+    parts = ((0, 41), (41, 96))
+    sums = []
+
+    class Words:
+        """Of one part; what the parts found goes into sums until all did, and is combined afterwards."""
+
+        def __init__(self, first):
+            self.first = first
+
+        def combined(self, *mine):
+            if len(sums) < len(parts):
+                sums.append([x.clone() for x in mine])
+                return mine
+            norms, at_target = (torch.stack(each) for each in zip(*sums, strict=True))
+            return norms.logsumexp(0), at_target.sum(0)
+
+    for gradient in (False, True):
+        for first, stop in parts:
+            part, losses = logits[:, first:stop].contiguous(), torch.full((4,), float("nan"), device=DEVICE)
+            softmax_loss_(backend)(part, targets, losses, stop - first, -100, gradient, Words(first))
+            if gradient:
+                same(losses, true)
+                same(part, want[:, first:stop])
+
+
 def softmax_loss_(backend):
     if backend == "torch":
         return loss._softmax_loss_
@@ -380,7 +409,10 @@ def test_registration(backend):
         from transnormer.ops import loss_triton
 
         logits, losses = torch.randn(4, 40, device=DEVICE), torch.zeros(4, device=DEVICE)
-        torch.library.opcheck(loss_triton.op, (logits, targets, losses, 37, -100, True))
+        for gradient, sums, shared in ((True, True, False), (False, True, True), (True, False, True)):
+            norms = torch.zeros(4, device=DEVICE)
+            arguments = (logits.clone(), targets, losses.clone(), norms, 37, -100, gradient, sums, shared)
+            torch.library.opcheck(loss_triton.op, arguments)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,13 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 
+from transnormer.config import ModelConfig
 from transnormer.train.optim import learning_rate
+from transnormer.train.parallel import Mesh, check, sizes
 from transnormer.train.recipe import Optim, Recipe
+from transnormer.train.setup import check_memory
 
 from ..conftest import REPOSITORY
 
@@ -58,7 +62,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", r"unknown key optim\.learning_rate; there are lr, betas"),
+        ("optim.learning_rate=1", r"unknown key optim\.learning_rate; there are .*lr, betas"),
         ("optim.lr=inf", r"optim\.lr = inf, but must be a finite number"),
         ("optim.min_lr=-3", r"optim\.min_lr = -3\.0, but must be from 0 to 1"),
         ("train.seed=99999999999", r"train\.seed = 99999999999, but must be from 0"),
@@ -104,6 +108,24 @@ def test_every_recipe_of_the_repository_is_one() -> None:
             assert recipe.model_config(1).parameter_count() > 0
         else:
             assert recipe.base in {Path("runs") / other.stem for other in recipes}
+
+
+@pytest.mark.parametrize(("size", "gpus", "rows_each"), [("385m", 8, 4), ("1b", 16, 4), ("7b", 64, 1)])
+def test_the_papers_sizes_fit_the_gpus_that_their_recipes_name(
+    size: str, gpus: int, rows_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = REPOSITORY / "recipes" / f"{size}.toml"
+    assert f"on {gpus} GPUs of 80 GB" in path.read_text()
+    recipe = Recipe.load(path)
+    config, train, optim = recipe.model_config(64_000), recipe.train, recipe.optim
+    assert config == ModelConfig.named(size, embed_scale=size != "7b")
+    assert train.steps * train.batch_tokens == pytest.approx(300e9, rel=1e-4)
+    assert (train.seq_len, optim.lr, optim.weight_decay, optim.schedule) == (8_192, 3e-4, 0.1, "constant")
+    check(config, recipe.parallel, gpus, seq_len=train.seq_len, rows=recipe.rows)
+    mesh = Mesh(torch.device("cuda"), *sizes(recipe.parallel, gpus))
+    assert recipe.rows == rows_each * mesh.data_ranks
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30, 80 * 2**30))
+    check_memory(recipe, config, mesh)
 
 
 def test_a_vocabulary_too_small_for_the_data_is_refused(recipe_file: Path) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..config import ModelConfig
 from ..files import FINGERPRINT, WEIGHTS, read_weights, write_tensors, write_text
+from ..ops.context import Context
 from ..ops.loss import linear_cross_entropy
 from .card import write_card
-from .layers import GLUS, LRPE, NORMS, Linear, Place, added, rotation
+from .layers import GLUS, NORMS, Linear, Place, added, fill, rotation
 from .mixers import MIXERS, LayerState
 from .state import State
 
@@ -45,6 +47,7 @@ class LanguageModel(nn.Module):
 
     tokenizer: Any = None  # set by `transnormer.load` where the folder has one
     block: type[Block] = Block  # what the layers are; hub/hf.py puts its own here
+    context: Context | None = None  # the processes that share each row, where several do
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -72,6 +75,12 @@ class LanguageModel(nn.Module):
 
     def blocks(self) -> list[Block]:
         return [block for block in self.layers if isinstance(block, Block)]
+
+    def share_rows(self, group: ProcessGroup) -> None:
+        """From here on hold, of every row of R T tokens, segment r of T: r and R the rank in the group and its size."""
+        self.context = Context.of(group)
+        for block in self.blocks():
+            block.mixer.context = self.context
 
     @property
     def head_weight(self) -> Tensor:
@@ -116,7 +125,8 @@ class LanguageModel(nn.Module):
             return _unpack(packed, real), state
         seen = None if state is None else state.seen
         x = self.embed_tokens(ids) if ids.dim() == 2 else ids
-        positions = _positions(ids, seen, cu_seqlens)
+        first = 0 if self.context is None else self.context.rank * ids.shape[1]
+        positions = _positions(ids, seen, cu_seqlens, first)
         place = Place(positions, seen, cu_seqlens, rotation(self.config, positions, x.dtype))
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
@@ -169,9 +179,9 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"cu_seqlens needs one row of packed sequences; got {rows} rows")
             rows = len(cu_seqlens) - 1
             if cu_seqlens.device.type == "cpu":  # on a GPU a look would wait for it
-                bounds = cu_seqlens.tolist()
-                if bounds[:1] != [0] or bounds[-1:] != [ids.shape[1]] or bounds != sorted(bounds):
-                    raise ValueError(f"cu_seqlens must rise from 0 to T = {ids.shape[1]}; got {bounds}")
+                bounds, length = cu_seqlens.tolist(), ids.shape[1] * (self.context.ranks if self.context else 1)
+                if bounds[:1] != [0] or bounds[-1:] != [length] or bounds != sorted(bounds):
+                    raise ValueError(f"cu_seqlens must rise from 0 to T = {length}; got {bounds}")
         if pad is not None and pad.device.type == "cpu" and not all(0 <= n <= ids.shape[1] for n in pad.tolist()):
             raise ValueError(f"pad must be from 0 to T = {ids.shape[1]}; got {pad.tolist()}")
         if pad is not None and pad.shape != (rows,):
@@ -269,12 +279,14 @@ def init_weights(model: LanguageModel, seed: int | None = None) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             generator = torch.Generator(module.weight.device).manual_seed(seed ^ zlib.crc32(name.encode()))
-            module.weight.normal_(0.0, model.config.initializer_range, generator=generator)
+            values = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+            values.normal_(0.0, model.config.initializer_range, generator=generator)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
+                values[module.padding_idx].zero_()
+            fill(module.weight, values)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        elif isinstance(module, (LRPE, nn.RMSNorm, nn.LayerNorm)):
+        elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
 
@@ -302,9 +314,9 @@ def _unpack(packed: Tensor, real: Tensor) -> Tensor:
     return x
 
 
-def _positions(ids: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Each token's place in its own sequence: [T] where all rows agree, else [B, T]; int64."""
-    places = torch.arange(ids.shape[1], device=ids.device)
+def _positions(ids: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None, first: int) -> Tensor:
+    """Each token's place in its own sequence: [T] where all rows agree, else [B, T]; int64. ids: from `first` on."""
+    places = torch.arange(first, first + ids.shape[1], device=ids.device)
     if cu_seqlens is None:
         return places if seen is None else seen[:, None] + places
     owner = torch.searchsorted(cu_seqlens.to(places), places, right=True) - 1

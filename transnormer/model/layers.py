@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,26 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    if torch.distributed.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(x, DTensor):
+            return x.to_local()
+    return x
+
+
+@torch.no_grad()
+def fill(parameter: Any, values: Tensor) -> None:
+    """Give a parameter these values, or of a DTensor each process its part of them."""
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(values)
 
 
 # Norms: (width, eps) -> module on [..., width].
@@ -95,15 +116,15 @@ class LRPE(nn.Module):
 
     def reset_parameters(self) -> None:
         """theta_j = 10000^(-2j / (H K)), j over the whole width: the published initial values."""
-        exponents = torch.arange(self.theta.numel(), dtype=torch.float64) * (-2 / self.theta.numel())
-        with torch.no_grad():
-            self.theta.copy_((10_000**exponents).view_as(self.theta))
+        exponents = torch.arange(self.theta.numel(), dtype=torch.float64, device="cpu") * (-2 / self.theta.numel())
+        fill(self.theta, (10_000**exponents).view(self.theta.shape).to(self.theta.device, self.theta.dtype))
 
     def forward(self, q: Tensor, k: Tensor, place: Place, swish: bool = False) -> tuple[Tensor, Tensor]:
         """swish: of swish(q) and swish(k), in one kernel where there is one."""
+        theta = local(self.theta)
         if swish:
-            return swish_lrpe(q, k, self.theta, place.positions)
-        return lrpe(q, self.theta, place.positions), lrpe(k, self.theta, place.positions)
+            return swish_lrpe(q, k, theta, place.positions)
+        return lrpe(q, theta, place.positions), lrpe(k, theta, place.positions)
 
 
 class RoPE(nn.Module):
@@ -138,6 +159,8 @@ def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tupl
 
 class SimpleGLU(nn.Module):
     """O = ((X W_v) * (X W_u)) W_o, without activation (paper equation 12). D -> F -> D."""
+
+    SHARDS: ClassVar[dict[str, str]] = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..ops.context import Context
 from ..ops.gla import gated_linear_attention
 from ..ops.lightning import lightning_attention
 from .layers import ACTIVATIONS, LRPE, NORMS, POSITIONS, Linear, Place, SimpleRMSNorm, gated
@@ -21,6 +22,13 @@ LayerState = tuple[Tensor, ...]
 
 class Mixer(nn.Module, ABC):
     """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H heads."""
+
+    # How tensor parallelism cuts each part, all by heads (train/sharding.py has the words).
+    SHARDS: ClassVar[dict[str, str]] = {
+        "qkvu_proj": "columns", "gate_proj.0": "whole", "gate_proj.1": "columns", "out_proj": "rows",
+        "position": "heads", "norm": "norm",
+    }  # fmt: skip
+    context: Context | None = None  # the processes that share a row's tokens
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -49,6 +57,12 @@ class Mixer(nn.Module, ABC):
     def reset_decay(self) -> None:
         """Give log_decay its values, which no file stores."""
         self.log_decay = torch.tensor(self._decays, dtype=torch.float32, device=self.log_decay.device)
+
+    def keep_heads(self, part: int, parts: int) -> None:
+        """Hold the heads of this part alone, for inputs and weights that do."""
+        self.heads //= parts
+        self._decays = self._decays[part * self.heads :][: self.heads]
+        self.reset_decay()
 
     @abstractmethod
     def new_state(self, rows: int) -> LayerState:
@@ -85,14 +99,14 @@ class GatedLinearAttention(Mixer):
             return self.out_proj(y), (after,)
         q, k, v, gate = self._project(x, place)
         mixed, after = lightning_attention(
-            q, k, v, self.log_decay, state=before, cu_seqlens=place.cu_seqlens, return_state=True
+            q, k, v, self.log_decay, state=before, cu_seqlens=place.cu_seqlens, return_state=True, context=self.context
         )
         return self.out_proj(gated(self.norm, mixed.flatten(-2), gate)), (after,)
 
     def _is_one_op(self) -> bool:
         """Whether all between the projections is as published, without positions."""
         plain = self.position is None and self.activation is F.silu and self.parts == 4
-        return plain and isinstance(self.norm, SimpleRMSNorm)
+        return plain and isinstance(self.norm, SimpleRMSNorm) and self.context is None
 
 
 class SoftmaxAttention(Mixer):

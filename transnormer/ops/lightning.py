@@ -18,6 +18,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from .context import Context, attend_segment
 from .dispatch import choose, triton_refusal
 
 
@@ -30,6 +31,7 @@ def lightning_attention(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
+    context: Context | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal linear attention with decay, in O(T).
@@ -40,16 +42,23 @@ def lightning_attention(
     cu_seqlens: [N + 1] integers from 0 to T: row 0 (B = 1) holds N sequences one after another, each with its own
         state ([N, H, K, V]); empty sequences are allowed.
     return_state: also return the state after the last token, float32 (float64 for float64 inputs).
+    context: the processes that share the row, each with T tokens of it, and cu_seqlens of the whole (`ops/context.py`).
+        The state returned is that after the own segment, without gradient; none can be given.
     backend: "auto", "triton" (K and V from 16 to 256; a CUDA tensor, or any with Triton's interpreter on), "torch"
         (chunked) or "reference" (the loop over T).
 
     Left padding is k = 0 on the padded tokens. Returns the output [B, T, H, V] in v's dtype, or (output, state).
     Raises ValueError where shapes or dtypes do not fit, RuntimeError where the named backend cannot run the call.
     """
-    _check(q, k, v, log_decay, state, cu_seqlens)
-    refusals = {"triton": refusal(q, v, named=backend == "triton"), "torch": None, "reference": None}
+    _check(q, k, v, log_decay, state, cu_seqlens if context is None else None)
+    if context is not None and state is not None:
+        raise ValueError("a state and a context exclude each other: segments hand their states on themselves")
+    unshared = None if context is None else "segments of a row run on triton or torch"
+    refusals = {"triton": refusal(q, v, named=backend == "triton"), "torch": None, "reference": unshared}
     chosen = choose("lightning_attention", backend, refusals)
-    if chosen == "triton":
+    if context is not None:
+        output, last = attend_segment(q, k, v, log_decay, cu_seqlens, context, chosen)
+    elif chosen == "triton":
         from . import lightning_triton
 
         output, last = lightning_triton.attend(q, k, v, log_decay, state, cu_seqlens)
@@ -234,8 +243,7 @@ def _chunked(
         output[:, start:stop] = torch.baddbmm(inside, qc * power.since_start(c), states[n])
         states[n] = torch.baddbmm(states[n] * power.whole(c), (kc * power.until_end(c)).mT, vc)
     last = torch.stack(states) if cu_seqlens is not None else states[0].unflatten(0, (rows, -1))
-    # an op may not return its own input
-    return _by_token(output, v), last.clone() if not chunks else last
+    return _by_token(output, v), last.clone()  # an op may not return its own input, and FSDP warns of views
 
 
 @_chunked.register_fake

@@ -6,12 +6,15 @@ and writes its gradient once: slices are as large as a cache on the CPU and as l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .context import all_gather
 from .dispatch import choose, product_dtype, triton_refusal
 
 SLICE_ELEMENTS = 2**22  # logits held at a time on the CPU: 16 MiB in float32, which a large cache still serves
@@ -34,6 +37,9 @@ def linear_cross_entropy(
     where ignored. Matrix products run in x's dtype, or autocast's where it is on, the soft-max and sums in at least
     float32. Gradients are computed in the forward pass, slice by slice, where x or weight needs one.
     backend: how a slice of logits becomes losses and gradients: "auto", "triton" (one kernel) or "torch".
+    weight may be a DTensor of which every process has some words, Shard(0) of one mesh dimension; x is then one too,
+    the same on all. Each computes the logits of its words; of a token only the sums of the soft-max and the target's
+    logit are exchanged.
     Raises ValueError where shapes do not fit or, on the CPU, a target is out of range; a GPU, which is not waited for,
     and compiled code assert it.
     """
@@ -44,21 +50,25 @@ def linear_cross_entropy(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
+    target = targets.reshape(-1).contiguous()
+    _check_range(target, weight.shape[0], ignore_index)
+    words = None
+    if hasattr(weight, "device_mesh"):
+        x, weight, words = _unshard(x, weight)
     x = x.to(product_dtype(x))
     backend = choose(
         "linear_cross_entropy", backend, {"triton": triton_refusal(x, named=backend == "triton"), "torch": None}
     )
-    flat, target = x.reshape(-1, x.shape[-1]), targets.reshape(-1).contiguous()
-    _check_range(target, weight.shape[0], ignore_index)
+    flat = x.reshape(-1, x.shape[-1])
     each = reduction == "none"
     needs_x, needs_w = (not each and torch.is_grad_enabled() and leaf.requires_grad for leaf in (flat, weight))
     arguments = (flat, weight, target, ignore_index, backend, each, needs_x, needs_w)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and words is None:
         loss = torch.ops.transnormer.linear_cross_entropy(*arguments)[0]
     elif needs_x or needs_w:
-        loss = _SlicedLoss.apply(*arguments)[0]
+        loss = _SlicedLoss.apply(*arguments, words)[0]
     else:
-        loss = _sliced_loss(*arguments)[0]
+        loss = _sliced_loss(*arguments, words)[0]
     if each:
         return loss.detach().view(targets.shape)  # type: ignore[no-any-return]
     if reduction == "sum":
@@ -66,9 +76,35 @@ def linear_cross_entropy(
     return loss / (target != ignore_index).sum().clamp(min=1)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Words:
+    """The words that this process has, from `first` on, where the processes of a group have all."""
+
+    first: int
+    group: dist.ProcessGroup
+
+    def combined(self, norms: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor]:
+        """The soft-max's log sums and the targets' logits over all words, from each process' own: two of [n]."""
+        mine = torch.stack([norms, at_target])
+        everybody = mine.new_empty(self.group.size(), *mine.shape)
+        all_gather(everybody.flatten(0, 1), mine, group=self.group)
+        return everybody[:, 0].logsumexp(0), everybody[:, 1].sum(0)
+
+
+def _unshard(x: Any, weight: Any) -> tuple[Tensor, Tensor, Words]:
+    """What this process computes with: all of x, to whose gradient it gives a part, and its words."""
+    from torch.distributed.tensor import Partial, Shard
+
+    mesh = weight.device_mesh
+    if weight.placements != (Shard(0),) or getattr(x, "device_mesh", None) != mesh:
+        raise ValueError(f"words must be Shard(0) of one mesh, and x on it too; got {weight.placements}, {type(x)}")
+    mine = weight.to_local()
+    return x.to_local(grad_placements=[Partial()]), mine, Words(mesh.get_local_rank() * len(mine), mesh.get_group())
+
+
 def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
     right = ((target >= 0) & (target < vocab)) | (target == ignore_index)
-    if target.is_cpu and not torch.compiler.is_compiling():
+    if target.is_cpu and type(target) is Tensor and not torch.compiler.is_compiling():
         if not right.all():
             raise ValueError(f"target {target[~right][0].item()} is outside a vocabulary of {vocab}")
     else:
@@ -85,6 +121,7 @@ def _sliced_loss(
     each: bool,
     needs_x: bool,
     needs_w: bool,
+    words: Words | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N] or their sum, its gradient by x [N, D], its gradient by weight), gradients [0] where not wanted.
 
@@ -110,7 +147,7 @@ def _sliced_loss(
         target = targets[rows]
         logits = buffer[: len(target)]
         torch.mm(x[rows], w.T, out=logits)
-        softmax_loss_(logits, target, losses[rows], vocab, ignore_index, needs_x or needs_w)
+        softmax_loss_(logits, target, losses[rows], vocab, ignore_index, needs_x or needs_w, words)
         if needs_x:
             torch.mm(logits, w, out=dx[rows])
         if needs_w:
@@ -119,18 +156,23 @@ def _sliced_loss(
 
 
 def _softmax_loss_(
-    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool
-) -> None:
+    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool,
+    words: Words | None = None,
+) -> None:  # fmt: skip
     """Fill in the losses [n] and, where wanted, overwrite the logits [n, pitch] with the gradient of their sum."""
     of_words = logits[:, :vocab]
     counts = targets != ignore_index
-    index = targets.where(counts, 0).unsqueeze(1)
+    index = targets if words is None else targets - words.first
+    known = counts & (index >= 0) & (index < vocab)  # the target is among these words
+    index = index.where(known, 0).unsqueeze(1)
     wide = of_words.to(losses.dtype)
-    norm = wide.logsumexp(1, keepdim=True)
-    losses.copy_((norm - wide.gather(1, index)).squeeze(1).where(counts, 0))
+    norm, at_target = wide.logsumexp(1), wide.gather(1, index).squeeze(1).where(known, 0)
+    if words is not None:
+        norm, at_target = words.combined(norm, at_target)
+    losses.copy_((norm - at_target).where(counts, 0))
     if gradient:
-        wide.sub_(norm).exp_()  # the soft-max, then minus one at the target
-        wide.scatter_add_(1, index, wide.new_full(index.shape, -1.0)).masked_fill_(~counts.unsqueeze(1), 0)
+        wide.sub_(norm.unsqueeze(1)).exp_()  # the soft-max, then minus one at the target
+        wide.scatter_add_(1, index, -known.to(wide.dtype).unsqueeze(1)).masked_fill_(~counts.unsqueeze(1), 0)
         of_words.copy_(wide)
 
 
@@ -154,7 +196,7 @@ def _results(x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weight, *_, ctx.needs_x, ctx.needs_w = inputs
+    weight, ctx.needs_x, ctx.needs_w, ctx.inputs = inputs[1], inputs[6], inputs[7], len(inputs)
     _, dx, dw = output
     ctx.weight_dtype = weight.dtype
     ctx.mark_non_differentiable(dx, dw)
@@ -167,7 +209,7 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | 
     return (
         _times(dx, d_loss, dx.dtype) if ctx.needs_x and d_loss is not None else None,
         _times(dw, d_loss, ctx.weight_dtype) if ctx.needs_w and d_loss is not None else None,
-        *[None] * 6,
+        *[None] * (ctx.inputs - 2),
     )  # fmt: skip
 
 

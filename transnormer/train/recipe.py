@@ -17,6 +17,8 @@ from typing import Any
 from ..config import SIZES, ModelConfig, nearest
 from ..data.chat import FORMATS
 
+OPTIMIZERS = ("adamw", "adam", "muon")
+MOVABLE = re.compile(r"(parallel|checkpoint)\..*|train\.(accumulate|recompute|compile|device)")  # not what is learned
 SCHEDULES = ("cosine", "constant", "wsd")
 DTYPES = ("float32", "bfloat16")
 
@@ -42,14 +44,29 @@ class Train:
     accumulate: int = 1  # micro-batches a step
     dtype: str = "float32"  # of the matrix products; weights and optimizer stay in float32
     recompute: bool = False  # activations in the backward pass instead of storing them
+    compile: bool = False  # the blocks, by torch.compile
     reset_state: bool | None = None  # at the borders of documents; by default for conversations alone
+    patience: int = 3  # refused steps in a row after which the run goes back to its last checkpoint
+    spike: float = 0.0  # refuse a step whose loss is so many standard deviations above the last ones; 0: none for that
     device: str = "auto"
     seed: int = 0
     tensorboard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the processes of torchrun share the work; the product of the four is their number."""
+
+    replicate: int = 1  # copies of the sharded model, each reading other rows
+    shard: int = 0  # processes that share one copy, each reading other rows; 0: all that are left over
+    context: int = 1  # processes that share the tokens of a row
+    tensor: int = 1  # processes that share heads, columns and words
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim:
+    name: str = "adamw"  # muon: for the blocks' matrices, AdamW for all else
+    bits: int = 32  # of its memory; 8: by bitsandbytes, of adamw and adam on one process
     lr: float = 3e-4
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
@@ -71,6 +88,7 @@ class Evaluation:
 class Checkpoint:
     every: int = 250  # optimizer steps; 0: only at the end
     keep: int = 2  # the newest so many
+    keep_every: int = 0  # and those of every so many steps; 0: no others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +109,7 @@ class Recipe:
     model: dict[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
     lora: Lora | None = None
     optim: Optim = field(default_factory=Optim)
     eval: Evaluation = field(default_factory=Evaluation)
@@ -148,6 +167,7 @@ class Recipe:
             raise ValueError("lora needs model.from, the folder of the model to adapt")
         for key, word, words in (
             ("train.dtype", train.dtype, DTYPES), ("optim.schedule", optim.schedule, SCHEDULES),
+            ("optim.name", optim.name, OPTIMIZERS),
             ("data.format", self.data.format, ("text", *FORMATS)),
             ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
         ):  # fmt: skip
@@ -156,8 +176,10 @@ class Recipe:
         for key, number in (
             ("train.steps", train.steps), ("train.seq_len", train.seq_len), ("train.accumulate", train.accumulate),
             ("train.batch_tokens", train.batch_tokens), ("checkpoint.keep", self.checkpoint.keep),
+            ("train.patience", train.patience),
             ("optim.lr", optim.lr), ("eval.tokens", self.eval.tokens), ("lora.rank", lora.rank),
-            ("lora.alpha", lora.alpha),
+            ("lora.alpha", lora.alpha), ("parallel.replicate", self.parallel.replicate),
+            ("parallel.context", self.parallel.context), ("parallel.tensor", self.parallel.tensor),
         ):  # fmt: skip
             if number <= 0:
                 raise ValueError(f"{key} = {number}, but must be positive")
@@ -172,6 +194,8 @@ class Recipe:
         for key, number in (
             ("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every), ("optim.clip", optim.clip),
             ("optim.warmup_steps", optim.warmup_steps), ("optim.weight_decay", optim.weight_decay),
+            ("parallel.shard", self.parallel.shard), ("train.spike", train.spike),
+            ("checkpoint.keep_every", self.checkpoint.keep_every),
         ):  # fmt: skip
             if number < 0:
                 raise ValueError(f"{key} = {number}, but must be 0 or more")
@@ -180,6 +204,8 @@ class Recipe:
                 f"train.batch_tokens = {train.batch_tokens} is not a multiple of train.seq_len x train.accumulate = "
                 f"{train.seq_len * train.accumulate}"
             )
+        if optim.bits not in ((32,) if optim.name == "muon" else (32, 8)):
+            raise ValueError(f"optim.bits = {optim.bits}, but must be 32, or 8 with optim.name = adamw or adam")
         if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
             raise ValueError(f"optim.betas = {list(optim.betas)}, but must be two numbers from 0 to below 1")
         if not self.data.path:
@@ -217,10 +243,10 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
     def difference(self, other: Recipe) -> str | None:
-        """The first setting in which two recipes differ, as text; None where they are equal."""
+        """The first setting in which two recipes differ, as text; None where they are equal but for MOVABLE ones."""
         mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
         for key in [*mine, *theirs]:
-            if mine.get(key) != theirs.get(key):
+            if not MOVABLE.fullmatch(key) and mine.get(key) != theirs.get(key):
                 return f"{key} was {json.dumps(mine.get(key))} and is now {json.dumps(theirs.get(key))}"
         return None
 
@@ -280,6 +306,18 @@ def _parse(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return {"True": True, "False": False, "null": None, "None": None}.get(text, text)
+
+
+def model_overrides(size: str, overrides: Sequence[str]) -> ModelConfig:
+    """A named size with `model.key=value` overrides, as a recipe takes them. Raises ValueError for any other."""
+    fields: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        table, _, name = key.strip().partition(".")
+        if not equals or table != "model" or not name:
+            raise ValueError(f"{override!r} is no field of the model; write e.g. model.hidden_size=4096")
+        fields[name] = _parse(text.strip())
+    return ModelConfig.named(size.lower(), **fields)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

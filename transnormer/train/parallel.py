@@ -1,0 +1,300 @@
+"""One run on many processes: the mesh they form, what each of them is in it, and the model made to fit.
+
+The mesh has four dimensions, the last of which changes fastest from one rank to the next: `replicate` and `shard` read
+different rows, `context` different segments of the same rows, `tensor` different heads and columns of the same tokens.
+Losses are sums over tokens divided by the tokens of the whole step, and gradients are summed, never averaged: so every
+mesh computes what one process does.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from ..config import ModelConfig
+from ..data.loader import Batch
+from ..model.language_model import LanguageModel, find_device
+from .recipe import Parallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+T = TypeVar("T")
+
+
+class Elsewhere(Exception):
+    """Another process failed, and says so itself."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What this process is in the run. One process alone has no process group and no meshes.
+
+    ranks: the mesh (replicate, shard, tensor), whose shard is shard x context of these. segments: those of the same rows.
+    """
+
+    device: torch.device
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    rank: int = 0
+    ranks: DeviceMesh | None = None
+    segments: DeviceMesh | None = None
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"replicate": self.replicate, "shard": self.shard, "context": self.context, "tensor": self.tensor}
+
+    @property
+    def world(self) -> int:
+        return math.prod(self.shape.values())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def data_ranks(self) -> int:
+        """How many share the rows of a step."""
+        return self.replicate * self.shard
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.context * self.tensor)
+
+    @property
+    def context_rank(self) -> int:
+        return self.rank // self.tensor % self.context
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    def split(self, batch: Batch) -> Batch:
+        """Of this data rank's rows the segment that this rank reads; cu_seqlens stay those of the whole rows.
+
+        Raises ValueError where the rows' tokens are no multiple of context x tensor.
+        """
+        length = batch.ids.shape[1]
+        if length % (self.context * self.tensor):
+            raise ValueError(
+                f"parallel.context x tensor = {self.context * self.tensor} does not divide rows of {length} tokens"
+            )
+        part = length // self.context
+        mine = slice(self.context_rank * part, (self.context_rank + 1) * part)
+        return Batch(batch.ids[:, mine], batch.targets[:, mine], batch.cu_seqlens)
+
+    def gather(self, x: T) -> list[T]:
+        """What every rank gives, in their order, on every rank. Small things: it goes through pickle, over the network."""
+        if self.ranks is None:
+            return [x]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, x)
+        return found
+
+    def together(self, work: Callable[[], T], first: bool = False) -> T | None:
+        """What `work` returns, run on every rank, or on the first alone while the others wait (and get None).
+
+        An OSError or ValueError anywhere ends all: the first rank that has one raises it, the others Elsewhere.
+        """
+        result, error = None, None
+        if self.first or not first:
+            try:
+                result = work()
+            except (OSError, ValueError) as caught:
+                error = caught
+        failed = [rank for rank, wrong in enumerate(self.gather(error is not None)) if wrong]
+        if error is not None and failed[0] == self.rank:
+            raise error
+        if failed:
+            raise Elsewhere
+        return result
+
+    def failure(self, message: str) -> Exception:
+        """For what every rank raises alike: ValueError on the first, Elsewhere on the others."""
+        return ValueError(message) if self.first else Elsewhere()
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over all that read different tokens, the same on every rank. x: of any shape, on `device`."""
+        if self.ranks is None:
+            return x
+        x = x.clone()
+        for name in ("replicate", "shard"):
+            if self.ranks[name].size() > 1:
+                dist.all_reduce(x, group=self.ranks.get_group(name))
+        return x
+
+
+@contextmanager
+def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
+    """This process' place among those that torchrun started, or alone; ends the process group afterwards.
+
+    device: as in `find_device`; of several GPUs each process takes the one of its LOCAL_RANK.
+    Raises ValueError where the mesh does not fit the processes, or there are too few GPUs for them.
+    """
+    found, world = find_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    sizes(parallel, world)
+    if world == 1:
+        yield Mesh(found)
+        return
+    if found.type == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if found.index is not None:
+            raise ValueError(f"train.device = {device} names one GPU, and there are {world} processes; write cuda")
+        if local >= there:
+            raise ValueError(f"{there} GPUs are here for more processes; start torchrun with --nproc-per-node={there}")
+        found = torch.device("cuda", local)
+        torch.cuda.set_device(found)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=found)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield make_mesh(parallel, found)
+        dist.barrier()
+    finally:
+        gc.collect()  # what still holds a group's buffers would outlive it and abort the process at its exit
+        dist.destroy_process_group()
+
+
+def make_mesh(parallel: Parallel, device: torch.device) -> Mesh:
+    """The mesh over all processes of the default process group, whatever its backend. ValueError as in `sizes`."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    replicate, shard, context, tensor = found = sizes(parallel, dist.get_world_size())
+    ranks = init_device_mesh(
+        device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
+    )
+    segments = None
+    if context > 1:
+        names = ("replicate", "shard", "context", "tensor")
+        segments = init_device_mesh(device.type, found, mesh_dim_names=names)["context"]
+    return Mesh(device, *found, rank=dist.get_rank(), ranks=ranks, segments=segments)
+
+
+def sizes(parallel: Parallel, world: int) -> tuple[int, int, int, int]:
+    """(replicate, shard, context, tensor) of so many processes, shard = 0 taking what is left.
+
+    Raises ValueError naming the factor that does not divide them, and what would fit.
+    """
+    left = world
+    for name in ("tensor", "context", "replicate"):
+        size = getattr(parallel, name)
+        if left % size:
+            there = f"what is left of {world} processes, {left}" if left < world else f"the {world} processes"
+            there = "the 1 process" if world == 1 else there
+            raise ValueError(f"parallel.{name} = {size} does not divide {there}; {_listed(left)} would")
+        left //= size
+    if parallel.shard not in (0, left):
+        raise ValueError(
+            f"parallel.shard = {parallel.shard}, but of {world} processes {left} are left for it; write {left}, or 0 for all"
+        )
+    return parallel.replicate, left, parallel.context, parallel.tensor
+
+
+def check(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, rows: int) -> None:
+    """Refuse a mesh that the model or the batch does not fit. rows: of one micro-batch over all data ranks.
+
+    Raises ValueError naming the factor, what it does not divide, and what would fit.
+    """
+    replicate, shard, context, tensor = sizes(parallel, world)
+    parts = {
+        "num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    for name, size in parts.items():
+        if size % tensor:
+            fits = _listed(math.gcd(*parts.values()))
+            raise ValueError(
+                f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would fit the model"
+            )
+    if context > 1 and config.mixer != "gla":
+        raise ValueError(
+            f"parallel.context = {context} needs linear attention (model.mixer = gla): only its state is handed on"
+        )
+    if seq_len % (context * tensor):
+        most = _listed(seq_len // tensor) if seq_len % tensor == 0 else "none"
+        raise ValueError(
+            f"parallel.context x tensor = {context * tensor} does not divide train.seq_len = {seq_len}; with tensor = "
+            f"{tensor}, context may be {most}"
+        )
+    if rows % (replicate * shard):
+        raise ValueError(
+            f"parallel.replicate x shard = {replicate * shard} does not divide the {rows} rows of a micro-batch "
+            f"(train.batch_tokens / seq_len / accumulate); {_listed(rows)} would"
+        )
+
+
+def _listed(number: int) -> str:
+    """Its divisors, in words."""
+    divisors = [str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0]
+    return " or ".join([", ".join(divisors[:-1]), divisors[-1]] if len(divisors) > 1 else divisors)
+
+
+def parallelize(
+    model: LanguageModel, mesh: Mesh, *, recompute: bool = False, compile: bool = False, dtype: str = "float32"
+) -> None:
+    """Make the model this rank's, in place: tensor, context, recompute, compile, shard, in this order.
+
+    The model may lie on the meta device; `model.to_empty` and `init_weights` then give it the values that one process
+    would have. recompute: keep only each block's input in the forward pass, the rest is computed again in the backward
+    pass. compile: the blocks. dtype: of matrix products, as in the recipe; in it weights are gathered and multiplied.
+    """
+    if mesh.ranks is not None:
+        from . import sharding
+
+        sharding.cut(model, mesh)
+    for block in model.layers:
+        if model.config.mixer == "softmax":
+            block.forward = partial(_forgetting, block.forward)
+        # The compiler spares what nobody reads of a recomputation it sees, but saves a mesh as a tensor beside softmax
+        # attention's (torch 2.13).
+        seen = model.config.mixer != "softmax" or mesh.tensor == 1
+        if recompute and seen:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        if compile:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        if recompute and not seen:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    if mesh.ranks is not None:
+        sharding.shard(model, mesh, torch.bfloat16 if dtype == "bfloat16" else None)
+
+
+def _forgetting(forward: Callable[..., tuple[Tensor, Any]], *inputs: Any) -> tuple[Tensor, tuple[()]]:
+    """A softmax block without its state: all keys and values, which would be kept from every block to the last."""
+    return forward(*inputs)[0], ()
+
+
+def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
+    """Scale the gradients so that their norm over all ranks is at most `most` (0: leave them); returns the norm.
+
+    Nothing is read on the host; where the norm is not finite, neither are the gradients afterwards.
+    """
+    if mesh.ranks is None:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), most or math.inf)
+    from . import sharding
+
+    return sharding.clip(model, mesh, most)
+
+
+def full_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of whole weights by name on the CPU of rank 0, gathered one at a time; {} on the others. All ranks call it."""
+    first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if first:
+            found[name] = whole.detach().to("cpu", copy=True)
+    return found

@@ -1,0 +1,206 @@
+"""What a mesh does to a model: heads and columns to tensor ranks, segments to context ranks, weights to all (FSDP2).
+
+Between the blocks' products a tensor rank holds a part of the tokens, [B, T / N, D]: what stands there, norms and sums,
+is cut too. A mixer or GLU gathers all tokens, has its own heads or columns of them, and its last product scatters the
+sums over tokens again. Which part is cut how, the modules say themselves (`SHARDS`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from ..model.language_model import LanguageModel
+from ..model.layers import LRPE, local
+from .parallel import Mesh
+
+
+def cut(model: LanguageModel, mesh: Mesh) -> None:
+    """Tensor and context parallelism, in place."""
+    assert mesh.ranks is not None
+    if mesh.tensor > 1:
+        _cut_by_tensor(model, mesh.ranks["tensor"], mesh.tensor_rank)
+    if mesh.segments is not None:
+        model.share_rows(mesh.segments.get_group())
+
+
+def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
+    """FSDP2 over blocks and the rest, in place. dtype: that weights are gathered in, None for their own.
+
+    The rest (embedding, last norm, head) and blocks with LRPE are gathered as they are: angles times a million tokens
+    need all their bits, and a residual stream begins as the embedding's rows. So are blocks with LayerNorm, whose gains
+    the CPU takes in float32 alone.
+    """
+    assert mesh.ranks is not None
+    over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
+    blocks = model.blocks()
+    for block in blocks:
+        narrow = None if any(isinstance(module, (LRPE, nn.LayerNorm)) for module in block.modules()) else dtype
+        policy = MixedPrecisionPolicy(
+            param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False
+        )
+        # what is alone has nothing to gather again, and the last block's weights are wanted at once
+        again = mesh.shard * mesh.context > 1 and block is not blocks[-1]
+        fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=again)
+    fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    register_fsdp_forward_method(model, "loss")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # a sum, which gloo can do only as such
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
+    """See `parallel.clip`."""
+    assert mesh.ranks is not None
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    shares = [local(gradient) for gradient in gradients]
+    counted: list[list[Tensor]] = [[], []]  # of different values on each tensor rank, and of the same
+    for gradient, share in zip(gradients, shares, strict=True):
+        counted[_is_whole(gradient)].append(share)
+    nothing = torch.zeros((), device=mesh.device)
+    squares = [torch.nn.utils.get_total_norm(part).square() if part else nothing for part in counted]
+    square = squares[0] + squares[1] / mesh.tensor
+    for name in ("shard", "tensor"):
+        if mesh.ranks[name].size() > 1:
+            dist.all_reduce(square, group=mesh.ranks.get_group(name))
+    norm = square.sqrt()
+    if most:
+        torch._foreach_mul_(shares, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _is_whole(x: Any) -> bool:
+    """Whether every tensor rank holds the same of it."""
+    names = x.device_mesh.mesh_dim_names
+    return "tensor" in names and x.placements[names.index("tensor")].is_replicate()
+
+
+# Tensor parallelism.
+
+
+def _cut_by_tensor(model: LanguageModel, mesh: DeviceMesh, rank: int) -> None:
+    tokens, whole = Shard(1), Replicate()
+    _distribute(model.embed_tokens, mesh, Shard(0))
+    model.embed_tokens.forward = partial(_embed_words, model.embed_tokens, mesh)  # type: ignore[method-assign]
+    if model.embed_positions is not None:
+        _distribute(model.embed_positions, mesh, whole)
+        model.embed_positions.forward = partial(_embed_positions, model.embed_positions, mesh)  # type: ignore[method-assign]
+    if model.lm_head is not None:  # only its weight is ever used
+        _distribute(model.lm_head, mesh, Shard(0))
+    _cut_norm(model.norm, mesh)
+    every = PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=whole, use_local_output=False)
+    parallelize_module(model.norm, mesh, every)
+    for block in model.blocks():
+        _cut_norm(block.mixer_norm, mesh)
+        _cut_norm(block.glu_norm, mesh)
+        block.mixer.keep_heads(rank, mesh.size())
+        for module, others in ((block.mixer, 2), (block.glu, 0)):
+            _cut_module(module, mesh)
+            layouts = (tokens, *[None] * others), (whole, *[None] * others)
+            parallelize_module(
+                module, mesh, PrepareModuleInput(input_layouts=layouts[0], desired_input_layouts=layouts[1])
+            )
+
+
+def _cut_module(module: Any, mesh: DeviceMesh) -> None:
+    """Cut a mixer or GLU by its SHARDS, every weight of it."""
+    parts = dict(module.named_modules())
+    for path, word in module.SHARDS.items():
+        part = parts.get(path)
+        if part is None:
+            continue
+        if word in ("columns", "rows") and not isinstance(part, nn.Linear):
+            raise ValueError(f"parallel.tensor = {mesh.size()} cannot cut adapted maps; with lora it must be 1")
+        if word == "columns":
+            parallelize_module(part, mesh, ColwiseParallel(), src_data_rank=None)
+        elif word == "rows":
+            parallelize_module(part, mesh, RowwiseParallel(output_layouts=Shard(1)), src_data_rank=None)
+        elif word == "norm":
+            setattr(module, path, _NormOfShards(part, mesh))
+        else:
+            _distribute(part, mesh, {"heads": Shard(0), "whole": Replicate()}[word])
+    plain = [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
+    assert not plain, f"SHARDS of {type(module).__name__} says nothing of {plain}"
+
+
+def _cut_norm(norm: nn.Module, mesh: DeviceMesh) -> None:
+    """Of a norm of whole tokens: each rank norms its own, and the gains' gradients are summed."""
+    if any(True for _ in norm.parameters()):
+        parallelize_module(norm, mesh, SequenceParallel(use_local_output=True))
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Any) -> None:
+    """Make a module's own parameters DTensors."""
+    for name, p in list(module.named_parameters(recurse=False)):
+        whole = distribute_tensor(p.detach(), mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
+
+
+def _embed_words(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
+    """Of an embedding each of whose ranks has some words: zeros for the others', and a sum scattered over tokens."""
+    weight = local(module.weight)
+    first = mesh.get_local_rank() * len(weight)
+    index = ids - first
+    inside = (index >= 0) & (index < len(weight))
+    pad = -1 if module.padding_idx is None else module.padding_idx - first
+    x = F.embedding(index.where(inside, 0), weight, pad if 0 <= pad < len(weight) else None)
+    part = DTensor.from_local(x * inside.unsqueeze(-1), mesh, [Partial()], run_check=False)
+    return part.redistribute(placements=[Shard(1)]).to_local()
+
+
+def _embed_positions(module: Any, mesh: DeviceMesh, positions: Tensor) -> Tensor:
+    """Of a learned table that every rank has: the rows of its own tokens."""
+    mine = positions.chunk(mesh.size(), dim=-1)[mesh.get_local_rank()]
+    return F.embedding(mine, module.weight.to_local(grad_placements=[Partial()]))
+
+
+class _NormOfShards(nn.Module):
+    """The norm over all heads where each rank has some: one or two sums a token are exchanged, and it is exact."""
+
+    def __init__(self, norm: Any, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.eps, self.mesh, self.centers = norm.eps, mesh, isinstance(norm, nn.LayerNorm)
+        self.weight, self.bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        _distribute(self, mesh, Shard(0))
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., H V / N]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.centers:
+            wide = wide - self._mean(wide)
+        y = wide * torch.rsqrt(self._mean(wide.square()) + self.eps)
+        if self.weight is not None:
+            y = y * local(self.weight)
+        if self.bias is not None:
+            y = y + local(self.bias)
+        return y.to(x.dtype)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """[..., 1]: over the columns of all ranks. Whatever each makes of it, the gradients are summed."""
+        part = DTensor.from_local(x.sum(-1, keepdim=True), self.mesh, [Partial()], run_check=False)
+        total = part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        return total / (x.shape[-1] * self.mesh.size())
