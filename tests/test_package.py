@@ -32,13 +32,14 @@ DOORS = {
     "pyarrow": "corpus.py",
     "zstandard": "corpus.py",
     "matplotlib": "metrics.py",
-    "psutil": "loop.py",
+    "psutil": "setup.py",
     "sentencepiece": "tokenizers.py",
     "tiktoken": "tokenizers.py",
     "lm_eval": "harness.py",
     "datasets": "harness.py",
     "transformers": "hf.py",
     "peft": "lora.py",
+    "bitsandbytes": "optim.py",
     "jinja2": "render.py",
 }
 

@@ -70,13 +70,17 @@ def train(
     """Train a model from a recipe into runs/<run>; the same command again goes on where it stopped."""
     from .train.loop import Interrupted
     from .train.loop import train as run
+    from .train.metrics import say
+    from .train.parallel import Elsewhere
     from .train.recipe import Recipe
 
     try:
         run(Recipe.load(recipe, overrides or ()))
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         raise typer.Exit(128 + error.signal_number) from error
+    except Elsewhere as error:
+        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -365,6 +369,66 @@ def info(
     print(config.to_json(), end="")
 
 
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the model to change, e.g. model.hidden_size=25600.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="The model: a named size, e.g. 175b.")] = "385m",
+    gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Their kind, e.g. h100, h200, a100, b200.")] = "h100",
+    tokens: Annotated[str, typer.Option(help="To train on, e.g. 300B, 2T.")] = "1T",
+    seq: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 2_048,
+    batch_tokens: Annotated[str, typer.Option(help="A step; here K is 2^10, M 2^20.")] = "4M",
+    replicate: Annotated[
+        int | None, typer.Option(min=1, help="As in a recipe; by default the best, as all below.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=1)] = None,
+    tensor: Annotated[int | None, typer.Option(min=1)] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1)] = None,
+    recompute: Annotated[bool | None, typer.Option("--recompute/--no-recompute")] = None,
+    compare_tensor: Annotated[
+        bool, typer.Option(help="Instead: tensor = 1, 2, 4, 8, beside the Transformer's.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the meshes on which a training run fits, what they need, and how long it takes."""
+    import json
+
+    from rich.console import Console
+
+    from .config import TRANSFORMER
+    from .train import plan as planning
+    from .train.plan_check import check_plan, compared, record, table
+    from .train.recipe import model_overrides
+
+    config = model_overrides(size, overrides or ())
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if compare_tensor:
+        models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
+        found = {name: planning.compare_tensor(each, gpus, seq, gpu) for name, each in models.items()}
+        if as_json:
+            print(json.dumps({name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}, indent=2))
+        else:
+            console.print(compared(found))
+        return
+    job = planning.Job(
+        config=config, gpus=gpus, kind=gpu.lower(), tokens=_count(tokens, 1_000), seq_len=seq,
+        batch_tokens=_count(batch_tokens, 1_024), replicate=replicate, context=context, tensor=tensor,
+        accumulate=accumulate, recompute=recompute,
+    )  # fmt: skip
+    with Console(stderr=True).status("looking for meshes") as status:
+        plans = job.best()
+        for number, each in enumerate(plans):
+            status.update(f"cutting the model for plan {number + 1} of {len(plans)}")
+            check_plan(config, each)
+    if as_json:
+        print(json.dumps(record(job, plans), indent=2))
+        return
+    console.print(table(job, plans))
+    print("Shares of weights, and so of gradients and optimizer, are checked against the real sharding code.")
+
+
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
@@ -421,6 +485,17 @@ def _bytes(size: str) -> int:
     count = int(float(found[1]) * units[found[2] or ""]) if found else 0
     if count < 1:
         raise ValueError(f"{size!r} is no size in bytes; write e.g. 5GB, 500MB")
+    return count
+
+
+def _count(text: str, thousand: int) -> int:
+    """A number of tokens, such as 2T, 300B, 4M or 1000."""
+    import re
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper())
+    count = round(float(found[1]) * thousand ** " KMBT".index(found[2] or " ")) if found else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is no number of tokens; write e.g. 2T, 300B, 4M")
     return count
 
 

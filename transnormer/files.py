@@ -17,6 +17,7 @@ from torch import Tensor
 WEIGHTS = "model.safetensors"
 FINGERPRINT = "fingerprint.json"  # what a converted model must be; of no use to other weights
 INDEX = "model.safetensors.index.json"  # which of several files holds each tensor, as transformers writes it
+PIECES = "weights-{:05d}-of-{:05d}.safetensors"  # of a model trained by many processes: what each of them held
 LARGEST_INDEX_BYTES = 2**26
 
 
@@ -54,11 +55,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """A model's tensors from WEIGHTS or, where only INDEX is there, from the shards that it names.
+    """A model's tensors from WEIGHTS; without it from the shards that INDEX names; without that from PIECES.
 
     ValueError or OSError names the file that is missing or damaged, or the tensor that is not where INDEX says.
     """
     folder = Path(folder)
+    if not (folder / WEIGHTS).is_file() and (first := sorted(folder.glob("weights-*-of-*.safetensors"))[:1]):
+        return _assemble(folder, count=int(first[0].stem.rpartition("-")[2]))
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return read_tensors(folder / WEIGHTS)[0]
     shards: dict[str, set[str]] = {}
@@ -74,6 +77,29 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder / shard} {word} {wrong[0]}: it and {INDEX} are not of one model")
         tensors.update(found)
     return tensors
+
+
+def _assemble(folder: Path, count: int) -> dict[str, Tensor]:
+    """Whole tensors from PIECES, of which there must be `count` files."""
+    whole: dict[str, Tensor] = {}
+    filled: dict[str, int] = {}
+    for number in range(1, count + 1):
+        path = folder / PIECES.format(number, count)
+        pieces, metadata = read_tensors(path)
+        try:
+            layout = json.loads(metadata[OFFSETS])
+            for name, piece in pieces.items():
+                begin, shape = layout[name]["saved_offsets"], layout[name]["shape"]
+                if name not in whole:
+                    whole[name] = torch.empty(shape, dtype=piece.dtype)
+                whole[name][tuple(slice(b, b + n) for b, n in zip(begin, piece.shape, strict=True))] = piece
+                filled[name] = filled.get(name, 0) + piece.numel()
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged, or not a piece of a checkpoint ({error})") from error
+    for name, tensor in whole.items():
+        if filled[name] != tensor.numel():
+            raise ValueError(f"{folder}: {filled[name]:,} of {tensor.numel():,} numbers of {name} are there")
+    return whole
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -117,12 +143,12 @@ def flush(path: Path) -> None:
 SEAL = "complete.json"
 
 
-def seal(folder: Path) -> None:
-    """Flush every file of the folder to the disk, then write SEAL."""
+def seal(folder: Path, known: Mapping[str, Mapping[str, object]] | None = None) -> None:
+    """Flush every file of the folder to the disk, then write SEAL. known: what `write_pieces` returned of some of them."""
     record = {}
     for path in sorted(folder.iterdir()):
         flush(path)
-        record[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        record[path.name] = (known or {}).get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
     flush(folder)
     write_text(folder / SEAL, json.dumps(record, indent=2) + "\n")
 
@@ -131,7 +157,7 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
     """What is wrong with a sealed folder, or with the named files of it; None where all is as it was written."""
     try:
         record = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        for name in names or record:
+        for name in record if names is None else names:
             path, wanted = folder / name, record[name]
             if not path.is_file():
                 return f"{name} is missing"
@@ -161,6 +187,23 @@ def sha256(path: Path) -> str:
 # Weights too large to hold: written piece by piece, in as many files as wanted, with the hash of each file.
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+WHOLE_NAMES = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+OFFSETS = "DCP_SHARDING_INFO"  # the entry of a file's metadata in which torch.distributed.checkpoint looks for them
+
+
+def write_pieces(
+    path: Path, pieces: Mapping[str, Tensor], layout: Mapping[str, Mapping[str, Sequence[int]]] | None = None
+) -> dict[str, object]:
+    """Write tensors on the CPU to a safetensors file, hashed on the way; returns {"bytes": size, "sha256": hash}.
+
+    layout: where they are pieces of larger tensors, each one's "saved_offsets" in it, and its whole "shape".
+    Lets other threads run meanwhile. Raises OSError naming the file.
+    """
+    kinds = {name: (piece.dtype, piece.shape) for name, piece in pieces.items()}
+    sizes = {name: piece.nbytes for name, piece in pieces.items()}
+    metadata = {"format": "pt"} | ({} if layout is None else {OFFSETS: json.dumps(layout)})
+    digest = _write_shard(path, kinds, sizes, lambda name: [pieces[name]], metadata)
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def write_shards(
@@ -203,15 +246,17 @@ def _write_shard(
     layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     sizes: Mapping[str, int],
     read: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """One safetensors file: the header's length, the header (JSON padded to 8 bytes), the tensors. Returns its hash."""
+    names_of = DTYPE_NAMES | WHOLE_NAMES
     names = sorted(layout, key=lambda name: -layout[name][0].itemsize)  # wide numbers first: all are then aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     offset = 0
     for name in names:
         dtype, shape = layout[name]
         spread = [offset, offset + sizes[name]]
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": spread}
+        header[name] = {"dtype": names_of[dtype], "shape": list(shape), "data_offsets": spread}
         offset = spread[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

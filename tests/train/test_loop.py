@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,60 +19,7 @@ from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Recipe
 
-STEPS = 40
-
-
-@pytest.fixture
-def work(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a recipe for a tiny model."""
-    (tmp_path / "tiny.toml").write_text(
-        f"""
-        [data]
-        path = "{prepared}"
-        [model]
-        num_hidden_layers = 2
-        hidden_size = 32
-        num_attention_heads = 2
-        intermediate_size = 48
-        [train]
-        steps = {STEPS}
-        seq_len = 32
-        batch_tokens = 128
-        [optim]
-        lr = 1e-2
-        warmup_steps = 4
-        [eval]
-        every = 10
-        tokens = 512
-        [checkpoint]
-        every = 3
-        """
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def tiny(*overrides: str) -> Recipe:
-    return Recipe.load("tiny.toml", overrides)
-
-
-def start(*overrides: str, **options) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "transnormer", "train", "tiny.toml", *overrides]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
-
-
-def curve(run: str) -> list[tuple[int, float, float | None]]:
-    lines = read_metrics(Path("runs") / run / "metrics.jsonl")
-    return [(line["step"], line["loss"], line.get("valid_loss")) for line in lines]
-
-
-@pytest.fixture
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from .runs import STEPS, curve, start, tiny
 
 
 def test_a_run_leaves_what_it_promises(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -140,43 +83,6 @@ def test_tensorboard_on_request(work: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
 
 
-def check_kills_lose_nothing(kills: int, seed: int, steps: int) -> None:
-    """Kill a run at random moments; its curve and weights must equal an undisturbed run's, bit for bit."""
-    recipe = Path("tiny.toml")
-    recipe.write_text(recipe.read_text().replace(f"steps = {STEPS}", f"steps = {steps}"))
-    whole = start("run=whole", "checkpoint.keep=1")
-    assert whole.wait(120) == 0, whole.stderr.read()
-    draw, killed = random.Random(seed), 0
-    while killed < kills:
-        process = start("run=killed", "checkpoint.keep=1")
-        lines = Path("runs/killed/metrics.jsonl")
-        before = lines.stat().st_size if lines.exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:  # let it get to work, then strike at any moment
-            if lines.exists() and lines.stat().st_size != before:
-                break
-            time.sleep(0.005)
-        time.sleep(draw.random() * 0.25)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() != 0, "it finished before it could be killed: give it more steps"
-        killed += 1
-    last = start("run=killed", "checkpoint.keep=1")
-    assert last.wait(120) == 0, last.stderr.read()
-    assert curve("killed") == curve("whole")
-    one, other = (transnormer.load(f"runs/{run}").state_dict() for run in ("killed", "whole"))
-    assert all(torch.equal(one[name], other[name]) for name in other)
-    assert not list(Path("runs/killed/checkpoints").glob(".*.partial"))
-
-
-def test_kills_at_random_moments_lose_nothing(work: Path) -> None:
-    check_kills_lose_nothing(kills=5, seed=1, steps=300)
-
-
-@pytest.mark.proof
-def test_many_kills_at_random_moments_lose_nothing(work: Path) -> None:
-    check_kills_lose_nothing(kills=30, seed=2, steps=2_000)
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(work: Path) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run = f"stopped-{code}"
@@ -210,40 +116,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(work: Path) -> None:
     assert curve("full")[-1][0] == 12
 
 
-def test_damage_is_named_and_the_newest_good_checkpoint_offered(work: Path) -> None:
-    recipe = tiny("run=hurt", "train.steps=9")
-    run = train(recipe)
-    newest, older = step_folders(run / "checkpoints")
-    (newest / "complete.json").rename(run / "complete.json")
-    with pytest.raises(ValueError, match=r"step-0000009: complete\.json is missing; .* newest good one, step-0000006"):
-        train(recipe)
-    (run / "complete.json").rename(newest / "complete.json")
-    (newest / "training.json").unlink()
-    with pytest.raises(ValueError, match=r"step-0000009: training\.json is missing; .* newest good one, step-0000006"):
-        train(recipe)
-    weights = newest / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"model\.safetensors is damaged .*the newest good one is {older}"):
-        transnormer.load(run)
-    weights.write_bytes(content[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated \(100 of"):
-        transnormer.load(run)
-    newest.rename(run / "away")
-    train(recipe)  # goes on from step 6
-    assert [step for step, _, _ in curve("hurt")] == list(range(1, 10))
-
-
-def test_numbers_that_are_not_finite_never_reach_the_weights(work: Path) -> None:
-    with pytest.raises(ValueError, match=r"step \d+: loss .*stopped before it could reach the weights"):
-        train(tiny("run=wild", "optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.every=1", "checkpoint.keep=9"))
-    for folder in step_folders(Path("runs/wild/checkpoints")):
-        assert transnormer.load(folder) is not None
-    lines = curve("wild")
-    assert all(math.isfinite(loss) for _, loss, _ in lines)
-
-
 def test_what_cannot_work_is_said_before_it_costs_anything(work: Path, prepared: Path) -> None:
     with pytest.raises(ValueError, match=r"parameters with 128 tokens .* needs more than [\d,.]+ GiB"):
         train(tiny("run=big", "model.size=175b"))
@@ -267,7 +139,7 @@ def test_a_start_that_saved_nothing_binds_nobody(work: Path) -> None:
     with pytest.raises(ValueError, match=r"max_position_embeddings = 8 is below train\.seq_len"):
         train(tiny("run=late", "model.position=ape", "model.max_position_embeddings=8"))
     assert not Path("runs/late").exists()
-    with pytest.raises(ValueError, match="try run=NAME with a lower"):
+    with pytest.raises(ValueError, match="there is no checkpoint to go back to; try run=NAME with a lower"):
         train(tiny("run=late", "optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.every=0"))
     train(tiny("run=late", "train.steps=3"))
     assert len(curve("late")) == 3
@@ -298,7 +170,7 @@ def test_a_run_goes_on_with_its_own_data_only(work: Path, text_file: Path) -> No
 def test_without_git_and_with_a_picture_that_cannot_be_drawn(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     (work / "runs/bare/loss.png").mkdir(parents=True)  # a folder where the picture should go
-    monkeypatch.setattr("transnormer.train.loop._check_same", lambda *_: None)
+    monkeypatch.setattr("transnormer.train.loop.check_same", lambda *_: None)
     run = train(tiny("run=bare", "train.steps=3"))
     assert json.loads((run / "run.json").read_text())["starts"][0]["commit"] is None
     assert step_folders(run / "checkpoints")[0].name == "step-0000003"

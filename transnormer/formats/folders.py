@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import torch
 
 from ..data.tokenizer import GPT2_FILES, load_tokenizer
-from ..files import damage, step_folders
+from ..files import SEAL, damage, step_folders
 from ..model.language_model import LanguageModel
 from . import released
 from .fingerprint import Fingerprint
-
-MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def load(
@@ -24,12 +24,11 @@ def load(
 ) -> LanguageModel:
     """The model of any folder, its `tokenizer` attribute set where the folder has one (else None).
 
-    path: a run folder (its newest checkpoint is taken), a checkpoint or exported folder (config.json,
+    path: a run folder (its newest good checkpoint is taken, with a warning where newer ones are damaged), a checkpoint or exported folder (config.json,
         model.safetensors, tokenizer.json), or a folder in the published format.
     dtype: of the weights in memory; None keeps the stored one.
     check: where the folder has a fingerprint.json, compare its weight files' hashes and the model's logits with it.
-    Raises OSError or ValueError: one line that names the file and what is wrong, and for a damaged checkpoint the
-    newest good one.
+    Raises OSError or ValueError: one line that names the file and what is wrong.
     """
     folder = find_model(Path(path))
     values = released.read_config(folder)
@@ -47,18 +46,30 @@ def load(
 
 
 def find_model(path: Path) -> Path:
-    """The folder with config.json that `path` stands for: itself, or the newest checkpoint of a run."""
+    """The folder with config.json that `path` stands for: itself, or the newest good checkpoint of a run."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder")
     if (path / "checkpoints").is_dir():
         checkpoints = step_folders(path / "checkpoints")
         if not checkpoints:
             raise FileNotFoundError(f"{path}: the run has no complete checkpoint yet")
-        if wrong := damage(checkpoints[0], MODEL_FILES):
-            good = next((folder for folder in checkpoints[1:] if not damage(folder, MODEL_FILES)), None)
-            offer = f"the newest good one is {good}" if good else "no earlier one is good"
-            raise ValueError(f"{checkpoints[0]}: {wrong}; {offer}")
-        return checkpoints[0]
+        damages: list[str] = []
+        for folder in checkpoints:
+            if (wrong := damage(folder, _sealed_model(folder))) is None:
+                for line in damages:
+                    warnings.warn(f"{line}; {folder.name} is taken instead", stacklevel=2)
+                return folder
+            damages.append(f"{folder}: {wrong}")
+        raise ValueError(f"{damages[0]}; no earlier checkpoint is good")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: neither a run (checkpoints/) nor a model folder (config.json)")
     return path
+
+
+def _sealed_model(folder: Path) -> list[str]:
+    """The files of a checkpoint that are the model."""
+    try:
+        names = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        return ["config.json", *(name for name in names if name.startswith(("model", "weights")))]
+    except (OSError, ValueError, TypeError):
+        return []  # and `damage` will say what is wrong with the seal

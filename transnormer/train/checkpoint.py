@@ -1,25 +1,45 @@
-"""Checkpoints that a kill at any moment cannot spoil.
+"""Checkpoints that a kill at any moment cannot spoil, written while training goes on.
 
-A checkpoint is a folder that `transnormer.load` reads (config.json, model.safetensors, tokenizer.json) with what
-training needs beside it. It is written under a hidden name, sealed (every file flushed and hashed, the seal last) and
-renamed: under its own name it is whole. Of a model with adapters the weights are written merged, for use; training
-goes on from the adapters, which lie in a sealed folder of their own inside.
+A checkpoint is a folder with config.json, tokenizer.json, the weights, and what training needs beside them. One process
+writes the weights whole, so that the folder is a model by itself; of many each writes the pieces that it holds, with
+their places in the whole, so that any other mesh can read them (with torch.distributed.checkpoint; nothing is pickled)
+and `transnormer.load` as well. Of a model with adapters the weights are written merged, for use; training goes on from
+the adapters, which lie in a sealed folder of their own inside.
+
+A checkpoint is written under a hidden name by a thread of each process, from copies in host memory. When all have
+written, which they learn at the end of a step, the first seals it (all hashes, last) and renames it: under its own name it
+is whole. What is damaged later is named, set aside and never deleted.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..config import ModelConfig
 from ..data import chat
-from ..files import damage, flush, read_tensors, seal, step_folders, write_tensors, write_text
+from ..files import PIECES, SEAL, WEIGHTS, damage, flush, seal, step_folders, write_pieces, write_text
+from ..model.card import write_card
 from ..model.language_model import LanguageModel
-from . import lora
+from . import lora, storage
+from .metrics import say
 from .optim import load_optimizer_tensors, optimizer_tensors
+from .parallel import Elsewhere, Mesh
+from .recipe import Checkpoint
+
+MEMORY = "optimizer.safetensors"
+MEMORY_PIECES = "optimizer-{:05d}-of-{:05d}.safetensors"
+RECORD = "training.json"
+WINDOW = 32  # losses that are remembered, to know a spike by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,91 +52,297 @@ class Origin:
     base: str | None = None
 
 
-def save(
-    parent: Path,
-    step: int,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    position: int,
-    origin: Origin,
-    keep: int,
-) -> Path:
-    """Write `parent`/step-N and remove all but the newest `keep`. OSError (a full disk) leaves the others untouched.
+@dataclass
+class Place:
+    """Where a run is, beside its weights and its optimizer's memory.
 
-    position: samples the loader has given, the whole of its state.
+    position: samples taken so far, by refused steps too; refused: steps in a row, up to the last, that were refused;
+    losses: of the last steps that were not; skipped: samples (from, to) that a return passed over.
     """
-    folder = parent / f"step-{step:07d}"
-    if folder.exists() and not damaged(folder, origin.adapter is not None):
-        return folder
-    partial = parent / f".{folder.name}.partial"
+
+    step: int = 0
+    position: int = 0
+    refused: int = 0
+    losses: list[float] = field(default_factory=list)
+    skipped: list[list[int]] = field(default_factory=list)
+
+    def pass_step(self, position: int, refused: bool, losses: list[float]) -> None:
+        """A step took samples up to `position`, and was refused or not. losses: its own, where losses are watched."""
+        self.step, self.position = self.step + 1, position
+        self.refused = self.refused + 1 if refused else 0
+        if not refused:
+            self.losses = [*self.losses, *losses][-WINDOW:]
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints. Every process has one and calls the same methods in the same order.
+
+    A save is in one of two phases, written and then sealed; `flags` is what this process has to tell about it, summed
+    over all processes by the caller at each step's end and given to `advance`, which raises what went wrong: OSError
+    where this process could not write, Elsewhere where another could not. Checkpoints before it are then untouched.
+    """
+
+    def __init__(self, parent: Path, mesh: Mesh, origin: Origin, keep: Checkpoint):
+        self._parent, self._mesh, self._origin, self._keep = parent, mesh, origin, keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._job: Future[Any] | None = None
+        self._phase: str | None = None
+        self._partial, self._prune = parent, False
+        self._host: dict[str, Tensor] = {}  # where the copies are kept, from one save to the next
+        if mesh.first:
+            parent.mkdir(exist_ok=True)
+            clear_partial(parent)
+        mesh.gather(None)  # nobody writes before that
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and self._mesh.world == 1:
+            self.settle()  # what was begun is finished; raised over `error` only where that fails too
+        self._writer.shutdown()
+
+    # Writing.
+
+    def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, place: Place) -> None:
+        """Begin to write `place`'s checkpoint, once the one before is done; returns when all is copied."""
+        self.settle()
+        mesh, origin = self._mesh, self._origin
+        self._partial = self._parent / f".step-{place.step:07d}.partial"
+        self._prune = place.refused == 0  # else the last one before the refused steps must stay
+        weights = (model if origin.adapter is None else lora.merged(model)).state_dict()
+        memory = optimizer_tensors(model, optimizer) | {f"torch{storage.RANDOM}{mesh.rank}": torch.get_rng_state()}
+        if mesh.device.type == "cuda":
+            memory[f"cuda{storage.RANDOM}{mesh.rank}"] = torch.cuda.get_rng_state()
+        files = {
+            _name(WEIGHTS, PIECES, mesh): self._copies(weights),
+            _name(MEMORY, MEMORY_PIECES, mesh): self._copies(dict(sorted(memory.items()))),
+        }
+        adapter = {} if origin.adapter is None else self._copies(lora.adapter_tensors(model))[0]
+        copied = torch.cuda.Event() if mesh.device.type == "cuda" else None
+        if copied is not None:
+            copied.record()
+        record = (
+            json.dumps(asdict(place) | {"data": origin.data, "base": origin.base, "mesh": storage.shape(mesh)}) + "\n"
+        )
+
+        def write() -> dict[str, dict[str, object]]:
+            if copied is not None:
+                copied.synchronize()
+            folder = self._partial
+            folder.mkdir(exist_ok=True)
+            hashes = {name: write_pieces(folder / name, *content) for name, content in files.items()}
+            if mesh.first:
+                _describe(folder, model, origin)
+                write_text(folder / RECORD, record)
+            if origin.adapter is not None:
+                lora.save_adapter(folder / lora.FOLDER, adapter, origin.adapter)
+                seal(folder / lora.FOLDER)
+            return hashes
+
+        self._phase, self._job = "written", self._writer.submit(write)
+
+    def _copies(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """What this process writes of the tensors, on the host, and where it lies in the whole (None: it is the whole).
+
+        From a GPU the copies are on their way: `torch.cuda.Event` says when they are there.
+        """
+        copies, layout = {}, {}
+        for name, piece, begin, shape in storage.pieces(tensors, self._mesh):
+            held = self._host.get(name)
+            if held is None or held.shape != piece.shape or held.dtype != piece.dtype:
+                held = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+                self._host[name] = held
+            copies[name] = held.copy_(piece, non_blocking=True)
+            layout[name] = {"saved_offsets": begin, "shape": shape}
+        return copies, layout if self._mesh.world > 1 else None
+
+    @property
+    def flags(self) -> tuple[int, int]:
+        """(this process has not finished, this process failed), to be summed over all."""
+        if self._job is None or not self._job.done():
+            return int(self._job is not None), 0
+        return 0, int(self._job.exception() is not None)
+
+    def advance(self, unfinished: int, failed: int) -> None:
+        """Go on to the next phase if all processes are through with this one."""
+        if failed:
+            job, self._phase, self._job = self._job, None, None
+            error = job.exception() if job is not None else None
+            if self._mesh.first:
+                clear_partial(self._parent)
+            raise error if error is not None else Elsewhere
+        if self._phase is None or unfinished:
+            return
+        if self._phase == "sealed":
+            self._phase = self._job = None
+            return
+        assert self._job is not None
+        known = {name: wanted for each in self._mesh.gather(self._job.result()) for name, wanted in each.items()}
+        self._phase = "sealed"
+        self._job = self._writer.submit(self._seal, known) if self._mesh.first else None
+
+    def settle(self) -> None:
+        """Wait until what was begun is sealed."""
+        while self._phase is not None:
+            if self._job is not None:
+                self._job.exception()
+            told = self._mesh.gather(self.flags)
+            self.advance(sum(each[0] for each in told), sum(each[1] for each in told))
+
+    def _seal(self, known: dict[str, dict[str, object]]) -> None:
+        folder = self._parent / self._partial.name[1:].removesuffix(".partial")
+        seal(self._partial, known)
+        if folder.exists():
+            set_aside(folder)
+        self._partial.rename(folder)
+        flush(self._parent)
+        every = self._keep.keep_every
+        for old in step_folders(self._parent)[self._keep.keep :] if self._prune else []:
+            if not every or int(old.name[5:]) % every:
+                remove(old)
+
+    # Reading.
+
+    def resume(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place:
+        """Load the newest good checkpoint into model and optimizer; without any, a run's beginning.
+
+        A damaged one that is newer is named and set aside. Raises ValueError where none is good, and where the model,
+        the data, or the weights under the adapter are not those of the checkpoint, naming what differs.
+        """
+        folder, later = self._newest(lambda record: True)
+        if folder is None and later:
+            wrong = self._damage(later[0])
+            raise self._mesh.failure(f"{later[0]}: {wrong}; none is good: to start again, move {self._parent} away")
+        return Place() if folder is None else self._load(folder, later, model, optimizer)
+
+    def go_back(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place | None:
+        """Load the newest good checkpoint that no refused step precedes, and remove those after it; None without one."""
+        self.settle()
+        folder, later = self._newest(lambda record: not record.get("refused"))
+        return None if folder is None else self._load(folder, later, model, optimizer)
+
+    def _newest(self, fits: Callable[[dict[str, Any]], bool]) -> tuple[Path | None, list[Path]]:
+        """The newest good checkpoint that fits, and those after it."""
+        found = self._mesh.gather(step_folders(self._parent) if self._mesh.first else [])[0]
+        for number, folder in enumerate(found):
+            if self._damage(folder) is None and fits(_record(folder)):
+                return folder, found[:number]
+        return None, found
+
+    def _damage(self, folder: Path) -> str | None:
+        """As `damaged`, the files shared among the processes."""
+        found = self._mesh.gather(damaged(folder, self._origin.adapter is not None, self._mesh.rank, self._mesh.world))
+        return next((wrong for wrong in found if wrong is not None), None)
+
+    def _load(self, folder: Path, later: list[Path], model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place:
+        """Read a checkpoint, then see to it that those after it count no longer."""
+        place = self._mesh.together(lambda: self._read(folder, model, optimizer))
+        for other in later:
+            wrong = self._damage(other)  # which every process must ask
+            if self._mesh.first and wrong is not None:
+                say(f"{other}: {wrong}; it is now {set_aside(other).name}, and the run goes on from {folder.name}")
+            elif self._mesh.first:
+                remove(other)
+        assert place is not None
+        return place
+
+    def _read(self, folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place:
+        record, origin, mesh = _record(folder), self._origin, self._mesh
+        if record["data"] != origin.data:
+            raise ValueError(f"{folder} was trained on other data than data.path holds now; give another run=NAME")
+        if record["base"] != origin.base:
+            raise ValueError(f"{folder} was trained on other weights than model.from holds now; give another run=NAME")
+        if (other := difference(ModelConfig.from_json(folder / "config.json"), model.config)) is not None:
+            raise ValueError(f"{folder} is of another model: {other}; give another run=NAME")
+        before, now = record.get("mesh"), storage.shape(mesh)
+        if before != now:
+            say(f"{folder.name} was written by the mesh {_words(before or {})}; this one is {_words(now)}")
+        if origin.adapter is None:
+            storage.read(folder, model.state_dict())
+        else:
+            lora.load_adapter(folder / lora.FOLDER, model)
+        memory = storage.optimizer_memory(folder, model)
+        random = {name: memory.pop(name) for name in list(memory) if storage.RANDOM in name}
+        mine = {name: state for name, state in random.items() if before == now and name.endswith(f"/{mesh.rank}")}
+        storage.read(folder, memory | mine)
+        optimizer.state.clear()
+        if memory:  # there is none before the first step that was not refused
+            load_optimizer_tensors(model, optimizer, memory)
+        for name, state in mine.items():
+            if name.startswith("torch"):
+                torch.set_rng_state(state)
+            elif mesh.device.type == "cuda":
+                torch.cuda.set_rng_state(state)
+        known = {name: record[name] for name in asdict(Place()) if name in record}
+        return Place(**known)
+
+
+def damaged(folder: Path, adapter: bool, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, with an adapter or without; None where all is as it was written.
+
+    rank, ranks: look at a share of the files.
+    """
     try:
-        clear_partial(parent)
-        (model if origin.adapter is None else lora.merged(model)).save_pretrained(partial)
-        if origin.chat_template is not None:
-            write_text(partial / chat.FILE, origin.chat_template)
-        random = {"torch_rng": torch.get_rng_state()}
-        if model.device.type == "cuda":
-            random["cuda_rng"] = torch.cuda.get_rng_state()
-        write_tensors(partial / "optimizer.safetensors", optimizer_tensors(model, optimizer) | random)
-        record = {"step": step, "position": position, "data": origin.data, "base": origin.base}
-        write_text(partial / "training.json", json.dumps(record) + "\n")
-        seal(partial)
-        if origin.adapter is not None:
-            lora.save_adapter(partial / lora.FOLDER, model, origin.adapter)
-            seal(partial / lora.FOLDER)
-            flush(partial)
-        partial.rename(folder)
-        flush(parent)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in step_folders(parent)[keep:]:
-        doomed = old.rename(parent / f".{old.name}.partial")  # so that a kill leaves no half-removed checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
-    return folder
-
-
-def resume(parent: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, origin: Origin) -> tuple[int, int]:
-    """Load the newest checkpoint of `parent` into model and optimizer; returns (step, position), (0, 0) without one.
-
-    Raises ValueError where the newest is damaged, naming what is wrong and the newest good one, and where the data,
-    or the weights under the adapter, are not those it was trained on.
-    """
-    checkpoints = step_folders(parent)
-    if not checkpoints:
-        return 0, 0
-    newest, adapter = checkpoints[0], origin.adapter is not None
-    if wrong := damaged(newest, adapter):
-        good = next((folder for folder in checkpoints[1:] if not damaged(folder, adapter)), None)
-        offer = f"to go on from the newest good one, {good.name}," if good else "to start again, as none is good,"
-        raise ValueError(f"{newest}: {wrong}; {offer} move {newest.name} away and run the same command again")
-    record = json.loads((newest / "training.json").read_text(encoding="utf-8"))
-    if record["data"] != origin.data:
-        raise ValueError(f"{newest} was trained on other data than data.path holds now; give another run=NAME")
-    if record.get("base") != origin.base:
-        raise ValueError(f"{newest} was trained on other weights than model.from holds now; give another run=NAME")
-    if origin.adapter is None:
-        weights, _ = read_tensors(newest / "model.safetensors")
-        model.load_state_dict(weights)
-    else:
-        lora.load_adapter(newest / lora.FOLDER, model)
-    memory, _ = read_tensors(newest / "optimizer.safetensors")
-    torch.set_rng_state(memory.pop("torch_rng"))
-    if "cuda_rng" in memory and model.device.type == "cuda":
-        torch.cuda.set_rng_state(memory.pop("cuda_rng"))
-    load_optimizer_tensors(model, optimizer, memory)
-    return record["step"], record["position"]
-
-
-def damaged(folder: Path, adapter: bool) -> str | None:
-    """What is wrong with a checkpoint, with an adapter or without; None where all is as it was written."""
-    wrong = damage(folder)
+        names = sorted(json.loads((folder / SEAL).read_text(encoding="utf-8")))[rank::ranks]
+    except (OSError, ValueError, TypeError):
+        names = []  # which `damage` will name
+    wrong = damage(folder, names)
     if wrong is None and adapter and (inside := damage(folder / lora.FOLDER)):
         wrong = f"{lora.FOLDER}/{inside}"
     return wrong
+
+
+def difference(theirs: ModelConfig, ours: ModelConfig) -> str | None:
+    """The first field in which two models differ, as text."""
+    stored, wanted = theirs.to_dict(), ours.to_dict()
+    for key in [*wanted, *stored]:
+        if stored.get(key) != wanted.get(key):
+            return f"its {key} is {json.dumps(stored.get(key))}, not {json.dumps(wanted.get(key))}"
+    return None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that it counts no longer; its new path."""
+    numbers = iter(range(1, 1_000))
+    away = folder.with_name(f"damaged-{folder.name}")
+    while away.exists():
+        away = folder.with_name(f"damaged-{folder.name}-{next(numbers)}")
+    return folder.rename(away)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that a kill leaves no half of it under its name."""
+    doomed = folder.rename(folder.with_name(f".{folder.name}.partial"))
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clear_partial(parent: Path) -> None:
     """Remove what a kill left half-written or half-removed."""
     for leftover in parent.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _name(alone: str, many: str, mesh: Mesh) -> str:
+    return alone if mesh.world == 1 else many.format(mesh.rank + 1, mesh.world)
+
+
+def _words(shape: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in shape.items())
+
+
+def _describe(folder: Path, model: LanguageModel, origin: Origin) -> None:
+    """Write what makes a folder with weights a model."""
+    write_card(folder, model.config, model.config.parameter_count())
+    if model.tokenizer is not None:
+        write_text(folder / "tokenizer.json", model.tokenizer.to_str(pretty=True))
+    if origin.chat_template is not None:
+        write_text(folder / chat.FILE, origin.chat_template)
+    write_text(folder / "config.json", model.config.to_json())
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return found

@@ -82,24 +82,24 @@ def merged(model: LanguageModel) -> LanguageModel:
     return whole
 
 
-def save_adapter(folder: Path, model: LanguageModel, config: LoraConfig) -> None:
-    """Write adapter_config.json and adapter_model.safetensors."""
+def save_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
+    """Write adapter_config.json and adapter_model.safetensors. tensors: `adapter_tensors`."""
     folder.mkdir()
-    write_tensors(folder / WEIGHTS, _adapter(model), {"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
 
 
 def load_adapter(folder: Path, model: LanguageModel) -> None:
     """The inverse. ValueError where the folder holds another adapter."""
     stored, _ = read_tensors(folder / WEIGHTS)
-    wanted = _adapter(model)
+    wanted = adapter_tensors(model)
     if {name: t.shape for name, t in stored.items()} != {name: p.shape for name, p in wanted.items()}:
         raise ValueError(f"{folder / WEIGHTS}: not the adapter that the recipe describes")
     for name, p in wanted.items():
         p.data.copy_(stored[name])
 
 
-def _adapter(model: LanguageModel) -> dict[str, Tensor]:
+def adapter_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The adapters' weights by their names in peft's files."""
     return {
         PREFIX + name.replace(f".{NAME}.", "."): p for name, p in model.named_parameters() if f".{NAME}." in name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,17 +25,30 @@ def say(text: str) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, each step once, appended and never rewritten but on resume."""
+    """metrics.jsonl: one JSON object a line, each step once, appended and never rewritten but on going back.
 
-    def __init__(self, path: Path, after_step: int, tensorboard: bool = False):
-        """Opens the file cut back to the lines up to `after_step`; a torn last line goes too."""
-        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
+    What is not finite is written as null. write: of several processes only the first does; for the others it is nothing.
+    """
+
+    def __init__(self, path: Path, after_step: int, tensorboard: bool = False, write: bool = True):
+        self._path, self._tensorboard, self._writes = path, tensorboard, write
+        self.cut(after_step)
+
+    def cut(self, after_step: int) -> None:
+        """Open the file with the lines up to `after_step` alone; a torn last line goes too."""
+        if not self._writes:
+            return
+        kept = [line for line in read_metrics(self._path) if line["step"] <= after_step] if self._path.exists() else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _tensorboard(path.parent / "tensorboard", after_step) if tensorboard else None
+        replace_file(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self._file = self._path.open("a", encoding="utf-8")
+        folder = self._path.parent / "tensorboard"
+        self._board = _tensorboard(folder, after_step) if self._tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
+        if not self._writes:
+            return
+        line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -44,16 +58,20 @@ class Metrics:
             ) from error
         if self._board is not None:
             for name, value in line.items():
-                if name != "step":
+                if name != "step" and isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, line["step"])
 
     def flush(self) -> None:
         """Wait until all lines are on the disk."""
+        if not self._writes:
+            return
         os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -119,9 +137,10 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
     if not lines:
         return
     tokens = np.array([line["tokens"] for line in lines])
-    loss = np.array([line["loss"] for line in lines])
+    loss = np.array([line["loss"] for line in lines], float)  # of None, which is no number, NaN
     window = max(1, len(loss) // 50)
-    mean = np.convolve(loss, np.ones(window) / window, mode="valid")
+    known = np.where(np.isnan(loss), np.nanmean(loss) if np.isfinite(loss).any() else 0, loss)
+    mean = np.convolve(known, np.ones(window) / window, mode="valid")
     valid = [(line["tokens"], line["valid_loss"]) for line in lines if "valid_loss" in line]
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
     axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)

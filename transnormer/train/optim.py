@@ -1,26 +1,153 @@
-"""AdamW, which parameters it decays, and learning-rate schedules."""
+"""Optimizers, which parameters they decay, and learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE
+from ..model.mixers import Mixer
 from .recipe import Optim
 
+Group = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam remembers of a parameter
 
-def adamw(model: LanguageModel, recipe: Optim) -> torch.optim.AdamW:
-    """Of what is trained. Weight decay on matrices and embeddings alone: not on norms' gains, biases, LRPE's angles."""
+
+def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
+    """The recipe's optimizer of what is trained.
+
+    Weight decay is on matrices and embeddings alone: not on norms' gains, biases, LRPE's angles. Parameters may be
+    DTensors, if all are. Raises ValueError where 8 bits cannot be had.
+    """
     spared = {id(p) for module in model.modules() if isinstance(module, LRPE) for p in module.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() > 1 and id(p) not in spared]
-    others = [p for p in trained if p.dim() <= 1 or id(p) in spared]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    betas = (recipe.betas[0], recipe.betas[1])
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
+    inner = _inner_matrices(model) if recipe.name == "muon" else {}
+    groups: list[Group] = [{"params": [], "weight_decay": decay} for decay in (recipe.weight_decay, 0.0)]
+    for p in model.parameters():
+        if p.requires_grad and p not in inner:
+            groups[p.dim() <= 1 or id(p) in spared]["params"].append(p)
+    groups = [group | {"memory": MOMENTS} for group in groups if group["params"]]
+    settings: Group = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "eps": recipe.eps}
+    if recipe.bits == 8:
+        return _in_8_bits(groups, recipe.name, settings)
+    adam = (torch.optim.Adam if recipe.name == "adam" else torch.optim.AdamW)(groups, **settings, fused=True)
+    if not inner:
+        return adam
+    blocks = [
+        {"params": [p for p in inner if inner[p] == shape], "blocks": shape} for shape in dict.fromkeys(inner.values())
+    ]
+    return Together(Muon(blocks, lr=recipe.lr, weight_decay=recipe.weight_decay), adam)
+
+
+def _in_8_bits(groups: list[Group], name: str, settings: Group) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ValueError("optim.bits = 8 needs bitsandbytes: pip install 'transnormer[bits]'") from error
+    if any(hasattr(p, "placements") for group in groups for p in group["params"]):
+        raise ValueError("optim.bits = 8 is for one process; several share the memory already: write optim.bits = 32")
+    kind = bnb.optim.Adam8bit if name == "adam" else bnb.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(
+        [group | {"memory": ("state1", "state2", "step")} for group in groups], **settings
+    )
+    return optimizer
+
+
+# Muon.
+
+
+def _inner_matrices(model: LanguageModel) -> dict[Tensor, tuple[int, int]]:
+    """Of each trained matrix of the blocks, how its rows interleave several: (matrices, rows that stand together)."""
+    found: dict[Tensor, tuple[int, int]] = {}
+    for block in model.layers:
+        maps = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        found |= {module.weight: (1, 0) for module in maps if module.weight.requires_grad}
+        for mixer in (module for module in block.modules() if isinstance(module, Mixer)):
+            if mixer.qkvu_proj.weight in found:
+                found[mixer.qkvu_proj.weight] = (mixer.parts, mixer.head_dim)
+    return found
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are made equal (arXiv 2502.16982), for fused and sharded matrices too.
+
+    As `torch.optim.Muon` with Nesterov's momentum and adjust_lr_fn="match_rms_adamw": an update's root mean square is
+    0.2 lr, as AdamW's is about, so that both share a rate. A fused projection is several maps: each is
+    orthogonalised by itself, for one with small gradients would else hardly move. Of sharded matrices each process
+    orthogonalises its share, whole, and hands it to the others.
+    """
+
+    def __init__(self, groups: list[Group], *, lr: float, weight_decay: float, momentum: float = 0.95):
+        memory = ("momentum",)
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "memory": memory})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step. closure: none, as nothing is computed twice."""
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            shared = moved[0].device_mesh.size() if moved and hasattr(moved[0], "device_mesh") else 1
+            for first in range(0, len(moved), shared):
+                some = moved[first : first + shared]
+                for p, update in zip(some, self._updates(some, group), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+    def _updates(self, parameters: list[Any], group: Group) -> Iterator[Tensor]:
+        """What each is to move by, for a rate of 1, sharded as it is; at most as many parameters as processes."""
+        whole: list[Tensor] = []
+        for p in parameters:
+            state = self.state[p]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(p)
+            momentum: Tensor = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            update: Any = p.grad.lerp(momentum, group["momentum"]).bfloat16()
+            whole.append(update.full_tensor() if hasattr(update, "full_tensor") else update)
+        for number, (p, update) in enumerate(zip(parameters, whole, strict=True)):
+            if not hasattr(p, "placements"):
+                yield _orthogonal(update, *group["blocks"]).to(p.dtype)
+                continue
+            from torch.distributed.tensor import distribute_tensor
+
+            if dist.get_rank() == number:
+                update = _orthogonal(update, *group["blocks"]).contiguous()
+            dist.broadcast(update, number)
+            yield distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None).to(p.dtype)
+
+
+def _orthogonal(x: Tensor, matrices: int, rows: int) -> Tensor:
+    """U V^T of x = U S V^T, about, times 0.2 sqrt(its longer side): of each of the matrices whose rows x interleaves."""
+    parts = x.unflatten(0, (-1, matrices, rows)).transpose(0, 1).flatten(1, 2) if matrices > 1 else x[None]
+    turned = parts.shape[1] > parts.shape[2]
+    y = parts.mT if turned else parts
+    y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=1e-7)
+    for _ in range(5):  # Newton-Schulz; the coefficients, by Keller Jordan, bring any value to about 1 in five steps
+        square = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    y = (y.mT if turned else y) * (0.2 * math.sqrt(max(y.shape[1:])))
+    return y.unflatten(1, (-1, rows)).transpose(0, 1).flatten(0, 2) if matrices > 1 else y[0]
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each of other parameters, as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+# Learning rates.
 
 
 def learning_rate(recipe: Optim, step: int, steps: int) -> float:
@@ -35,10 +162,13 @@ def learning_rate(recipe: Optim, step: int, steps: int) -> float:
     return recipe.lr * (recipe.min_lr + (1 - recipe.min_lr) * share)
 
 
+# The optimizer's memory.
+
+
 def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's memory by name, e.g. "exp_avg/layers.0.glu.up_proj.weight"."""
+    """What the optimizer remembers, by name, e.g. "exp_avg/layers.0.glu.up_proj.weight"; whole numbers as int64."""
     return {
-        f"{kind}/{name}": value
+        f"{kind}/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
         for name, p in model.named_parameters()
         for kind, value in optimizer.state.get(p, {}).items()
     }
@@ -46,10 +176,17 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
 
 def load_optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; all that is trained must have its memory. Raises ValueError naming one without."""
+    memory = {p: set(group["memory"]) for group in optimizer.param_groups for p in group["params"]}
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        found[name][kind] = value
     for name, p in model.named_parameters():
-        if not p.requires_grad:
+        if p not in memory:
             continue
-        state = {key.partition("/")[0]: value for key, value in tensors.items() if key.partition("/")[2] == name}
-        if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
+        if not memory[p] <= found[name].keys():
             raise ValueError(f"the optimizer's memory of {name} is missing")
-        optimizer.state[p] = {kind: value.to(p.device) for kind, value in state.items()}
+        optimizer.state[p] = {
+            kind: int(value) if value.dtype == torch.int64 else value.to(p.device)
+            for kind, value in found[name].items()
+        }

@@ -1,0 +1,74 @@
+"""SIGKILL at random moments, saves included, on one process and on two; the same command again each time."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import transnormer
+
+from .runs import curve, start
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, 300), (2, 200)])
+def test_kills_at_random_moments_lose_nothing(work: Path, processes: int, steps: int) -> None:
+    check_kills_lose_nothing(processes, kills=3, seed=1, steps=steps)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("processes", [1, 2])
+def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int) -> None:
+    check_kills_lose_nothing(processes, kills=25, seed=2, steps=1_000)
+
+
+def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) -> None:
+    """The killed run's curve and weights must equal an undisturbed run's, bit for bit."""
+    settings = ("checkpoint.keep=1", f"train.steps={steps}", "eval.every=50")
+    finish(start("run=whole", *settings, processes=processes))
+    draw = random.Random(seed)
+    for number in range(kills):
+        process = start("run=killed", *settings, processes=processes, start_new_session=True)
+        wait_for_work(process)
+        time.sleep(draw.random() * 0.25)
+        strike(process, draw, alone=number % 2 == 1)
+        assert process.wait(60) != 0, "it finished before it could be killed: give it more steps"
+    finish(start("run=killed", *settings, processes=processes))
+    assert curve("killed") == curve("whole")
+    assert len(curve("whole")) == steps
+    one, other = (transnormer.load(f"runs/{run}").state_dict() for run in ("killed", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert [path.name for path in Path("runs/killed/checkpoints").iterdir()] == [f"step-{steps:07d}"]
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+
+
+def wait_for_work(process: subprocess.Popen[str]) -> None:
+    """Until it has done a step beyond those of its last checkpoint."""
+    lines = Path("runs/killed/metrics.jsonl")
+    before = lines.stat().st_mtime_ns if lines.exists() else 0
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if lines.exists() and lines.stat().st_mtime_ns != before and lines.stat().st_size:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"it did not begin: {process.stderr.read() if process.stderr else ''}")
+
+
+def strike(process: subprocess.Popen[str], draw: random.Random, alone: bool) -> None:
+    """SIGKILL to all of it at once, or to one worker alone, whose torchrun then ends the others."""
+    workers = psutil.Process(process.pid).children()
+    if alone and workers:
+        draw.choice(workers).kill()
+    else:
+        os.killpg(process.pid, signal.SIGKILL)

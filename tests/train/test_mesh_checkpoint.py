@@ -1,0 +1,323 @@
+"""Runs on two processes, in turn on one pair of them: every mesh, what is exact, and what goes wrong on one alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import transnormer
+from transnormer.files import read_weights, sha256, step_folders, write_pieces
+from transnormer.formats.convert import export
+from transnormer.train import checkpoint, loop
+from transnormer.train.loop import train
+from transnormer.train.metrics import read_metrics
+from transnormer.train.parallel import Mesh, make_mesh
+from transnormer.train.recipe import Parallel
+
+from .runs import curve, tiny
+
+MESHES = ("shard", "replicate", "context", "tensor")
+OFTEN = ("train.steps=12", "checkpoint.every=3", "checkpoint.keep=9", "eval.every=6")
+
+
+# What both processes do. Each returns what can be told as JSON.
+
+
+def on_every_mesh(rank: int) -> None:
+    for name in MESHES:
+        train(tiny(f"run={name}", f"parallel.{name}=2", *OFTEN))
+
+
+def on_another_mesh(rank: int) -> None:
+    """Each goes on from step 6 of the one before it in MESHES."""
+    for name, before in zip(MESHES, (MESHES[-1], *MESHES), strict=False):
+        if rank == 0:
+            back_to_step_6(before, f"{before}-{name}")
+        dist.barrier()
+        train(tiny(f"run={before}-{name}", f"parallel.{name}=2", *OFTEN))
+
+
+def in_two_parts(rank: int) -> None:
+    """On the mesh and past the place where a run was cut off."""
+    for name in MESHES:
+        with spoiled(stop_at=20, error=RuntimeError), pytest.raises(RuntimeError):
+            train(tiny(f"run={name}-again", f"parallel.{name}=2", *OFTEN))
+        train(tiny(f"run={name}-again", f"parallel.{name}=2", *OFTEN))
+
+
+def not_finite_on_the_second(rank: int) -> None:
+    for kind in ("loss", "gradients"):
+        with spoiled(18, only=kind if rank == 1 else "nothing"):
+            train(tiny(f"run=bad-{kind}", *OFTEN, "checkpoint.every=1", "checkpoint.keep=99"))
+
+
+def again_and_again_on_the_second(rank: int) -> None:
+    with spoiled(17, 21, 25, only="loss" if rank == 1 else "nothing"):
+        train(tiny("run=back", *OFTEN))
+
+
+def full_disk_of_the_second(rank: int) -> str:
+    def full(path: Path, *content: Any) -> dict[str, object]:
+        if rank == 1 and "0000006" in str(path):
+            raise OSError(f"{path}: cannot be written: No space left on device")
+        return write_pieces(path, *content)
+
+    checkpoint.write_pieces = full  # type: ignore[attr-defined]
+    try:
+        train(tiny("run=full", *OFTEN))
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
+    finally:
+        checkpoint.write_pieces = write_pieces  # type: ignore[attr-defined]
+    return "nothing"
+
+
+def signal_to_the_second(rank: int) -> int:
+    with spoiled(stop_at=20 if rank == 1 else -1), pytest.raises(loop.Interrupted) as caught:
+        train(tiny("run=signal", *OFTEN, "checkpoint.every=0"))
+    return caught.value.signal_number
+
+
+def damage_to_the_second(rank: int) -> None:
+    if rank == 0:
+        train_copy("shard", "hurt")
+        path = Path("runs/hurt/checkpoints/step-0000012/weights-00002-of-00002.safetensors")
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1
+        path.write_bytes(content)
+        Path("runs/hurt/checkpoints/step-0000009/optimizer-00001-of-00002.safetensors").unlink()
+    dist.barrier()
+    train(tiny("run=hurt", "parallel.shard=2", *OFTEN))
+
+
+def wrong_data_on_the_second(rank: int) -> str:
+    try:
+        train(tiny("run=none", *OFTEN, f"data.path={'nowhere' if rank == 1 else tiny().data.path}"))
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
+    return "nothing"
+
+
+TASKS: tuple[Callable[[int], Any], ...] = (
+    on_every_mesh, on_another_mesh, in_two_parts, not_finite_on_the_second, again_and_again_on_the_second,
+    full_disk_of_the_second, signal_to_the_second, damage_to_the_second, wrong_data_on_the_second,
+)  # fmt: skip
+
+
+def train_copy(run: str, copy: str) -> None:
+    shutil.copytree(f"runs/{run}", f"runs/{copy}")
+    recipe = Path(f"runs/{copy}/recipe.toml")
+    recipe.write_text(recipe.read_text().replace(f'run = "{run}"', f'run = "{copy}"'))
+
+
+def back_to_step_6(run: str, copy: str) -> None:
+    train_copy(run, copy)
+    for folder in step_folders(Path(f"runs/{copy}/checkpoints")):
+        if int(folder.name[5:]) > 6:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def spoiled(
+    *samples: int, only: str = "nothing", stop_at: int = -1, error: type[Exception] | None = None
+) -> Iterator[None]:
+    """The step that reads sample `stop_at` stops; those that read any of `samples` have a NaN in loss or gradients."""
+    gradients = loop.gradients
+
+    def spoil(model: Any, share: Any, *rest: Any) -> torch.Tensor:
+        loss = gradients(model, share, *rest)
+        if stop_at in range(*share.samples):
+            if error is not None:
+                raise error("as if it had been killed")
+            os.kill(os.getpid(), signal.SIGTERM)
+        if any(sample in range(*share.samples) for sample in samples):
+            if only == "gradients":
+                next(model.parameters()).grad.to_local().view(-1)[3] = float("inf")
+            if only == "loss":
+                return loss * float("nan")
+        return loss
+
+    loop.gradients = spoil  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        loop.gradients = gradients  # type: ignore[attr-defined]
+
+
+def work_through(rank: int, folder: Path) -> None:
+    """One of the two processes: every task in turn, its result or traceback into a file."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+
+    @contextmanager
+    def start(parallel: Parallel, device: str) -> Iterator[Mesh]:
+        yield make_mesh(parallel, torch.device("cpu"))
+
+    loop.start = start  # type: ignore[attr-defined]
+    for task in TASKS:
+        try:
+            found: dict[str, Any] = {"result": task(rank)}
+        except BaseException:
+            found = {"error": traceback.format_exc()}
+        Path(f"{task.__name__}-{rank}.json").write_text(json.dumps(found))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "tiny.toml").write_text(RECIPE.format(data=prepared))
+    mp.spawn(work_through, (folder,), nprocs=2)
+    return folder
+
+
+RECIPE = """
+[data]
+path = "{data}"
+[model]
+num_hidden_layers = 2
+hidden_size = 32
+num_attention_heads = 2
+intermediate_size = 48
+[train]
+seq_len = 32
+batch_tokens = 128
+[optim]
+lr = 1e-2
+warmup_steps = 4
+[eval]
+tokens = 500
+"""
+
+
+@pytest.fixture
+def told(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], Any]], list[Any]]:
+    """What the two processes found in a task."""
+    monkeypatch.chdir(place)
+    torch.set_num_threads(1)
+
+    def results(task: Callable[[int], Any]) -> list[Any]:
+        found = [json.loads(Path(f"{task.__name__}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert not any("error" in each for each in found), next(each["error"] for each in found if "error" in each)
+        return [each["result"] for each in found]
+
+    return results
+
+
+def close(run: str, other: str = "one") -> bool:
+    """Whether two runs' curves, validation included, differ by rounding alone."""
+    one, two = ([[x or 0.0 for x in line] for line in curve(each)] for each in (run, other))
+    return len(one) == 12 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(one, two, strict=True))
+
+
+def hashes(run: str, step: int, what: str) -> set[str]:
+    return {sha256(path) for path in Path(f"runs/{run}/checkpoints/step-{step:07d}").glob(f"{what}-*")}
+
+
+def test_every_mesh_does_what_one_process_does(told: Any) -> None:
+    told(on_every_mesh)
+    if not Path("runs/one").exists():
+        train(tiny("run=one", *OFTEN))
+    whole = transnormer.load("runs/one").state_dict()
+    for name in MESHES:
+        assert close(name), name
+        model = transnormer.load(f"runs/{name}")
+        torch.testing.assert_close(model.state_dict(), whole, rtol=1e-2, atol=1e-3)
+        assert model.tokenizer is not None
+    assert len(list(Path("runs/replicate/checkpoints/step-0000012").glob("weights-*"))) == 2
+
+
+def test_any_mesh_goes_on_from_any_other_and_one_process_from_all(told: Any) -> None:
+    told(on_another_mesh)
+    for name, before in zip(MESHES, (MESHES[-1], *MESHES), strict=False):
+        assert close(f"{before}-{name}"), name
+    for name in MESHES:
+        back_to_step_6(name, f"{name}-one")
+        train(tiny(f"run={name}-one", *OFTEN))
+        assert close(f"{name}-one"), name
+
+
+def test_on_one_mesh_a_run_in_two_parts_is_exact(told: Any) -> None:
+    told(in_two_parts)
+    for name in MESHES:
+        assert len(json.loads(Path(f"runs/{name}-again/run.json").read_text())["starts"]) == 2
+        assert curve(f"{name}-again") == curve(name)
+        for what in ("weights", "optimizer"):
+            assert hashes(f"{name}-again", 12, what) == hashes(name, 12, what)
+
+
+def test_pieces_become_one_folder_in_our_format(told: Any, tmp_path: Path) -> None:
+    told(on_every_mesh)
+    folder = Path("runs/tensor/checkpoints/step-0000012")
+    export(folder, tmp_path / "whole")
+    whole, assembled = transnormer.load(tmp_path / "whole").state_dict(), read_weights(folder)
+    assert (tmp_path / "whole/model.safetensors").is_file()
+    assert whole.keys() == assembled.keys()
+    assert all(torch.equal(whole[name], assembled[name]) for name in whole)
+    shutil.copytree(folder, tmp_path / "lost")
+    (tmp_path / "lost/weights-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights-00002-of-00002\.safetensors: no such file"):
+        transnormer.load(tmp_path / "lost")
+
+
+def test_what_is_not_finite_on_one_process_reaches_no_weight_on_any(told: Any) -> None:
+    told(not_finite_on_the_second)
+    for kind in ("loss", "gradients"):
+        lines = read_metrics(Path(f"runs/bad-{kind}/metrics.jsonl"))
+        assert [line["step"] for line in lines if "refused" in line] == [5]
+        assert lines[4]["samples"] == [16, 20]
+        for what in ("weights", "optimizer"):
+            assert hashes(f"bad-{kind}", 4, what) == hashes(f"bad-{kind}", 5, what)
+            assert hashes(f"bad-{kind}", 5, what).isdisjoint(hashes(f"bad-{kind}", 6, what))
+
+
+def test_all_go_back_together(told: Any) -> None:
+    told(again_and_again_on_the_second)
+    lines = read_metrics(Path("runs/back/metrics.jsonl"))
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines if "went_back" in line] == [4]
+    record = json.loads(Path("runs/back/checkpoints/step-0000012/training.json").read_text())
+    assert record["skipped"] == [[12, 28]]
+    assert record["position"] == 4 * 12 + 16
+
+
+def test_a_failed_write_on_one_process_stops_all_and_says_so_once(told: Any) -> None:
+    first, second = told(full_disk_of_the_second)
+    assert first == "Elsewhere "
+    assert second.startswith(
+        "OSError runs/full/checkpoints/.step-0000006.partial/weights-00002-of-00002.safetensors: cannot"
+    )
+    assert [path.name for path in Path("runs/full/checkpoints").glob("step-*")] == ["step-0000003"]
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(told: Any) -> None:
+    assert told(signal_to_the_second) == [signal.SIGTERM, signal.SIGTERM]
+    assert [path.name for path in step_folders(Path("runs/signal/checkpoints"))] == ["step-0000006"]
+
+
+def test_damage_to_one_piece_is_named_and_set_aside(told: Any) -> None:
+    told(damage_to_the_second)
+    assert sorted(path.name for path in Path("runs/hurt/checkpoints").glob("damaged-*")) == [
+        "damaged-step-0000009", "damaged-step-0000012",
+    ]  # fmt: skip
+    assert curve("hurt") == curve("shard")
+
+
+def test_an_error_of_one_process_is_said_by_it_alone(told: Any) -> None:
+    first, second = told(wrong_data_on_the_second)
+    assert first == "Elsewhere "
+    assert second.startswith("ValueError nowhere: not a prepared folder")

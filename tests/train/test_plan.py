@@ -1,0 +1,230 @@
+"""Plans against measured runs, real shards and what autograd really keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from typer.testing import CliRunner
+
+from transnormer.cli import app
+from transnormer.config import SIZES, TRANSFORMER, ModelConfig
+from transnormer.model.language_model import Block, LanguageModel, init_weights
+from transnormer.model.layers import Place, rotation
+from transnormer.train import plan as planning
+from transnormer.train.optim import new_optimizer
+from transnormer.train.parallel import make_mesh, parallelize
+from transnormer.train.plan import (
+    GPUS,
+    Job,
+    Layout,
+    compare_tensor,
+    find_memory,
+    find_speed,
+    measure,
+    saved_bytes,
+    saving,
+)
+from transnormer.train.plan_check import check_plan, held
+from transnormer.train.recipe import Optim, model_overrides
+
+from .processes import TINY
+
+ROOT = Path(__file__).parents[2]
+MEASURED = json.loads((ROOT / "benchmarks/results/train_h100_2026-11-25.json").read_text())
+ROWS = [row for row in MEASURED["rows"] if row["model"] in ("transnormer", "softmax")]
+TRILLION = ["model.num_hidden_layers=128", "model.hidden_size=25600", "model.num_attention_heads=200",
+            "model.intermediate_size=68096"]  # fmt: skip
+EVERYTHING = {
+    "num_attention_heads": 6, "hidden_size": 36, "norm": "rmsnorm", "bias": True, "position_layers": "all",
+    "gate_rank": 3, "tie_word_embeddings": False,
+}  # fmt: skip
+OTHER = {"norm": "layernorm", "position": "ape", "glu": "swiglu", "vocab_size": 44}
+BASELINE = {**TRANSFORMER, "num_attention_heads": 6, "hidden_size": 36}
+
+
+def named(row: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.named(row["size"], **(TRANSFORMER if row["model"] == "softmax" else {}))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']} {row['size']} {row['rows']}")
+def test_one_gpu_as_measured(row: dict[str, Any]) -> None:
+    shape = measure(named(row), row["seq_len"])
+    memory = find_memory(shape, Layout(), row["rows"], row["seq_len"])
+    assert memory.allocated == pytest.approx(row["peak_bytes"], rel=0.02)
+    speed, sent = find_speed(shape, Layout(), GPUS["h100"], row["rows"], row["seq_len"])
+    assert speed == pytest.approx(row["tokens_per_second"], rel=0.04)
+    assert not any(sent.values())
+
+
+def test_shares_are_those_measured() -> None:
+    assert pytest.approx(MEASURED["matmul_tflop_per_second"], rel=1e-4) == planning.MATMUL_SHARE * 989.4
+    for mixer, shares in planning.TRAINING_SHARE.items():
+        for width, share in shares.items():
+            found = [row["flop_share"] for row in ROWS if (named(row).mixer, named(row).hidden_size) == (mixer, width)]
+            assert share == pytest.approx(sum(found) / len(found), abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"position_layers": "all"}, {"gate_rank": 8}, {"gate": False}, TRANSFORMER],
+    ids=lambda words: str(words)[:30],
+)
+def test_what_a_block_keeps(words: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(TINY).replace(hidden_size=64, intermediate_size=176, **words)
+    layer, rows, length = (0 if words.get("position_layers") == "all" else 1), 4, 200
+    block = Block(config, layer)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.02)
+    block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if {length, rows * length} & set(x.shape[:3]) and rows * length <= x.numel():  # of tokens, not of weights
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    x = torch.randn(rows, length, 64, requires_grad=True)
+    positions = torch.arange(length)
+    place = Place(positions, rotation=rotation(config, positions, x.dtype))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        block(x, None, place)
+    planned = saved_bytes(config, lrpe=config.position == "lrpe" and config.has_position(layer))
+    assert sum(kept.values()) / (rows * length) == pytest.approx(planned, rel=0.03)
+
+
+MESHES = [Layout(shard=4), Layout(replicate=2, shard=2), Layout(shard=2, tensor=2), Layout(context=2, tensor=2),
+          Layout(tensor=2, replicate=2), Layout(replicate=2, context=2)]  # fmt: skip
+CASES = [(layout, words) for layout in MESHES for words in (EVERYTHING, OTHER if layout.context > 1 else BASELINE)]
+CASES += [(MESHES[0], {}), (MESHES[2], OTHER), (MESHES[3], {})]
+
+
+def test_shards_of_four_processes(tmp_path: Path) -> None:
+    mp.spawn(_hold, (str(tmp_path),), nprocs=4)
+    for rank in range(4):
+        real = json.loads((tmp_path / f"{rank}.json").read_text())
+        for (layout, words), found in zip(CASES, real, strict=True):
+            shape = measure(ModelConfig.from_dict(TINY).replace(**words), 16)
+            place = rank // layout.tensor % (layout.shard * layout.context)
+            numbers, tensors = shape.share(layout, place)
+            assert found == [4 * numbers, 4 * numbers, 8 * numbers + 4 * tensors], (layout, words, rank)
+            if place == 0:
+                memory = find_memory(shape, replace(layout, accumulate=2), 4, 16)
+                assert [memory.weights, memory.gradients, memory.optimizer] == found
+
+
+def _hold(rank: int, folder: str) -> None:
+    """Bytes of weights, gradients and optimizer after a step of this process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), 4), rank=rank, world_size=4)
+    found = []
+    meshes = {layout: make_mesh(layout.parallel, torch.device("cpu")) for layout in MESHES}
+    for layout, words in CASES:
+        with torch.device("meta"):
+            model = LanguageModel(ModelConfig.from_dict(TINY).replace(**words))
+        parallelize(model, meshes[layout], dtype="bfloat16")
+        model.to_empty(device="cpu")
+        init_weights(model, 1)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer = new_optimizer(model, Optim())
+        optimizer.step()
+        parts = [model.parameters(), [p.grad for p in model.parameters()],
+                 [x for state in optimizer.state.values() for x in state.values()]]  # fmt: skip
+        found.append([sum(held(x).nbytes for x in part) for part in parts])
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+LONG = ("13b", "65b")
+EVERY = [pytest.param(size, marks=[pytest.mark.proof] * (size in LONG)) for size in [*SIZES, "1t"]]
+
+
+@pytest.mark.parametrize("size", EVERY)
+def test_every_size_on_many_gpus(size: str) -> None:
+    config = model_overrides("175b", TRILLION) if size == "1t" else ModelConfig.named(size)
+    gpus = {"65b": 128, "175b": 512, "1t": 2_048}.get(size, 16)
+    job = Job(config=config, gpus=gpus, kind="h200", tokens=2e12, seq_len=8_192)
+    plans = job.best()
+    assert len(plans) == 3
+    assert len({plan.layout.parallel for plan in plans}) == 3
+    assert all(job.fits(plan) and plan.layout.world == gpus for plan in plans)
+    check_plan(config, plans[0])
+    wrong = replace(plans[0].memory, weights=plans[0].memory.weights + 4)
+    if size == "10m":
+        with pytest.raises(RuntimeError, match="planned"):
+            check_plan(config, replace(plans[0], memory=wrong))
+
+
+def test_tensor_parallelism_saves_what_the_page_says() -> None:
+    page = (ROOT / "docs/planning.md").read_text()
+    models = [ModelConfig.named("7b"), ModelConfig.named("7b", **TRANSFORMER)]
+    ours, theirs = (compare_tensor(config) for config in models)
+    assert saving(ours) > 0.623  # the paper's, from 1 to 8
+    assert saving(ours) > saving(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        cells = [f"{x.memory.allocated / 1e9:.1f}" for x in (a, b)]
+        assert re.search(rf"\| {a.layout.tensor} \| {cells[0]} \| {cells[1]} \|", page), cells
+    assert f"| saved | {saving(ours):.1%} | {saving(theirs):.1%} |".replace("%", " %") in page
+
+
+def test_more_of_everything_costs_what_it_must() -> None:
+    job = Job(config=ModelConfig.named("7b"), gpus=64, seq_len=8_192)
+    plain = job.plan(Layout(shard=64, accumulate=8))
+    again = job.plan(Layout(shard=64, accumulate=8, recompute=True))
+    assert again.memory.activations < plain.memory.activations / 5
+    assert again.tokens_per_second <= plain.tokens_per_second
+    cut = job.plan(Layout(shard=16, context=4, accumulate=32))
+    assert cut.memory.weights == plain.memory.weights
+    assert cut.memory.activations < plain.memory.activations / 3
+    assert cut.bytes_per_step["context"]
+    assert not plain.bytes_per_step["context"]
+    hours = 24 * plain.days
+    assert plain.tokens_per_second * hours * 3_600 == pytest.approx(job.tokens)
+    assert plain.megawatt_hours == pytest.approx(hours * 64 * 700 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": "175b", "gpus": 8}, r"nothing fits 8 x h100: at best .* of which optimizer .*; 64 GPUs would fit"),
+        ({"size": "7b", "gpus": 8, "recompute": False, "tensor": 1, "accumulate": 1}, "of which activations .* would fit"),
+        ({"size": "7b", "gpus": 8, "tensor": 3}, "parallel.tensor = 3 does not divide the 8 processes"),
+        ({"size": "7b", "gpus": 8, "accumulate": 3}, "accumulate = 3 does not divide the 2048 rows"),
+        ({"size": "7b", "gpus": 8, "kind": "v100"}, "no GPU 'v100'; there are a100, h100"),
+        ({"size": "7b", "gpus": 8, "seq_len": 3_000}, "is not whole rows of 3,000; 4,194,000 would be"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_would_fit(settings: dict[str, Any], message: str) -> None:
+    config = ModelConfig.named(settings.pop("size"))
+    with pytest.raises(ValueError, match=message) as error:
+        Job(config=config, **settings).best()
+    assert "\n" not in str(error.value)
+
+
+def run(*arguments: str) -> str:
+    """What the verb prints; what it raises is raised here."""
+    return CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False).stdout
+
+
+def test_the_verb() -> None:
+    found = json.loads(run("--size", "385m", "--gpus", "2", "--tokens", "2B", "--json", "model.num_hidden_layers=4"))
+    assert (found["tokens"], found["batch_tokens"], found["model"]["num_hidden_layers"]) == (2e9, 2**22, 4)
+    memory = found["plans"][0]["memory"]
+    assert memory.pop("total") == sum(memory.values())
+    shown = run("--size", "45m", "--gpus", "2")
+    assert "tokens/s a GPU" in shown
+    assert all(len(line) <= 100 for line in shown.splitlines())
+    assert "saved" in run("--size", "1b", "--gpus", "8", "--compare-tensor")
+    with pytest.raises(ValueError, match=r"'optim.lr=1' is no field of the model; write e.g. model.hidden_size=4096"):
+        run("optim.lr=1")

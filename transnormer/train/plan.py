@@ -1,0 +1,452 @@
+"""What a training run on many GPUs needs and how long it takes, in closed form: which meshes fit, ranked by speed.
+
+Of a run as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in float32. `plan_check.py`
+holds a mesh's shards against the real ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from ..config import ModelConfig
+from ..model.language_model import LanguageModel
+from ..ops.loss import CUDA_SLICE_BYTES
+from .parallel import check
+from .recipe import Parallel
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU, as its vendor's data sheet has it (named beside each); links in one direction."""
+
+    gib: float  # memory
+    tflops: float  # bfloat16, dense, sums in float32
+    watts: float
+    link: float  # GB/s of one GPU to the others of its node
+    network: float  # GB/s of one GPU to other nodes: one adapter a GPU, an assumption
+    node: int = 8  # GPUs
+
+
+GPUS = {
+    "a100": Gpu(80, 312.0, 400, 300, 25),  # NVIDIA A100 80GB SXM; 200 Gb/s adapters, as in DGX A100
+    "h100": Gpu(80, 989.4, 700, 450, 50),  # NVIDIA H100 SXM; 400 Gb/s adapters, as in DGX H100
+    "h200": Gpu(141, 989.4, 700, 450, 50),  # NVIDIA H200 SXM; as in DGX H200
+    "b200": Gpu(180, 2_250.0, 1_000, 900, 50),  # NVIDIA HGX B200; 400 Gb/s adapters, as in DGX B200
+    "l40s": Gpu(48, 362.0, 350, 32, 25),  # NVIDIA L40S, PCIe 4.0 x16
+    "rtx4090": Gpu(24, 165.2, 450, 32, 12.5),  # NVIDIA Ada whitepaper; PCIe 4.0 x16, 100 Gb/s a GPU
+}
+
+# Measured on an H100 (benchmarks/results/train_h100_2026-11-25.json): what matrix products alone reach of the data
+# sheet's rate, and what training reaches of that, by width D; between widths interpolated, beyond them held.
+MATMUL_SHARE = 724.64 / 989.4
+TRAINING_SHARE = {"gla": {1_024: 0.604, 2_048: 0.721}, "softmax": {1_024: 0.610, 2_048: 0.706}}
+
+# Assumed, not measured.
+LINK_SHARE = 0.75  # what collectives reach of a link's rate
+USABLE = 0.95  # of a GPU's memory; the rest is lost between blocks of the allocator, and to ECC
+CONTEXT_BYTES = 2**30  # CUDA's context and the kernels
+GROUP_BYTES = 2**28  # buffers of NCCL, for every group of processes that a rank is in
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one step is spread: the mesh, its micro-batches, and whether blocks are computed again."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    accumulate: int = 1
+    recompute: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard * self.context * self.tensor
+
+    @property
+    def parallel(self) -> Parallel:
+        return Parallel(replicate=self.replicate, shard=self.shard, context=self.context, tensor=self.tensor)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest GPU at its fullest moment; gradients are few where that is before the backward pass."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    state: int
+    buffers: int  # gathered weights, logits, gradients on their way
+    reserve: int  # outside of PyTorch's allocator
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` would say."""
+        return self.total - self.reserve
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout of a job, and what it costs."""
+
+    layout: Layout
+    memory: Memory
+    tokens_per_second: float  # of all GPUs
+    bytes_per_step: dict[str, int]  # sent by one GPU, by kind
+    days: float
+    megawatt_hours: float  # of the GPUs at their rated power, nothing else
+
+
+# Weights, exactly.
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's parameters by shape: what a block holds, how tensor parallelism cuts it, and how often it is there."""
+
+    config: ModelConfig
+    flops_per_token: float
+    parameters: dict[tuple[tuple[int, ...], int | None], int]  # (shape, dimension that is cut) -> how many
+    block: int  # numbers in the largest block
+    blocks: int  # in all blocks
+
+    def share(self, layout: Layout, rank: int = 0) -> tuple[int, int]:
+        """(numbers, tensors) that shard rank `rank` of shard x context holds; the first holds the most."""
+        return _share(tuple(self.parameters.items()), layout.tensor, layout.shard * layout.context, rank)
+
+
+@cache
+def _share(
+    parameters: tuple[tuple[tuple[tuple[int, ...], int | None], int], ...], tensor: int, ranks: int, rank: int
+) -> tuple[int, int]:
+    numbers = tensors = 0
+    for (shape, cut), count in parameters:
+        mine = [size // tensor if at == cut else size for at, size in enumerate(shape)]
+        rows = mine[0] // ranks  # FSDP cuts rows like torch.chunk: the last ranks may have fewer, or none
+        mine[0] = max(0, min(rows, mine[0] - rank * rows))
+        numbers, tensors = numbers + count * math.prod(mine), tensors + count
+    return numbers, tensors
+
+
+def measure(config: ModelConfig, seq_len: int) -> Shape:
+    """Count the parameters of a model that takes no memory."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    parameters: Counter[tuple[tuple[int, ...], int | None]] = Counter()
+    parts = {
+        f"layers.{n}.{word}": getattr(block, word)
+        for n, block in enumerate(model.blocks())
+        for word in ("mixer", "glu")
+    }
+    for name, p in model.named_parameters():
+        part = ".".join(name.split(".")[:3])
+        path, _, kind = name.removeprefix(f"{part}.").rpartition(".")
+        word = (
+            parts[part].SHARDS[path]
+            if part in parts
+            else "words"
+            if name.startswith(("embed_tokens", "lm_head"))
+            else ""
+        )
+        rows = None if kind == "bias" else 1
+        cut = {"columns": 0, "heads": 0, "norm": 0, "words": 0, "rows": rows}.get(word)
+        parameters[tuple(p.shape), cut] += 1
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
+    return Shape(config, model.flops_per_token(seq_len), dict(parameters), max(sizes), sum(sizes))
+
+
+# Memory.
+
+
+def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one_op: bool = False) -> float:
+    """What the compiled backward pass of one block keeps of each token of a segment, under bf16 autocast, in bytes.
+
+    In bfloat16 all but the residual stream. Of `tensor` ranks each has its heads and columns, and between the products
+    its part of the tokens; but what projections read, it has gathered whole. one_op: the mixer is
+    `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in layers without positions.
+    """
+    d, inner, f = config.hidden_size, config.inner_size, config.intermediate_size
+    rank = config.gate_rank or 0
+    whole = 2 * (2 * d) + 2 * rank  # what the mixer's and the GLU's projections read
+    stream = 4 * d + 2 * d  # the block's input in float32, the mixer's output: their sum is computed again
+    parts = 4 if config.gate and not rank else 3
+    mixer = 2 * inner * parts + 2 * inner  # projected q, k, v, u; what the last projection reads
+    if config.mixer == "gla":
+        mixer += 2 * inner * (2 * (2 if lrpe else 1) + 1)  # q and k through swish and LRPE, what the norm reads
+        if parts == 4 and not one_op:
+            mixer += 2 * inner  # the norm's result before the gate
+    else:
+        mixer += 2 * inner * 2 + 4 * config.num_attention_heads  # q and k turned, the soft-max's sums
+        if config.gate:
+            mixer += 2 * inner
+    if rank:
+        mixer += 2 * inner
+    glu = 2 * (2 * f)  # both branches and their product
+    return whole + (stream + mixer + glu) / tensor
+
+
+def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
+    """Of the fullest GPU. rows: of one micro-batch on one data rank; seq_len: of all context ranks together."""
+    config, tensor = shape.config, layout.tensor
+    d, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+    alone, sharded = layout.world == 1, layout.shard * layout.context > 1
+    numbers, tensors = shape.share(layout)
+    tokens = rows * seq_len // layout.context
+    lrpe = [config.position == "lrpe" and config.has_position(n) for n in range(layers)]
+    cut = tensor * layout.context > 1
+    kept = [tokens * saved_bytes(config, tensor, lrpe=x, one_op=not (x or cut)) for x in lrpe]
+    one = max(kept)  # a block's
+    stream = tokens * 4 * d / tensor  # a residual stream
+    held = stream + (layers * stream if layout.recompute else sum(kept))
+    state = 0
+    if config.mixer == "gla":  # every block's last state, and of segments those before and between them
+        each = rows * config.num_attention_heads // tensor * config.head_dim**2 * 4
+        state = sum(each * (1 + x) for x in lrpe) * (1 if layout.context == 1 else 3)
+    # Weights in bfloat16: one GPU's are kept for the backward pass, gathered ones are dropped but for two blocks'.
+    block, words = shape.block / tensor, vocab * d / tensor
+    gathered = 2 * (2 * block if sharded else block if alone and layout.recompute else shape.blocks / tensor)
+    root = 0.0 if alone else 4 * words * (1 if config.tie_word_embeddings else 2)
+    again = one if layout.recompute else 0.0  # the block that is computed again
+    inside = tokens * (6 * config.intermediate_size / tensor) + 2 * stream  # gradients inside a block
+    moving = 4 * block if alone else 10 * block  # gradients of a block's weights, before and after their sum
+    logits = min(CUDA_SLICE_BYTES, 2 * tokens * vocab / tensor)
+    late, own = 4 * numbers, 4 * words  # all gradients at last; the head's
+    first = late if layout.accumulate > 1 else 0
+    moments = {  # (gradients, activations, buffers)
+        "head": (first, held + 2 * (2 * tokens * d), gathered + root + logits + 2 * words + own),
+        "backward": (first, held + again + inside, gathered + root + moving + own),
+        "end": (late, stream + one + inside, 2 * (2 * block) + root + moving + (0 if alone else own)),
+    }
+    gradients, activations, buffers = max(moments.values(), key=sum)
+    groups = sum(size > 1 for size in (layout.replicate, layout.shard * layout.context, layout.context, tensor))
+    return Memory(
+        weights=4 * numbers, gradients=int(gradients), optimizer=8 * numbers + 4 * tensors,
+        activations=int(activations), state=state, buffers=int(buffers), reserve=CONTEXT_BYTES + groups * GROUP_BYTES,
+    )  # fmt: skip
+
+
+# Time.
+
+
+def training_share(config: ModelConfig) -> float:
+    """What a model of this width reaches of the rate of matrix products."""
+    (narrow, low), (wide, high) = TRAINING_SHARE[config.mixer].items()
+    place = (min(max(config.hidden_size, narrow), wide) - narrow) / (wide - narrow)
+    return low + place * (high - low)
+
+
+def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
+    """What one GPU sends in a step, by kind of parallelism. rows: as in `find_memory`."""
+    config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
+    words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    tokens = rows * seq_len // layout.context
+    passes = 3 if layout.recompute else 2  # over every block
+    gather = passes * 2 * shape.blocks + 4 * words  # blocks in bfloat16, the rest once in float32
+    whole = (shape.blocks + words) * 4 / tensor  # gradients in float32
+    state = 4 * rows * config.num_attention_heads // tensor * config.head_dim**2
+    exact = {
+        "shard": layout.accumulate * (gather / tensor + whole) * (ranks - 1) / ranks,
+        "replicate": layout.accumulate * 2 * whole / ranks * (layout.replicate - 1) / layout.replicate,
+        "tensor": layout.accumulate * passes * 4 * config.num_hidden_layers
+        * tokens * 2 * config.hidden_size * (tensor - 1) / tensor,
+        "context": layout.accumulate * passes * config.num_hidden_layers * state * (layout.context - 1),
+    }  # fmt: skip
+    return {kind: int(sent) for kind, sent in exact.items()}
+
+
+def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) -> tuple[float, dict[str, int]]:
+    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed, all else waits."""
+    config = shape.config
+    flops = shape.flops_per_token
+    if layout.recompute:
+        flops += (flops - 6 * config.vocab_size * config.hidden_size) / 3
+    tokens = rows * layout.accumulate * layout.replicate * layout.shard * seq_len
+    compute = tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * training_share(config))
+    sent = sent_bytes(shape, layout, rows, seq_len)
+    spans = {
+        "tensor": layout.tensor, "context": layout.tensor * layout.context,
+        "shard": layout.tensor * layout.context * layout.shard, "replicate": layout.world,
+    }  # fmt: skip
+    wait = {
+        kind: sent[kind] / ((gpu.link if span <= gpu.node else gpu.network) * 1e9 * LINK_SHARE)
+        for kind, span in spans.items()
+    }
+    return tokens / (max(compute, wait["shard"]) + wait["tensor"] + wait["context"] + wait["replicate"]), sent
+
+
+# The search.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained on what; a factor of None is to be found. Raises ValueError for what cannot be."""
+
+    config: ModelConfig
+    gpus: int
+    kind: str = "h100"
+    tokens: float = 1e12
+    seq_len: int = 2_048
+    batch_tokens: int = 2**22  # a step
+    replicate: int | None = None
+    context: int | None = None
+    tensor: int | None = None
+    accumulate: int | None = None
+    recompute: bool | None = None
+    gpu: Gpu = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in GPUS:
+            raise ValueError(f"no GPU {self.kind!r}; there are {', '.join(GPUS)}")
+        for name in ("gpus", "tokens", "seq_len", "batch_tokens", "replicate", "context", "tensor", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 1 and math.isfinite(value)):
+                raise ValueError(f"{name} = {value}, but must be 1 or more")
+        if self.batch_tokens % self.seq_len:
+            fits = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
+            raise ValueError(
+                f"a step of {self.batch_tokens:,} tokens is not whole rows of {self.seq_len:,}; {fits:,} would be"
+            )
+        object.__setattr__(self, "gpu", GPUS[self.kind])
+
+    @cached_property
+    def shape(self) -> Shape:
+        return measure(self.config, self.seq_len)
+
+    @property
+    def rows(self) -> int:
+        """Of a step."""
+        return self.batch_tokens // self.seq_len
+
+    def candidates(self) -> Iterator[Layout]:
+        """Tensor within a node, and where it is free, rows cut so that a context rank has 1,024 tokens of them."""
+        tensors = [n for n in _divisors(self.gpus) if n <= self.gpu.node] if self.tensor is None else [self.tensor]
+        for tensor in tensors:
+            left = max(1, self.gpus // tensor)
+            cuts = [n for n in _divisors(left) if n == 1 or (self.config.mixer == "gla" and self.seq_len // n >= 1_024)]
+            for context in cuts if self.context is None else [self.context]:
+                copies = _divisors(max(1, left // context)) if self.replicate is None else [self.replicate]
+                for replicate in copies:
+                    shard = max(1, left // (context * replicate))
+                    steps = _divisors(max(1, self.rows // (replicate * shard)))
+                    for accumulate in steps if self.accumulate is None else [self.accumulate]:
+                        for recompute in (False, True) if self.recompute is None else (self.recompute,):
+                            yield Layout(replicate, shard, context, tensor, accumulate, recompute)
+
+    def check(self, layout: Layout) -> None:
+        """Raises ValueError as training would."""
+        if self.rows % layout.accumulate:
+            raise ValueError(f"accumulate = {layout.accumulate} does not divide the {self.rows} rows of a step")
+        rows = self.rows // layout.accumulate
+        check(self.config, layout.parallel, self.gpus, seq_len=self.seq_len, rows=rows)
+
+    def plans(self) -> list[Plan]:
+        """All that training would accept. Raises ValueError where that is nothing."""
+        found, refusal = [], ValueError()
+        for layout in self.candidates():
+            try:
+                self.check(layout)
+            except ValueError as error:
+                refusal = error
+            else:
+                found.append(self.plan(layout))
+        if not found:
+            raise refusal
+        return found
+
+    def plan(self, layout: Layout) -> Plan:
+        rows = self.rows // (layout.accumulate * layout.replicate * layout.shard)
+        speed, sent = find_speed(self.shape, layout, self.gpu, rows, self.seq_len)
+        hours = self.tokens / speed / 3_600
+        memory = find_memory(self.shape, layout, rows, self.seq_len)
+        return Plan(layout, memory, speed, sent, hours / 24, hours * self.gpus * self.gpu.watts / 1e6)
+
+    def fits(self, plan: Plan) -> bool:
+        return plan.memory.total <= USABLE * self.gpu.gib * 2**30
+
+    def best(self, most: int = 3) -> list[Plan]:
+        """The fastest plans of different meshes that fit; of those within half a percent, the ones that need least memory.
+
+        Raises ValueError where none does, naming what is too large and what would fit.
+        """
+        plans = self.plans()
+        found: dict[Parallel, Plan] = {}
+        for plan in sorted(plans, key=lambda plan: (-round(math.log(plan.tokens_per_second) * 200), plan.memory.total)):
+            if self.fits(plan):
+                found.setdefault(plan.layout.parallel, plan)
+        if not found:
+            raise ValueError(self._too_large(min(plans, key=lambda plan: plan.memory.total)))
+        return list(itertools.islice(found.values(), most))
+
+    def _too_large(self, plan: Plan) -> str:
+        part, size = max(vars(plan.memory).items(), key=lambda item: item[1])
+        short = (
+            f"nothing fits {self.gpus} x {self.kind}: at best {plan.memory.total / 2**30:,.1f} GiB a GPU of "
+            f"{USABLE * self.gpu.gib:,.1f} usable, of which {part} {size / 2**30:,.1f}"
+        )
+        free: dict[str, Any] = {
+            "recompute": None,
+            "tensor": None,
+            "accumulate": None,
+            "context": None,
+            "replicate": None,
+        }
+        held = [name for name in free if getattr(self, name) is not None]
+        if held and (plans := self._others(self.gpus, free)):
+            best = max(plans, key=lambda plan: plan.tokens_per_second).layout
+            freed = ", ".join(
+                f"{name} = {str(getattr(best, name)).lower()}"
+                for name in held
+                if getattr(best, name) != getattr(self, name)
+            )
+            return f"{short}; {freed} would fit"
+        for doubled in range(1, 13):
+            if self._others(self.gpus * 2**doubled, free):
+                return f"{short}; {self.gpus * 2**doubled} GPUs would fit"
+        return f"{short}; shorter rows (--seq) or a smaller model would fit"
+
+    def _others(self, gpus: int, changes: dict[str, Any]) -> list[Plan]:
+        """What would fit so many GPUs; with more of them a step may have more rows."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in ("config", "kind", "tokens", "seq_len")}
+        batch = self.batch_tokens * max(1, gpus // self.gpus)
+        job = Job(gpus=gpus, batch_tokens=batch, **values, **changes)
+        try:
+            return [plan for plan in job.plans() if job.fits(plan)]
+        except ValueError:
+            return []
+
+
+def compare_tensor(config: ModelConfig, gpus: int = 8, seq_len: int = 2_048, kind: str = "h100") -> list[Plan]:
+    """Plans for tensor = 1, 2, 4, 8, the other GPUs sharing the weights; each data rank reads 8,192 tokens at a time."""
+    rows = max(1, 8_192 // seq_len)
+    found = []
+    for tensor in (1, 2, 4, 8):
+        if gpus % tensor == 0:
+            batch = rows * seq_len * (gpus // tensor)
+            job = Job(
+                config=config, gpus=gpus, kind=kind, seq_len=seq_len, batch_tokens=batch, replicate=1, context=1,
+                tensor=tensor, accumulate=1, recompute=False,
+            )  # fmt: skip
+            found += job.plans()
+    return found
+
+
+def saving(plans: Sequence[Plan]) -> float:
+    """Share of a GPU's memory that the last plan saves of the first's."""
+    return 1 - plans[-1].memory.allocated / plans[0].memory.allocated
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,118 @@
+"""A plan held against the real sharding code, as many processes as it takes pretended, and what `transnormer plan` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from ..config import ModelConfig
+from ..model.language_model import LanguageModel
+from .parallel import make_mesh, parallelize
+from .plan import Job, Layout, Memory, Plan, saving
+
+
+def weight_bytes(config: ModelConfig, layout: Layout) -> int:
+    """Bytes of the weights that the first of `layout.world` processes holds, by `parallelize` itself.
+
+    The other processes are pretended (PyTorch's fake process group), the weights are on the meta device.
+    Raises RuntimeError inside a process group.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    if layout.world > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        if dist.is_initialized():
+            raise RuntimeError("a plan cannot be checked inside a process group")
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
+        try:
+            mesh = make_mesh(layout.parallel, torch.device("cpu"))
+            parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")
+        finally:
+            dist.destroy_process_group()
+    return sum(held(p).nbytes for p in model.parameters())
+
+
+def held(x: Any) -> Any:
+    """What this process has of a DTensor, even where its process group is gone; any other tensor as it is."""
+    return getattr(x, "_local_tensor", x)
+
+
+def check_plan(config: ModelConfig, plan: Plan) -> None:
+    """Raises RuntimeError where the real shards are not as large as planned."""
+    real = weight_bytes(config, plan.layout)
+    if real != plan.memory.weights:
+        raise RuntimeError(
+            f"planned {plan.memory.weights:,} bytes of weights a GPU for {plan.layout}, but it has {real:,}"
+        )
+
+
+# What is shown.
+
+
+def table(job: Job, plans: list[Plan]) -> Table:
+    """One column a plan; memory in GiB."""
+    shown = Table(
+        "", *("best" if n == 0 else f"{n + 1}." for n in range(len(plans))), title=_title(job), title_justify="left"
+    )
+    for column in shown.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, values: list[str], end: bool = False) -> None:
+        shown.add_row(name, *values, end_section=end)
+
+    names = [item.name for item in dataclasses.fields(Layout)]
+    for name in names:
+        values = [getattr(plan.layout, name) for plan in plans]
+        add(name, [("yes" if x else "no") if isinstance(x, bool) else f"{x:,}" for x in values], name == names[-1])
+    for item in dataclasses.fields(Memory):
+        add(f"{item.name}, GiB a GPU", [_gib(getattr(plan.memory, item.name)) for plan in plans])
+    add(f"together, of {job.gpu.gib:g}", [_gib(plan.memory.total) for plan in plans], True)
+    add("tokens/s", [f"{plan.tokens_per_second:,.0f}" for plan in plans])
+    add("tokens/s a GPU", [f"{plan.tokens_per_second / job.gpus:,.0f}" for plan in plans])
+    add("days", [f"{plan.days:,.1f}" for plan in plans])
+    add("energy of the GPUs, MWh", [f"{plan.megawatt_hours:,.2f}" for plan in plans], True)
+    for kind in plans[0].bytes_per_step:
+        sent = [plan.bytes_per_step[kind] for plan in plans]
+        if any(sent):
+            add(f"sent for {kind}, GB a step and GPU", [f"{x / 1e9:,.2f}" for x in sent])
+    return shown
+
+
+def compared(models: dict[str, list[Plan]]) -> Table:
+    """Memory and speed a GPU by tensor parallelism, models side by side."""
+    columns = [f"{name}, {what}" for name in models for what in ("GB", "tokens/s")]
+    shown = Table("tensor", *columns)
+    for column in shown.columns:
+        column.justify = "right"
+    for row in zip(*models.values(), strict=True):
+        cells = [[f"{p.memory.allocated / 1e9:.1f}", f"{p.tokens_per_second / p.layout.world:,.0f}"] for p in row]
+        shown.add_row(str(row[0].layout.tensor), *(cell for pair in cells for cell in pair))
+    shown.add_section()
+    shown.add_row("saved", *(cell for plans in models.values() for cell in (f"{saving(plans):.1%}", "")))
+    return shown
+
+
+def record(job: Job, plans: list[Plan]) -> dict[str, Any]:
+    """For --json: everything in bytes, seconds' rates and days."""
+    return {
+        "model": job.config.to_dict(), "parameters": job.config.parameter_count(), "gpus": job.gpus, "gpu": job.kind,
+        "tokens": job.tokens, "seq_len": job.seq_len, "batch_tokens": job.batch_tokens,
+        "plans": [{**dataclasses.asdict(plan), "memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total}}
+                  for plan in plans],
+    }  # fmt: skip
+
+
+def _title(job: Job) -> str:
+    return (
+        f"{job.config.parameter_count() / 1e9:,.2f} billion parameters, {job.tokens / 1e9:,.0f} billion tokens on "
+        f"{job.gpus} x {job.kind}\n{job.rows:,} rows of {job.seq_len:,} tokens a step"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f}"

@@ -1,0 +1,183 @@
+"""What is looked at before the first step: the run's folder, its data, whether all fits; and what is written of a start."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from .. import __version__
+from ..config import ModelConfig
+from ..data.loader import Loader, TokenData, prepare
+from ..data.tokenizer import load_tokenizer
+from ..files import write_text
+from ..formats.folders import find_model
+from ..model.language_model import LanguageModel
+from . import lora
+from .metrics import say
+from .parallel import Mesh
+from .recipe import Recipe
+
+
+def open_data(recipe: Recipe) -> TokenData:
+    """The training split, prepared first where data.text says from what."""
+    wanted, path = recipe.data, Path(recipe.data.path)
+    asked: dict[str, Any] = {
+        "vocab_size": wanted.vocab_size or None, "tokenizer": wanted.tokenizer or None, "split": wanted.split,
+        "seed": wanted.seed, "text_field": wanted.text_field, "format": wanted.format,
+        "chat_template": wanted.chat_template or None,
+    }  # fmt: skip
+    if not path.exists():
+        if not wanted.text:
+            raise FileNotFoundError(
+                f"data.path = {path}: no such folder; make it with `transnormer prepare`, or set data.text"
+            )
+        if recipe.base is not None and not wanted.tokenizer:
+            asked["tokenizer"] = find_model(recipe.base)
+        say(f"preparing {path} from {', '.join(wanted.text)}")
+        prepare(wanted.text, path, **asked)
+    elif wanted.text:
+        # what folders of text do not say; the tokenizer of model.from is looked at, not its name
+        source = {"format": "text", "chat_template": None} | TokenData(path, "train").source
+        for key, value in (asked | {"inputs": list(wanted.text)}).items():
+            taken = key == "tokenizer" and recipe.base is not None and value is None
+            if source[key] != value and not taken:
+                raise ValueError(
+                    f"{path} was prepared with {key} = {source[key]!r}, the recipe says {value!r}; "
+                    f"remove it or choose another data.path"
+                )
+    return TokenData(path, "train")
+
+
+def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> None:
+    """Refuse data that were encoded otherwise than the model's were."""
+    if data.vocab_size > base.config.vocab_size:
+        raise ValueError(
+            f"{recipe.data.path} has {data.vocab_size:,} words, {recipe.base} {base.config.vocab_size:,}; "
+            f"prepare it with --tokenizer {recipe.base}"
+        )
+    if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(recipe.data.path).to_str():
+        raise ValueError(
+            f"{recipe.data.path} was not encoded with the tokenizer of {recipe.base}; prepare it with --tokenizer, "
+            f"or set data.text and another data.path"
+        )
+
+
+def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
+    """Refuse to go on with other settings. A start that saved nothing binds nobody."""
+    path = run / "recipe.toml"
+    if path.exists():
+        if begun and (difference := Recipe.load(path).difference(recipe)):
+            raise ValueError(
+                f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}"
+            )
+    elif run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise ValueError(f"{run} exists and is not a run of ours; give another run=NAME or remove it")
+
+
+def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
+    """Refuse, before allocating, what cannot fit this process.
+
+    Counted are weights, of those that are trained gradients and AdamW's two moments, all float32 (on a CPU again what a
+    checkpoint copies of them), and of the activations only those that no implementation can do without: what the
+    projections read and wrote.
+    """
+    trained = weights = config.parameter_count()
+    if recipe.lora is not None:
+        with torch.device("meta"):
+            maps = lora.targets(LanguageModel(config), recipe.lora).values()
+        trained = sum(recipe.lora.rank * (each.in_features + each.out_features) for each in maps)
+    kept = 1 if recipe.train.recompute else config.num_hidden_layers
+    floats = kept * (4 * config.inner_size + 2 * config.intermediate_size + 2 * config.hidden_size)
+    tokens = recipe.rows * recipe.train.seq_len // mesh.data_ranks
+    activations = tokens * floats * (2 if recipe.train.dtype == "bfloat16" else 4) // (mesh.context * mesh.tensor)
+    device, share = mesh.device, mesh.world // mesh.replicate
+    there = recipe.base is not None and device.type == "cpu"  # the weights are, then
+    copied = 4 * weights + 8 * trained if device.type == "cpu" else 0
+    needed = ((0 if there else 4 * weights) + 12 * trained + copied) // share + activations
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if needed > free:
+        raise ValueError(
+            f"training {trained:,} parameters with {tokens:,} tokens at a time needs more than "
+            f"{needed / 2**30:,.1f} GiB, {activations / 2**30:,.1f} of them for activations; {free / 2**30:,.1f} GiB of "
+            f"{device.type} memory are free. Choose a smaller model or batch, train.accumulate or train.recompute"
+        )
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or less where a container (cgroup v2) allows less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, mesh: Mesh, done: int) -> None:
+    """Say what is about to run, and add this start to run.json: command, versions, commit, device."""
+    epochs = recipe.train.steps * recipe.train.accumulate * recipe.rows / loader.count
+    trained, all_of_them = sum(p.numel() for p in model.parameters() if p.requires_grad), model.parameter_count()
+    count = f"{all_of_them:,}" if trained == all_of_them else f"{trained:,} of {all_of_them:,}"
+    where = f"on {mesh.device}" if mesh.world == 1 else f"on {mesh.world} processes"
+    say(
+        f"run {recipe.run}: {count} parameters {where}, {loader.data.tokens:,} training tokens "
+        + (f"({loader.data.learned:,} of them to learn) " if loader.data.flags else "")
+        + f"read {epochs:.2g} times"
+        + (f"; going on after step {done} of {recipe.train.steps}" if done else "")
+    )
+    device, path = mesh.device, run / "run.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() and done else []
+    starts.append(
+        {
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "after_step": done,
+            "command": sys.argv,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "processes": mesh.world,
+            "threads": torch.get_num_threads(),
+            "versions": {"transnormer": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__},
+            "commit": _commit(),
+        }
+    )  # fmt: skip
+    write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The commit of our own checkout; None where there is none, or no git."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+@contextmanager
+def only_one(run: Path) -> Iterator[None]:
+    """Hold the run's lock; the system lets go of it however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run} is being trained by another process") from None
+        yield

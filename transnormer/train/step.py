@@ -1,0 +1,105 @@
+"""What happens in one step on all processes: gradients, and what is agreed before any of it reaches the weights."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.loader import Batch
+from ..model.language_model import LanguageModel
+from .checkpoint import WINDOW
+from .feed import Share
+from .parallel import Mesh
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Told(NamedTuple):
+    """What all processes know of a step. loss: nats a token; stop: the signal that asked to stop; saving: of `Checkpoints.flags`."""
+
+    loss: float
+    norm: float
+    stop: int | None
+    saving: tuple[int, int]
+
+
+def gradients(model: LanguageModel, share: Share, mesh: Mesh, dtype: str) -> Tensor:
+    """Leave the step's gradients in the model; returns this process' share of the loss, a sum over the processes.
+
+    The loss is a mean over what is learned in the whole step, by all processes and micro-batches.
+    """
+    learned = mesh.total(torch.full((), share.learned, dtype=torch.float64, device=mesh.device)).clamp(min=1).float()
+    loss = torch.zeros((), device=mesh.device)
+    for batch in share.batches:
+        with autocast(mesh, dtype):
+            part = summed_loss(model, batch.to(mesh.device)) / learned
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def agree(mesh: Mesh, loss: Tensor, norm: Tensor, stop: Sequence[int], saving: tuple[int, int]) -> Told:
+    """The step's one look at the device, and one sum over all processes.
+
+    stop: signals that this process got. Loss or norm that is not finite anywhere is not finite for all.
+    """
+    marks = torch.tensor([*(float(number in stop) for number in STOPS), *saving], dtype=torch.float32)
+    if mesh.device.type == "cuda":
+        marks = marks.pin_memory().to(mesh.device, non_blocking=True)
+    unsound = ~(loss.isfinite() & norm.isfinite())
+    counted = loss if mesh.tensor_rank == 0 else torch.zeros_like(loss)  # tensor ranks have the same one
+    numbers = torch.cat([torch.stack([counted, unsound.float()]), marks])
+    if mesh.ranks is not None:
+        dist.all_reduce(numbers)
+    total, bad, *asked, unfinished, failed, length = torch.cat([numbers, norm.view(1)]).tolist()
+    signals = [int(number) for number, count in zip(STOPS, asked, strict=True) if count]
+    if bad and math.isfinite(total) and math.isfinite(length):
+        length = math.nan
+    return Told(total, length, signals[0] if signals else None, (int(unfinished), int(failed)))
+
+
+def refusal(told: Told, losses: Sequence[float], spike: float) -> str | None:
+    """Why a step must not be applied; None where it may. losses: of the last steps that were; spike: as in the recipe."""
+    if not math.isfinite(told.loss) or not math.isfinite(told.norm):
+        return f"loss {told.loss:.6g}, gradient norm {told.norm:.6g}"
+    if spike and len(losses) >= WINDOW:
+        mean, spread = statistics.fmean(losses[-WINDOW:]), statistics.pstdev(losses[-WINDOW:])
+        if told.loss > mean + spike * spread:
+            return f"loss {told.loss:.6g} is a spike, after {mean:.6g} ± {spread:.2g}"
+    return None
+
+
+def evaluation(model: LanguageModel, batches: list[Batch], mesh: Mesh, dtype: str) -> Callable[[], float] | None:
+    """A function that returns the loss, in nats per learned token, of all processes' batches; None where there is none."""
+    learned = sum(batch.learned for batch in batches)
+    if not any(mesh.gather(learned)):
+        return None
+
+    @torch.no_grad()
+    def mean_loss() -> float:
+        model.eval()
+        nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        for batch in batches:
+            with autocast(mesh, dtype):
+                nats += summed_loss(model, batch.to(mesh.device))
+        model.train()
+        total, count = mesh.total(torch.stack([nats, torch.full_like(nats, learned)])).tolist()
+        return float(total / count)
+
+    return mean_loss
+
+
+def summed_loss(model: LanguageModel, batch: Batch) -> Tensor:
+    """Nats of all targets that count."""
+    return model.loss(batch.ids, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum")
+
+
+def autocast(mesh: Mesh, dtype: str) -> torch.autocast:
+    return torch.autocast(mesh.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
