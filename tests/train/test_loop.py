@@ -54,13 +54,16 @@ def test_a_run_leaves_what_it_promises(work: Path, capfd: pytest.CaptureFixture[
         train(tiny("run=mine"))
 
 
-def test_accumulation_and_recomputation_change_nothing_but_rounding(work: Path, single_thread: None) -> None:
+def test_accumulation_recomputation_and_segments_change_nothing_but_rounding(work: Path, single_thread: None) -> None:
     curves = []
-    for number, override in enumerate(("train.accumulate=1", "train.accumulate=4", "train.recompute=true")):
+    for number, override in enumerate(
+        ("train.accumulate=1", "train.accumulate=4", "train.recompute=true", "train.segment=20")
+    ):
         train(tiny(f"run=r{number}", override, "train.steps=12"))
         curves.append([loss for _, loss, _ in curve(f"r{number}")])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     assert curves[0] == pytest.approx(curves[2], rel=1e-5)
+    assert curves[0] == pytest.approx(curves[3], rel=1e-4)
 
 
 def test_bfloat16_keeps_float32_weights(work: Path) -> None:

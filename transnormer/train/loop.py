@@ -93,10 +93,20 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
         )
     if recipe.lora is not None and mesh.world > 1:
         raise ValueError("lora trains on one process; start it without torchrun")
+    if recipe.train.segment and (config.mixer != "gla" or mesh.world > 1 or _resets(recipe, data)):
+        raise ValueError(
+            f"train.segment = {recipe.train.segment} needs linear attention (model.mixer = gla), one process (several "
+            f"share a row by parallel.context) and train.reset_state = false"
+        )
     if config.eos_token_id is None and data.end_of_text is not None:
         config = config.replace(eos_token_id=data.end_of_text)
     check_memory(recipe, config, mesh)
     return config
+
+
+def _resets(recipe: Recipe, data: TokenData) -> bool:
+    """Whether the state begins anew at the borders of documents."""
+    return bool(data.flags) if recipe.train.reset_state is None else recipe.train.reset_state
 
 
 @contextmanager
@@ -144,7 +154,7 @@ def _model(
 
 def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data: TokenData, mesh: Mesh) -> Path:
     settings, steps = recipe.train, recipe.train.steps
-    reset_state = data.flags if settings.reset_state is None else settings.reset_state
+    reset_state = _resets(recipe, data)
     loader = Loader(
         data, seq_len=settings.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=settings.seed,
         rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=reset_state,
@@ -168,7 +178,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
                 began, step, share = time.perf_counter(), place.step + 1, next(feed)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe.optim, step, steps)
-                loss = gradients(model, share, mesh, settings.dtype)
+                loss = gradients(model, share, mesh, settings)
                 told = agree(mesh, loss, clip(model, mesh, recipe.optim.clip), stop, checkpoints.flags)
                 wrong = refusal(told, place.losses, settings.spike)
                 if wrong is None:

@@ -44,6 +44,7 @@ class Train:
     accumulate: int = 1  # micro-batches a step
     dtype: str = "float32"  # of the matrix products; weights and optimizer stay in float32
     recompute: bool = False  # activations in the backward pass instead of storing them
+    segment: int = 0  # tokens of a row held at a time, the others read twice: rows of any length; 0: whole rows
     compile: bool = False  # the blocks, by torch.compile
     reset_state: bool | None = None  # at the borders of documents; by default for conversations alone
     patience: int = 3  # refused steps in a row after which the run goes back to its last checkpoint
@@ -194,7 +195,7 @@ class Recipe:
         for key, number in (
             ("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every), ("optim.clip", optim.clip),
             ("optim.warmup_steps", optim.warmup_steps), ("optim.weight_decay", optim.weight_decay),
-            ("parallel.shard", self.parallel.shard), ("train.spike", train.spike),
+            ("parallel.shard", self.parallel.shard), ("train.segment", train.segment), ("train.spike", train.spike),
             ("checkpoint.keep_every", self.checkpoint.keep_every),
         ):  # fmt: skip
             if number < 0:

@@ -40,7 +40,8 @@ def backward(model: LanguageModel, ids: Tensor, targets: Tensor, segment: int, w
         x, after = model.hidden(ids[:, part], before)
         loss = linear_cross_entropy(x, model.head_weight, targets[:, part], reduction="sum") * weight
         left = _parts(after.layers) if d_state else []
-        torch.autograd.backward([loss, *left], [None, *d_state])
+        with torch.autocast(ids.device.type, enabled=False):  # which is for forward passes
+            torch.autograd.backward([loss, *left], [None, *d_state])
         total = total + loss.detach()
         d_state = [] if before is None else [leaf.grad for leaf in _parts(before.layers)]
     return total

@@ -99,7 +99,7 @@ def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
         trained = sum(recipe.lora.rank * (each.in_features + each.out_features) for each in maps)
     kept = 1 if recipe.train.recompute else config.num_hidden_layers
     floats = kept * (4 * config.inner_size + 2 * config.intermediate_size + 2 * config.hidden_size)
-    tokens = recipe.rows * recipe.train.seq_len // mesh.data_ranks
+    tokens = recipe.rows * (recipe.train.segment or recipe.train.seq_len) // mesh.data_ranks
     activations = tokens * floats * (2 if recipe.train.dtype == "bfloat16" else 4) // (mesh.context * mesh.tensor)
     device, share = mesh.device, mesh.world // mesh.replicate
     there = recipe.base is not None and device.type == "cpu"  # the weights are, then

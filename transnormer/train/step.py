@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..data.loader import Batch
 from ..model.language_model import LanguageModel
+from . import segments
 from .checkpoint import WINDOW
 from .feed import Share
 from .parallel import Mesh
+from .recipe import Train
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -30,7 +32,7 @@ class Told(NamedTuple):
     saving: tuple[int, int]
 
 
-def gradients(model: LanguageModel, share: Share, mesh: Mesh, dtype: str) -> Tensor:
+def gradients(model: LanguageModel, share: Share, mesh: Mesh, settings: Train) -> Tensor:
     """Leave the step's gradients in the model; returns this process' share of the loss, a sum over the processes.
 
     The loss is a mean over what is learned in the whole step, by all processes and micro-batches.
@@ -38,8 +40,12 @@ def gradients(model: LanguageModel, share: Share, mesh: Mesh, dtype: str) -> Ten
     learned = mesh.total(torch.full((), share.learned, dtype=torch.float64, device=mesh.device)).clamp(min=1).float()
     loss = torch.zeros((), device=mesh.device)
     for batch in share.batches:
-        with autocast(mesh, dtype):
-            part = summed_loss(model, batch.to(mesh.device)) / learned
+        batch = batch.to(mesh.device)
+        with autocast(mesh, settings.dtype):
+            if settings.segment:
+                loss += segments.backward(model, batch.ids, batch.targets, settings.segment, 1 / learned)
+                continue
+            part = summed_loss(model, batch) / learned
         part.backward()
         loss += part.detach()
     return loss
