@@ -135,7 +135,7 @@ def _share(
     numbers = tensors = 0
     for (shape, cut), count in parameters:
         mine = [size // tensor if at == cut else size for at, size in enumerate(shape)]
-        rows = mine[0] // ranks  # FSDP cuts rows like torch.chunk: the last ranks may have fewer, or none
+        rows = -(-mine[0] // ranks)  # FSDP cuts rows like torch.chunk: the last ranks may have fewer, or none
         mine[0] = max(0, min(rows, mine[0] - rank * rows))
         numbers, tensors = numbers + count * math.prod(mine), tensors + count
     return numbers, tensors
@@ -194,7 +194,7 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
             mixer += 2 * inner
     if rank:
         mixer += 2 * inner
-    glu = 2 * (2 * f)  # both branches and their product
+    glu = 3 * (2 * f)  # both branches and their product
     return whole + (stream + mixer + glu) / tensor
 
 
