@@ -68,6 +68,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a model from a recipe into runs/<run>; the same command again goes on where it stopped."""
+    import time
+
     from .train.loop import Interrupted
     from .train.loop import train as run
     from .train.metrics import say
@@ -80,6 +82,7 @@ def train(
         say(str(error))
         raise typer.Exit(128 + error.signal_number) from error
     except Elsewhere as error:
+        time.sleep(2)  # torchrun ends all when one has ended, and the other is to say why first
         raise typer.Exit(1) from error
 
 

@@ -146,9 +146,11 @@ SEAL = "complete.json"
 def seal(folder: Path, known: Mapping[str, Mapping[str, object]] | None = None) -> None:
     """Flush every file of the folder to the disk, then write SEAL. known: what `write_pieces` returned of some of them."""
     record = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         flush(path)
-        record[path.name] = (known or {}).get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            record[name] = (known or {}).get(name) or {"bytes": path.stat().st_size, "sha256": sha256(path)}
     flush(folder)
     write_text(folder / SEAL, json.dumps(record, indent=2) + "\n")
 

@@ -24,9 +24,9 @@ def test_kills_at_random_moments_lose_nothing(work: Path, processes: int, steps:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("processes", [1, 2])
-def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int) -> None:
-    check_kills_lose_nothing(processes, kills=25, seed=2, steps=1_000)
+@pytest.mark.parametrize(("processes", "steps"), [(1, 2_000), (2, 1_000)])
+def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int, steps: int) -> None:
+    check_kills_lose_nothing(processes, kills=25, seed=2, steps=steps)
 
 
 def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) -> None:

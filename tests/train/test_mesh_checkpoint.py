@@ -49,12 +49,19 @@ def on_another_mesh(rank: int) -> None:
         train(tiny(f"run={before}-{name}", f"parallel.{name}=2", *OFTEN))
 
 
+PARTS = {name: (f"parallel.{name}=2",) for name in MESHES} | {
+    "muon": ("optim.name=muon",), "bf16": ("train.dtype=bfloat16", "parallel.tensor=2"),
+}  # fmt: skip
+
+
 def in_two_parts(rank: int) -> None:
-    """On the mesh and past the place where a run was cut off."""
-    for name in MESHES:
+    """Past the place where a run was cut off."""
+    for name, settings in PARTS.items():
+        if name not in MESHES:
+            train(tiny(f"run={name}", *settings, *OFTEN))
         with spoiled(stop_at=20, error=RuntimeError), pytest.raises(RuntimeError):
-            train(tiny(f"run={name}-again", f"parallel.{name}=2", *OFTEN))
-        train(tiny(f"run={name}-again", f"parallel.{name}=2", *OFTEN))
+            train(tiny(f"run={name}-again", *settings, *OFTEN))
+        train(tiny(f"run={name}-again", *settings, *OFTEN))
 
 
 def not_finite_on_the_second(rank: int) -> None:
@@ -253,7 +260,7 @@ def test_any_mesh_goes_on_from_any_other_and_one_process_from_all(told: Any) -> 
 
 def test_on_one_mesh_a_run_in_two_parts_is_exact(told: Any) -> None:
     told(in_two_parts)
-    for name in MESHES:
+    for name in PARTS:
         assert len(json.loads(Path(f"runs/{name}-again/run.json").read_text())["starts"]) == 2
         assert curve(f"{name}-again") == curve(name)
         for what in ("weights", "optimizer"):

@@ -49,6 +49,14 @@ def test_the_resolved_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path)
     assert again == recipe
     assert again.difference(recipe) is None
     assert Recipe.load(recipe_file, ["run=2024", "optim.lr=0.5"]).difference(recipe) is not None
+    elsewhere = [
+        "parallel.tensor=2",
+        "train.accumulate=2",
+        "train.recompute=true",
+        "train.device=cpu",
+        "checkpoint.keep=7",
+    ]
+    assert Recipe.load(recipe_file).difference(Recipe.load(recipe_file, elsewhere)) is None
     first = Recipe.load(recipe_file).difference(Recipe.load(recipe_file, ["train.steps=7"]))
     assert first == "train.steps was 1000 and is now 7"
     recipe_file.write_text(recipe_file.read_text().replace('size = "10m"', 'from = "runs/x"'))

@@ -4,7 +4,7 @@ A checkpoint is a folder with config.json, tokenizer.json, the weights, and what
 writes the weights whole, so that the folder is a model by itself; of many each writes the pieces that it holds, with
 their places in the whole, so that any other mesh can read them (with torch.distributed.checkpoint; nothing is pickled)
 and `transnormer.load` as well. Of a model with adapters the weights are written merged, for use; training goes on from
-the adapters, which lie in a sealed folder of their own inside.
+the adapters, which lie in a folder of their own inside.
 
 A checkpoint is written under a hidden name by a thread of each process, from copies in host memory. When all have
 written, which they learn at the end of a step, the first seals it (all hashes, last) and renames it: under its own name it
@@ -139,7 +139,6 @@ class Checkpoints:
                 write_text(folder / RECORD, record)
             if origin.adapter is not None:
                 lora.save_adapter(folder / lora.FOLDER, adapter, origin.adapter)
-                seal(folder / lora.FOLDER)
             return hashes
 
         self._phase, self._job = "written", self._writer.submit(write)
@@ -234,7 +233,7 @@ class Checkpoints:
 
     def _damage(self, folder: Path) -> str | None:
         """As `damaged`, the files shared among the processes."""
-        found = self._mesh.gather(damaged(folder, self._origin.adapter is not None, self._mesh.rank, self._mesh.world))
+        found = self._mesh.gather(damaged(folder, self._mesh.rank, self._mesh.world))
         return next((wrong for wrong in found if wrong is not None), None)
 
     def _load(self, folder: Path, later: list[Path], model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place:
@@ -280,19 +279,13 @@ class Checkpoints:
         return Place(**known)
 
 
-def damaged(folder: Path, adapter: bool, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint, with an adapter or without; None where all is as it was written.
-
-    rank, ranks: look at a share of the files.
-    """
+def damaged(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint; None where all is as it was written. rank, ranks: look at a share of the files."""
     try:
         names = sorted(json.loads((folder / SEAL).read_text(encoding="utf-8")))[rank::ranks]
     except (OSError, ValueError, TypeError):
-        names = []  # which `damage` will name
-    wrong = damage(folder, names)
-    if wrong is None and adapter and (inside := damage(folder / lora.FOLDER)):
-        wrong = f"{lora.FOLDER}/{inside}"
-    return wrong
+        names = []  # `damage` will say what is wrong with the seal
+    return damage(folder, names)
 
 
 def difference(theirs: ModelConfig, ours: ModelConfig) -> str | None:

@@ -70,7 +70,7 @@ def _finished(run: Path, recipe: Recipe) -> bool:
     checkpoints = step_folders(run / "checkpoints")
     check_same(run, recipe, bool(checkpoints))
     done = bool(checkpoints) and int(checkpoints[0].name[5:]) >= recipe.train.steps
-    return done and not checkpoint.damaged(checkpoints[0], recipe.lora is not None)
+    return done and not checkpoint.damaged(checkpoints[0])
 
 
 def _prepare(recipe: Recipe, base: LanguageModel | None) -> None:
@@ -154,13 +154,12 @@ def _model(
 
 def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data: TokenData, mesh: Mesh) -> Path:
     settings, steps = recipe.train, recipe.train.steps
-    reset_state = _resets(recipe, data)
     loader = Loader(
         data, seq_len=settings.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=settings.seed,
-        rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=reset_state,
+        rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=_resets(recipe, data),
     )  # fmt: skip
     optimizer = new_optimizer(model, recipe.optim)
-    evaluate = _evaluation(recipe, model, mesh, reset_state)
+    evaluate = _evaluation(recipe, model, mesh, _resets(recipe, data))
     note: dict[str, Any] = {}  # for the next line
     returns: list[int] = []  # the steps that the run went back to
     model.train()
@@ -202,11 +201,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
                     continue
                 note, last = {}, step == steps
                 if evaluate and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
-                    line |= evaluate()
-                    say(
-                        f"step {step}/{steps}  loss {told.loss:.3f}  validation loss {line['valid_loss']:.3f} "
-                        f"({line['valid_bits_per_byte']:.3f} bits per byte)"
-                    )
+                    line |= evaluate(f"step {step}/{steps}  loss {told.loss:.3f}")
                 metrics.write(line)
                 show(step, told.loss, speed)
                 if last or told.stop or _due(step, recipe.checkpoint):
@@ -256,8 +251,8 @@ def _go_back(
 
 def _evaluation(
     recipe: Recipe, model: LanguageModel, mesh: Mesh, reset_state: bool
-) -> Callable[[], dict[str, float]] | None:
-    """Measures the validation split; None where there is nothing in it to learn."""
+) -> Callable[[str], dict[str, float]] | None:
+    """Measures the validation split, and says so after a text; None where there is nothing in it to learn."""
     valid = TokenData(recipe.data.path, "valid")
     settings = recipe.train
     batches = validation(
@@ -267,9 +262,11 @@ def _evaluation(
     if measure is None:
         return None
 
-    def figures() -> dict[str, float]:
+    def figures(text: str) -> dict[str, float]:
         loss = measure()
-        return {"valid_loss": loss, "valid_bits_per_byte": loss / math.log(2) / (valid.bytes / valid.learned)}
+        bits = loss / math.log(2) / (valid.bytes / valid.learned)
+        say(f"{text}  validation loss {loss:.3f} ({bits:.3f} bits per byte)")
+        return {"valid_loss": loss, "valid_bits_per_byte": bits}
 
     return figures
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,12 +32,15 @@ class Metrics:
 
     def __init__(self, path: Path, after_step: int, tensorboard: bool = False, write: bool = True):
         self._path, self._tensorboard, self._writes = path, tensorboard, write
+        self._file: TextIO | None = None
+        self._board: Any = None
         self.cut(after_step)
 
     def cut(self, after_step: int) -> None:
         """Open the file with the lines up to `after_step` alone; a torn last line goes too."""
         if not self._writes:
             return
+        self.close()
         kept = [line for line in read_metrics(self._path) if line["step"] <= after_step] if self._path.exists() else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
         replace_file(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -46,7 +49,7 @@ class Metrics:
         self._board = _tensorboard(folder, after_step) if self._tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
-        if not self._writes:
+        if self._file is None:
             return
         line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         try:
@@ -63,14 +66,14 @@ class Metrics:
 
     def flush(self) -> None:
         """Wait until all lines are on the disk."""
-        if not self._writes:
+        if self._file is None:
             return
         os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
-        if not self._writes:
+        if self._file is None:
             return
         self._file.close()
         if self._board is not None:
