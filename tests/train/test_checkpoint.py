@@ -269,6 +269,17 @@ def test_a_run_that_went_back_resumes_exactly(
             assert record(run[4:], 24) == record("whole", 24)
 
 
+def test_what_was_saved_among_refused_steps_goes_when_the_run_goes_back(work: Path, spoil: Callable[..., None]) -> None:
+    spoil(*BAD, stop_at=37)
+    with pytest.raises(Interrupted):
+        train(tiny("run=back", *OFTEN))
+    assert record("back", 10)["refused"] == 2
+    spoil(*BAD, stop_at=49, error=RuntimeError)
+    with pytest.raises(RuntimeError):
+        train(tiny("run=back", *OFTEN))
+    assert step_folders(Path("runs/back/checkpoints"))[0].name == "step-0000008"
+
+
 def test_going_back_in_vain_ends_the_run(work: Path, spoil: Callable[..., None]) -> None:
     spoil(*range(33, 999))
     with pytest.raises(

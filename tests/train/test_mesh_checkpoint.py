@@ -65,9 +65,17 @@ def in_two_parts(rank: int) -> None:
 
 
 def not_finite_on_the_second(rank: int) -> None:
-    for kind in ("loss", "gradients"):
-        with spoiled(18, only=kind if rank == 1 else "nothing"):
-            train(tiny(f"run=bad-{kind}", *OFTEN, "checkpoint.every=1", "checkpoint.keep=99"))
+    for name in ("shard", "tensor"):
+        for kind in ("loss", "gradients"):
+            settings = (
+                f"run=bad-{name}-{kind}",
+                f"parallel.{name}=2",
+                *OFTEN,
+                "checkpoint.every=1",
+                "checkpoint.keep=99",
+            )
+            with spoiled(18, only=kind if rank == 1 else "nothing"):
+                train(tiny(*settings))
 
 
 def again_and_again_on_the_second(rank: int) -> None:
@@ -283,13 +291,13 @@ def test_pieces_become_one_folder_in_our_format(told: Any, tmp_path: Path) -> No
 
 def test_what_is_not_finite_on_one_process_reaches_no_weight_on_any(told: Any) -> None:
     told(not_finite_on_the_second)
-    for kind in ("loss", "gradients"):
-        lines = read_metrics(Path(f"runs/bad-{kind}/metrics.jsonl"))
+    for run in (f"bad-{name}-{kind}" for name in ("shard", "tensor") for kind in ("loss", "gradients")):
+        lines = read_metrics(Path(f"runs/{run}/metrics.jsonl"))
         assert [line["step"] for line in lines if "refused" in line] == [5]
         assert lines[4]["samples"] == [16, 20]
         for what in ("weights", "optimizer"):
-            assert hashes(f"bad-{kind}", 4, what) == hashes(f"bad-{kind}", 5, what)
-            assert hashes(f"bad-{kind}", 5, what).isdisjoint(hashes(f"bad-{kind}", 6, what))
+            assert hashes(run, 4, what) == hashes(run, 5, what)
+            assert hashes(run, 5, what).isdisjoint(hashes(run, 6, what))
 
 
 def test_all_go_back_together(told: Any) -> None:
