@@ -47,7 +47,7 @@ class Case:
     packed: bool = False  # for one data rank
 
     def __str__(self) -> str:
-        sizes = "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v != 1)
+        sizes = "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v > 1) or "shard"
         flags = [self.dtype, *(f"{k}={v}" for k, v in self.model.items())]
         changed = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self)[3:] if getattr(self, f.name) != f.default

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import subprocess
 import sys
@@ -71,20 +70,25 @@ WAYS = [  # dtype, recompute, compile, accumulate
 ]  # fmt: skip
 
 
+MESHES = [
+    (world, Parallel(replicate=replicate, context=context, tensor=tensor))
+    for world in (2, 4)
+    for replicate, context, tensor in itertools.product((1, 2, 4), repeat=3)
+    if replicate * context * tensor <= world
+]
+
+
 @pytest.mark.proof
-@pytest.mark.parametrize("world", [2, 4])
-def test_every_mesh_equals_one_process(world: int, tmp_path: Path) -> None:
-    sizes = [each for each in itertools.product((1, 2, 4), repeat=3) if math.prod(each) <= world]
+@pytest.mark.parametrize(("world", "mesh"), MESHES, ids=[f"{world}-{Case(mesh)}" for world, mesh in MESHES])
+def test_every_mesh_equals_one_process(world: int, mesh: Parallel, tmp_path: Path) -> None:
     cases = []
-    for replicate, context, tensor in sizes:
-        mesh = Parallel(replicate=replicate, context=context, tensor=tensor)
-        for model in ({}, EVERYTHING, OTHER, BASELINE, DECAYED_BASELINE):
-            config = ModelConfig.from_dict(TINY).replace(**model)
-            if config.num_attention_heads % tensor or (context > 1 and config.mixer == "softmax"):
-                continue
-            cases += [Case(mesh, model, *way) for way in WAYS]
-            if context * tensor == world:
-                cases += [Case(mesh, model, packed=True), Case(mesh, model, "bfloat16", packed=True)]
+    for model in ({}, EVERYTHING, OTHER, BASELINE, DECAYED_BASELINE):
+        config = ModelConfig.from_dict(TINY).replace(**model)
+        if config.num_attention_heads % mesh.tensor or (mesh.context > 1 and config.mixer == "softmax"):
+            continue
+        cases += [Case(mesh, model, *way) for way in WAYS]
+        if mesh.context * mesh.tensor == world:
+            cases += [Case(mesh, model, packed=True), Case(mesh, model, "bfloat16", packed=True)]
     check_equals_one_process(cases, world, tmp_path)
 
 
