@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
+from transnormer.train.parallel import Mesh, parallelize
 
 
 @dataclasses.dataclass
@@ -41,16 +42,9 @@ class Trainer:
 
 
 def _ours(config: ModelConfig, compiled: bool, recompute: bool = False, note: str = "") -> Trainer:
-    from torch.utils.checkpoint import checkpoint
-
     with torch.device("cuda"):
         model = LanguageModel(config)
-    for block in model.layers:
-        if recompute:
-            forward = block.forward
-            block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
-        if compiled:
-            block.compile(fullgraph=not recompute)
+    parallelize(model, Mesh(torch.device("cuda")), recompute=recompute, compile=compiled, dtype="bfloat16")
 
     def loss(ids: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):

@@ -107,6 +107,17 @@ def test_registration():
     torch.library.opcheck(torch.ops.transnormer.gla_triton.default, inputs, atol=1e-4, rtol=1e-4)
 
 
+def test_what_does_not_fit_is_refused():
+    qkvu, log_decay = torch.randn(2, 5, 3, 4, 16, device=DEVICE), torch.tensor(DECAYS, device=DEVICE)
+    for backend in ("auto", "triton"):
+        with pytest.raises(ValueError, match=r"log_decay must be \[3\]"):
+            gated_linear_attention(qkvu, log_decay[:2], backend=backend)
+        with pytest.raises(ValueError, match=r"state must be \[2, 3, 16, 16\]"):
+            gated_linear_attention(qkvu, log_decay, state=torch.zeros(1, 3, 16, 16, device=DEVICE), backend=backend)
+        with pytest.raises(ValueError, match=r"must be \[B, T, H, 4, V\]"):
+            gated_linear_attention(qkvu[:, :, :, :3], log_decay, backend=backend)
+
+
 def test_one_token_and_strided_input_take_the_parts():
     qkvu = torch.randn(2, 1, 3, 4, 16, device=DEVICE)
     log_decay = torch.tensor(DECAYS, device=DEVICE)

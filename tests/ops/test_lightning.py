@@ -9,7 +9,7 @@ import torch
 from oracle import DECAYS, assert_within_twice, compiled_and_eager_gradients, distance, draw, exact, run
 
 from transnormer.ops import dispatch, lightning_attention, lightning_step_
-from transnormer.ops.lightning import _check, lightning_chunked, lightning_quadratic, lightning_reference
+from transnormer.ops.lightning import check, lightning_chunked, lightning_quadratic, lightning_reference
 
 LENGTHS = [1, 63, 64, 65, 200]
 PACKED = [[5], [0, 70, 0, 1, 64, 0], [64, 64], [0, 0, 3]]
@@ -291,5 +291,5 @@ def test_dispatch_takes_the_first_that_can_and_says_so_once(caplog):
 
 def test_checks_pass_what_fits():
     case = draw(6, lengths=[2, 4])
-    _check(case.q, case.k, case.v, case.log_decay, case.state, case.cu_seqlens)
+    check(case.q, case.k, case.v, case.log_decay, case.state, case.cu_seqlens)
     assert len(DECAYS) == case.q.shape[2]

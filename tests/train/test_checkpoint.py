@@ -283,7 +283,8 @@ def test_what_was_saved_among_refused_steps_goes_when_the_run_goes_back(work: Pa
 def test_going_back_in_vain_ends_the_run(work: Path, spoil: Callable[..., None]) -> None:
     spoil(*range(33, 999))
     with pytest.raises(
-        ValueError, match=r"the 2\. in a row .* went back to step 8 3 times, with other samples; try run=NAME"
+        ValueError,
+        match=r"2 steps in a row were refused .* went back to step 8 3 times, with other samples; try run=NAME",
     ):
         train(tiny("run=vain", *OFTEN, "train.patience=2"))
     assert step_folders(Path("runs/vain/checkpoints"))[0].name == "step-0000008"

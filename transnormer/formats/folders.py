@@ -24,8 +24,8 @@ def load(
 ) -> LanguageModel:
     """The model of any folder, its `tokenizer` attribute set where the folder has one (else None).
 
-    path: a run folder (its newest good checkpoint is taken, with a warning where newer ones are damaged), a checkpoint or exported folder (config.json,
-        model.safetensors, tokenizer.json), or a folder in the published format.
+    path: a run folder (its newest good checkpoint is taken, with a warning where newer ones are damaged), a checkpoint
+        or exported folder (config.json, model.safetensors, tokenizer.json), or a folder in the published format.
     dtype: of the weights in memory; None keeps the stored one.
     check: where the folder has a fingerprint.json, compare its weight files' hashes and the model's logits with it.
     Raises OSError or ValueError: one line that names the file and what is wrong.

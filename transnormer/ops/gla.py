@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import choose
-from .lightning import lightning_attention
+from .lightning import check, lightning_attention
 from .lightning import refusal as attention_refusal
 from .norm import refusal as norm_refusal
 from .norm import simple_rms_norm
@@ -27,7 +27,12 @@ def gated_linear_attention(
     `lightning_attention`, eps as in `simple_rms_norm`.
     backend: "auto", "triton" (kernels that write the gradients where the projection's is read) or "torch" (the ops one
     after another, each with its own backend).
+    Raises ValueError where shapes do not fit, RuntimeError where the named backend cannot run the call.
     """
+    if qkvu.dim() != 5 or qkvu.shape[3] != 4:
+        raise ValueError(f"qkvu must be [B, T, H, 4, V]; got {list(qkvu.shape)}")
+    v = qkvu[..., 2, :]
+    check(v, v, v, log_decay, state, cu_seqlens)
     refusals = {"triton": _triton_refusal(qkvu, named=backend == "triton"), "torch": None}
     if choose("gated_linear_attention", backend, refusals) == "triton":
         from . import gla_triton

@@ -50,7 +50,7 @@ def lightning_attention(
     Left padding is k = 0 on the padded tokens. Returns the output [B, T, H, V] in v's dtype, or (output, state).
     Raises ValueError where shapes or dtypes do not fit, RuntimeError where the named backend cannot run the call.
     """
-    _check(q, k, v, log_decay, state, cu_seqlens if context is None else None)
+    check(q, k, v, log_decay, state, cu_seqlens if context is None else None)
     if context is not None and state is not None:
         raise ValueError("a state and a context exclude each other: segments hand their states on themselves")
     unshared = None if context is None else "segments of a row run on triton or torch"
@@ -78,7 +78,7 @@ def lightning_step_(
 
     q, k: [B, 1, H, K]; v: [B, 1, H, V]. No gradient. One launch on a GPU, fit for CUDA graphs.
     """
-    _check(q, k, v, log_decay, state, None)
+    check(q, k, v, log_decay, state, None)
     if q.shape[1] != 1:
         raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
     refusals = {"triton": refusal(q, v, named=backend == "triton"), "torch": None}
@@ -336,7 +336,8 @@ def _decay_mask(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return (log_decay.double()[:, None, None] * distance.clamp(min=0)).exp().tril().to(dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError where the arguments of `lightning_attention` do not fit each other."""
     if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q and k must be [B, T, H, K] and v [B, T, H, V]; got {_shape(q)}, {_shape(k)} and {_shape(v)}"

@@ -124,9 +124,7 @@ class Checkpoints:
         copied = torch.cuda.Event() if mesh.device.type == "cuda" else None
         if copied is not None:
             copied.record()
-        record = (
-            json.dumps(asdict(place) | {"data": origin.data, "base": origin.base, "mesh": storage.shape(mesh)}) + "\n"
-        )
+        record = json.dumps(asdict(place) | {"data": origin.data, "base": origin.base, "mesh": mesh.shape}) + "\n"
 
         def write() -> dict[str, dict[str, object]]:
             if copied is not None:
@@ -256,7 +254,7 @@ class Checkpoints:
             raise ValueError(f"{folder} was trained on other weights than model.from holds now; give another run=NAME")
         if (other := difference(ModelConfig.from_json(folder / "config.json"), model.config)) is not None:
             raise ValueError(f"{folder} is of another model: {other}; give another run=NAME")
-        before, now = record.get("mesh"), storage.shape(mesh)
+        before, now = record.get("mesh"), mesh.shape
         if before != now:
             say(f"{folder.name} was written by the mesh {_words(before or {})}; this one is {_words(now)}")
         if origin.adapter is None:

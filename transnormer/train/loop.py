@@ -234,7 +234,7 @@ def _go_back(
     are passed over. Raises ValueError where there is no checkpoint, or going back to it did not help.
     """
     back = checkpoints.go_back(model, optimizer)
-    why = f"step {place.step}: the {place.refused}. in a row whose loss or gradient norm was refused, stopped before it could reach the weights"
+    why = f"step {place.step}: {place.refused} steps in a row were refused for their loss or gradient norm, none reached the weights"
     advice = "try run=NAME with a lower optim.lr or a longer warm-up"
     if back is None:
         raise mesh.failure(f"{why}; there is no checkpoint to go back to; {advice}")

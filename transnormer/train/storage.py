@@ -17,11 +17,6 @@ from .parallel import Mesh
 RANDOM = "_rng/"  # in the name of a random state, before the rank whose it is
 
 
-def shape(mesh: Mesh) -> dict[str, int]:
-    """The mesh in words, to be compared."""
-    return {name: getattr(mesh, name) for name in ("replicate", "shard", "context", "tensor")}
-
-
 def pieces(tensors: dict[str, Any], mesh: Mesh) -> Iterator[tuple[str, Tensor, list[int], list[int]]]:
     """(name, local tensor, where it begins in the whole, the whole's shape) of what this process is to write.
 
