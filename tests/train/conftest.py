@@ -8,35 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from .runs import STEPS
+from .runs import write_recipe
 
 
 @pytest.fixture
 def work(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder, as the working directory."""
-    (tmp_path / "tiny.toml").write_text(
-        f"""
-        [data]
-        path = "{prepared}"
-        [model]
-        num_hidden_layers = 2
-        hidden_size = 32
-        num_attention_heads = 2
-        intermediate_size = 48
-        [train]
-        steps = {STEPS}
-        seq_len = 32
-        batch_tokens = 128
-        [optim]
-        lr = 1e-2
-        warmup_steps = 4
-        [eval]
-        every = 10
-        tokens = 512
-        [checkpoint]
-        every = 3
-        """
-    )
+    write_recipe(tmp_path, prepared)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from transnormer.train.feed import Share
 from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 
-from .runs import curve, tiny
+from .runs import curve, spoiling, tiny
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 OFTEN = ("train.steps=24", "checkpoint.every=4", "checkpoint.keep=9")
@@ -192,19 +191,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def choose(
         *samples: int, factor: float = float("nan"), stop_at: int = -1, error: type[Exception] | None = None
     ) -> None:
-        def spoiled(model: Any, share: Share, *rest: Any) -> Tensor:
-            loss = gradients(model, share, *rest)
-            if stop_at in range(*share.samples):
-                if error is not None:
-                    raise error("as if it had been killed")
-                os.kill(os.getpid(), signal.SIGTERM)
-            if any(sample in range(*share.samples) for sample in samples):
-                for p in model.parameters():
-                    p.grad *= factor
-                return loss * factor
-            return loss
+        def damage(model: Any, loss: Tensor) -> Tensor:
+            for p in model.parameters():
+                p.grad *= factor
+            return loss * factor
 
-        monkeypatch.setattr(loop, "gradients", spoiled)
+        monkeypatch.setattr(loop, "gradients", spoiling(gradients, damage, *samples, stop_at=stop_at, error=error))
 
     return choose
 

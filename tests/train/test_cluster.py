@@ -19,29 +19,12 @@ import pytest
 from transnormer.train.metrics import read_metrics
 
 from ..conftest import REPOSITORY
+from .runs import write_recipe
 
 STEPS = 120
-RECIPE = """
-[data]
-path = "{data}"
-[model]
-num_hidden_layers = 2
-hidden_size = 32
-num_attention_heads = 2
-intermediate_size = 48
-[train]
-steps = {steps}
-seq_len = 32
-batch_tokens = 128
-[optim]
-name = "muon"
-lr = 1e-2
-[eval]
-every = 20
-tokens = 256
-[checkpoint]
-every = 10
-"""
+SETTINGS = (
+    f"train.steps={STEPS}", "optim.name=muon", "eval.every=20", "eval.tokens=256", "checkpoint.every=10",
+)  # fmt: skip
 
 
 class Hosts:
@@ -86,7 +69,7 @@ class Hosts:
         """launch/torchrun.sh on one of them, one process a host."""
         command = [
             str(REPOSITORY / "launch" / "torchrun.sh"), "2", f"{'host0' if self.real else 'localhost'}:{port}",
-            "tiny.toml", *overrides,
+            "tiny.toml", *SETTINGS, *overrides,
         ]  # fmt: skip
         if self.real:
             inside = ["unshare", "--uts", "sh", "-c", f'hostname host{number}; exec "$@"', "sh"]
@@ -112,7 +95,7 @@ class Hosts:
 
 @pytest.fixture
 def hosts(tmp_path: Path, prepared: Path) -> Iterator[Hosts]:
-    (tmp_path / "tiny.toml").write_text(RECIPE.format(data=prepared, steps=STEPS))
+    write_recipe(tmp_path, prepared)
     found = Hosts(tmp_path)
     try:
         yield found

@@ -26,10 +26,10 @@ from transnormer.train.metrics import read_metrics
 from transnormer.train.parallel import Mesh, make_mesh
 from transnormer.train.recipe import Parallel
 
-from .runs import curve, tiny
+from .runs import curve, spoiling, tiny, write_recipe
 
 MESHES = ("shard", "replicate", "context", "tensor")
-OFTEN = ("train.steps=12", "checkpoint.every=3", "checkpoint.keep=9", "eval.every=6")
+OFTEN = ("train.steps=12", "checkpoint.every=3", "checkpoint.keep=9", "eval.every=6", "eval.tokens=500")
 
 
 # What both processes do. Each returns what can be told as JSON.
@@ -151,20 +151,12 @@ def spoiled(
     """The step that reads sample `stop_at` stops; those that read any of `samples` have a NaN in loss or gradients."""
     gradients = loop.gradients
 
-    def spoil(model: Any, share: Any, *rest: Any) -> torch.Tensor:
-        loss = gradients(model, share, *rest)
-        if stop_at in range(*share.samples):
-            if error is not None:
-                raise error("as if it had been killed")
-            os.kill(os.getpid(), signal.SIGTERM)
-        if any(sample in range(*share.samples) for sample in samples):
-            if only == "gradients":
-                next(model.parameters()).grad.to_local().view(-1)[3] = float("inf")
-            if only == "loss":
-                return loss * float("nan")
-        return loss
+    def damage(model: Any, loss: torch.Tensor) -> torch.Tensor:
+        if only == "gradients":
+            next(model.parameters()).grad.to_local().view(-1)[3] = float("inf")
+        return loss * float("nan") if only == "loss" else loss
 
-    loop.gradients = spoil  # type: ignore[attr-defined]
+    loop.gradients = spoiling(gradients, damage, *samples, stop_at=stop_at, error=error)  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -195,28 +187,9 @@ def work_through(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
-    (folder / "tiny.toml").write_text(RECIPE.format(data=prepared))
+    write_recipe(folder, prepared)
     mp.spawn(work_through, (folder,), nprocs=2)
     return folder
-
-
-RECIPE = """
-[data]
-path = "{data}"
-[model]
-num_hidden_layers = 2
-hidden_size = 32
-num_attention_heads = 2
-intermediate_size = 48
-[train]
-seq_len = 32
-batch_tokens = 128
-[optim]
-lr = 1e-2
-warmup_steps = 4
-[eval]
-tokens = 500
-"""
 
 
 @pytest.fixture
