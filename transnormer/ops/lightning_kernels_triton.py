@@ -46,6 +46,10 @@ def _dot(a, b, added=None):
     if _INTERPRETED:  # its dot takes the bits of a bfloat16 for an integer
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    if added is not None and a.dtype == tl.float32:
+        # Every term added rounds by the size of what is there: a chunk's few are summed first, alone. Written as a
+        # difference, for the compiler makes of a sum one product that adds its terms to `added`.
+        return added - tl.dot(-a, b, input_precision=_PRECISION)
     return tl.dot(a, b, added, input_precision=_PRECISION)
 
 
