@@ -141,10 +141,11 @@ def distance(found: Tensor, true: Tensor) -> float:
 
 
 def assert_within_twice(
-    op: Callable[..., tuple[Tensor, Tensor]], case: Case, note: str = "", factor: float = 2
-) -> None:
-    """The error rule. States go in and come back in float32."""
-    ours, yardstick, true = run(op, case.to(case.q.dtype, state=torch.float32)), plain(case), exact(case)
+    op: Callable[..., tuple[Tensor, Tensor]], case: Case, note: str = "", factor: float = 2,
+    state: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """The error rule. States go in and come back in float32, or go in in the dtype `state`."""
+    ours, yardstick, true = run(op, case.to(case.q.dtype, state=state)), plain(case), exact(case)
     for name, want in true.items():
         assert_no_further(name, ours[name], yardstick[name], want, case.q, note, factor)
 

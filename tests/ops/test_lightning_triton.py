@@ -303,6 +303,19 @@ class TestMatrix:
             assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("K", "V"), [(199, 72), (200, 72), (136, 200), (144, 48), (240, 255), (256, 16), (16, 256), (256, 256)]
+)
+def test_wide_states_in_half_precision(K, V, dtype):
+    """A state in another dtype is another kernel to the compiler, which once spoiled just this."""
+    for segments in (1, 2):
+        assert_within_twice(with_tiles(segments=segments), draw(300, K, V, dtype=dtype, device=DEVICE), state=dtype)
+    case = draw(0, K, V, lengths=[100, 0, 150], dtype=dtype, device=DEVICE)
+    assert_within_twice(attention, case, "packed", state=dtype)
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 class TestLong:
     pytestmark = gpu
