@@ -1,0 +1,204 @@
+"""Meshes of several GPUs: how far from one process they are, how fast, in how much memory, and what the plan said.
+
+    torchrun --nproc-per-node 2 benchmarks/meshes.py
+
+An error is ||gradient - gradient in float32 on one process|| / ||...||, the worst of all parameters, in bf16 autocast;
+beside it what one process itself is off by, of the same parameter. Writes benchmarks/results/meshes_<gpu>_<date>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gpu
+import record
+import torch
+import torch.distributed as dist
+
+from transnormer.config import TRANSFORMER, ModelConfig
+from transnormer.data.loader import Batch
+from transnormer.model.language_model import LanguageModel, init_weights
+from transnormer.train.optim import new_optimizer
+from transnormer.train.parallel import Mesh, clip, make_mesh, parallelize, start
+from transnormer.train.plan import GPUS, Layout, find_memory, find_speed
+from transnormer.train.plan import measure as measure_shape
+from transnormer.train.recipe import Optim, Parallel
+
+EVERYTHING = {"position_layers": "all", "norm": "rmsnorm", "bias": True, "gate_rank": 16, "tie_word_embeddings": False}
+KINDS: dict[str, dict[str, Any]] = {"transnormer": {}, "transnormer, everything": EVERYTHING, "softmax": TRANSFORMER}
+HOWS: list[dict[str, bool]] = [{}, {"compile": True}, {"recompute": True}, {"compile": True, "recompute": True}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="385m", help="of the speeds; errors are of four layers of 45m")
+    parser.add_argument("--shapes", nargs="*", default=["8x2048", "2x8192"], help="rows of a data rank x tokens")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="of the errors")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", help="where there is no git to ask")
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    options = parser.parse_args()
+    with start(Parallel(), options.device) as mesh:
+        cuda = mesh.device.type == "cuda"
+        name = record.device_name(mesh.device.type)
+        slug = next((kind for kind in GPUS if kind in name.lower()), mesh.device.type)
+        path = options.out / f"meshes_{slug}x{mesh.world}_{date.today()}.json"
+        result: dict[str, Any] = {
+            "subject": "meshes", "device": f"{mesh.world} x {name}", "commit": options.commit or record.commit(),
+            "command": " ".join([f"torchrun --nproc-per-node {mesh.world}", *sys.argv]),
+            "date": date.today().isoformat(), "versions": {"torch": torch.__version__},
+            "all_reduce_gb_per_second": all_reduce_speed(mesh),
+            "matmul_tflop_per_second": record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512) / 1e12,
+            "rows": [],
+        }  # fmt: skip
+        meshes = {"one process": Mesh(mesh.device), f"shard {mesh.world}": mesh}
+        for kind in ("tensor", "context", "replicate"):
+            meshes[f"{kind} {mesh.world}"] = make_mesh(Parallel(**{kind: mesh.world}), mesh.device)
+        for row in (*errors(meshes, options.kinds), *speeds(meshes, options, slug)):
+            result["rows"].append(row)
+            if mesh.first:
+                path.write_text(json.dumps(result, indent=1) + "\n")
+                print({key: value for key, value in row.items() if key != "times_ms"}, flush=True)
+        del meshes
+
+
+def all_reduce_speed(mesh: Mesh, size: int = 2**28) -> float:
+    """Of one GPU, in GB/s: 2 (n - 1) / n bytes go out for each of a tensor's."""
+    if mesh.device.type == "cpu":
+        size = 2**22
+    x = torch.ones(size, device=mesh.device)
+    took = min(record.time_ms(lambda: dist.all_reduce(x), mesh.device.type) for _ in range(5))
+    return x.nbytes * 2 * (mesh.world - 1) / mesh.world / took / 1e6
+
+
+def errors(meshes: dict[str, Mesh], kinds: list[str]) -> Iterator[dict[str, Any]]:
+    alone = meshes["one process"]
+    for kind in kinds:
+        config = ModelConfig.named("45m", num_hidden_layers=4, **KINDS[kind])
+        true = gradients(config, alone, "float32")
+        usual = distances(gradients(config, alone, "bfloat16"), true)
+        for name, mesh in meshes.items():
+            if mesh is alone or (kind == "softmax" and mesh.context > 1):
+                continue
+            for how in HOWS:
+                row = {"model": kind, "mesh": name, **how}
+                found = gpu.attempt(partial(gradients, config, mesh, "bfloat16", **how))
+                if isinstance(found, str):
+                    yield row | {"error": found}
+                    continue
+                off = distances(found, true)
+                worst = max(off, key=lambda key: off[key] / max(usual[key], 2**-9))
+                row |= {"of": worst, "off": off[worst], "one_process_off": usual[worst], "loss_off": off["loss"]}
+                if not how:
+                    row["float32_off"] = max(distances(gradients(config, mesh, "float32"), true).values())
+                yield row
+                forget()
+
+
+def build(config: ModelConfig, mesh: Mesh, dtype: str, **how: bool) -> LanguageModel:
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    parallelize(model, mesh, dtype=dtype, **how)
+    model.to_empty(device=mesh.device)
+    init_weights(model, 1)
+    return model
+
+
+def draw(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Batch:
+    """This rank's part of `rows` rows over all data ranks."""
+    ids = torch.randint(config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(2))
+    mine = ids.chunk(mesh.data_ranks)[mesh.data_rank]
+    return mesh.split(Batch(mine[:, :-1], mine[:, 1:])).to(mesh.device)
+
+
+def gradients(config: ModelConfig, mesh: Mesh, dtype: str, **how: bool) -> dict[str, torch.Tensor]:
+    """Of four rows of 512 tokens: the loss, every gradient, their norm."""
+    model = build(config, mesh, dtype, **how)
+    batch = draw(config, mesh, 4, 512)
+    with torch.autocast(mesh.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = model.loss(batch.ids, batch.targets, reduction="sum") / (4 * 512)
+    loss.backward()
+    found = {"loss": mesh.total(loss.detach()).double().cpu()}
+    for name, p in model.named_parameters():
+        gradient: Any = p.grad
+        found[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).double().cpu()
+    return found | {"norm": clip(model, mesh, 1.0).double().cpu()}
+
+
+def distances(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float((found[name] - x).norm() / x.norm().clamp(min=1e-30)) for name, x in true.items()}
+
+
+def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> Iterator[dict[str, Any]]:
+    config = ModelConfig.named(options.size)
+    for shape in options.shapes:
+        rows, length = map(int, shape.split("x"))
+        for name, mesh in meshes.items():
+            row = {"model": "transnormer", "size": options.size, "mesh": name, "rows": rows, "seq_len": length}
+            found = gpu.attempt(partial(speed, config, mesh, rows, length))
+            yield (
+                row
+                | (found if isinstance(found, dict) else {"error": found})
+                | planned(config, mesh, rows, length, kind)
+            )
+            forget()
+
+
+def speed(config: ModelConfig, mesh: Mesh, rows: int, length: int, steps: int = 8) -> dict[str, Any]:
+    """Steps with AdamW of the compiled model, `rows` on every data rank."""
+    model = build(config, mesh, "bfloat16", compile=True)
+    optimizer = new_optimizer(model, Optim())
+    batch = draw(config, mesh, rows * mesh.data_ranks, length)
+    tokens = rows * mesh.data_ranks * length
+
+    def step() -> None:
+        with torch.autocast(mesh.device.type, torch.bfloat16):
+            loss = model.loss(batch.ids, batch.targets, reduction="sum") / tokens
+        loss.backward()
+        clip(model, mesh, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    cuda = mesh.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    times = [record.time_ms(step, mesh.device.type)]
+    first = time.perf_counter() - began
+    times = [record.time_ms(step, mesh.device.type) for _ in range(steps + 2)][2:]
+    return {
+        "tokens_per_second": round(tokens / statistics.median(times) * 1e3), "first_step_seconds": round(first, 1),
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None, "times_ms": [round(t, 2) for t in times],
+    }  # fmt: skip
+
+
+def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, kind: str) -> dict[str, Any]:
+    if kind not in GPUS:
+        return {}
+    shape, layout = measure_shape(config, length), Layout(**mesh.shape)
+    return {
+        "planned_bytes": find_memory(shape, layout, rows, length).allocated,
+        "planned_tokens_per_second": round(find_speed(shape, layout, GPUS[kind], rows, length)[0]),
+    }
+
+
+def forget() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
