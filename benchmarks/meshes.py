@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -64,7 +65,7 @@ def main() -> None:
         meshes = {"one process": Mesh(mesh.device), f"shard {mesh.world}": mesh}
         for kind in ("tensor", "context", "replicate"):
             meshes[f"{kind} {mesh.world}"] = make_mesh(Parallel(**{kind: mesh.world}), mesh.device)
-        for row in (*errors(meshes, options.kinds), *speeds(meshes, options, slug)):
+        for row in itertools.chain(speeds(meshes, options, slug), errors(meshes, options.kinds)):
             result["rows"].append(row)
             if mesh.first:
                 path.write_text(json.dumps(result, indent=1) + "\n")
@@ -185,7 +186,7 @@ def speed(config: ModelConfig, mesh: Mesh, rows: int, length: int, steps: int = 
 def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, kind: str) -> dict[str, Any]:
     if kind not in GPUS:
         return {}
-    shape, layout = measure_shape(config, length), Layout(**mesh.shape)
+    shape, layout = measure_shape(config, length), Layout(mesh.replicate, mesh.shard, mesh.context, mesh.tensor)
     return {
         "planned_bytes": find_memory(shape, layout, rows, length).allocated,
         "planned_tokens_per_second": round(find_speed(shape, layout, GPUS[kind], rows, length)[0]),

@@ -122,6 +122,25 @@ def training_profile(result: dict[str, Any]) -> str:
             f"{table(['', *(NAMES[model] for model in totals)], rows)}\n\n{source(result)}\n")  # fmt: skip
 
 
+def meshes(result: dict[str, Any]) -> str:
+    rows, alone = [], {}
+    for row in result["rows"]:
+        if "tokens_per_second" not in row:
+            continue
+        alone.setdefault(row["seq_len"], row["tokens_per_second"])
+        rows.append([
+            row["mesh"], f"{row['rows']} × {row['seq_len']:,}", f"{row['tokens_per_second']:,}",
+            f"{row['tokens_per_second'] / alone[row['seq_len']]:.2f}", f"{row['planned_tokens_per_second']:,}",
+            f"{row['peak_bytes'] / 2**30:.2f}", f"{row['planned_bytes'] / 2**30:.2f}",
+        ])  # fmt: skip
+    head = ["mesh", "rows a data rank × tokens", "tokens/s", "of one process", "planned", "GiB a GPU", "planned"]
+    return (f"## Two GPUs\n\nTraining steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
+            f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest take up to three times "
+            f"the fastest on several GPUs: a GPU has half the tokens under `tensor` and `context`, and waits for the host and the exchanges. "
+            f"What of it is whose is not known yet. Neither pays at this size; both are for models and rows that do not fit.\n\n"
+            f"{table(head, rows)}\n\n{source(result)}\n")  # fmt: skip
+
+
 def decoding(result: dict[str, Any]) -> str:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), dpi=120, layout="constrained")
     for name in ("transnormer", "transformer"):
@@ -372,6 +391,7 @@ def main() -> None:
     for subject, device, section in (
         ("train", "h100", training_gpu),
         ("train_profile", "h100", training_profile),
+        ("meshes", "h100x2", meshes),
         ("train", "cpu", training),
         ("inference", "cpu", decoding),
         ("attention", "cpu", attention),

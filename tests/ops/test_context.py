@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracle import Case, distance, draw, exact, plain
+from oracle import Case, assert_no_further, distance, draw, exact, plain
 from torch import Tensor
 
+from transnormer.ops import context as contexts
 from transnormer.ops.context import Context
 from transnormer.ops.lightning import lightning_attention
 
 GPU = torch.cuda.is_available()
 RANKS = 3
 LENGTHS = (1, 2, 23, 65)  # of a segment
+WIDTHS = [(16, 16), (64, 64), (128, 64), (128, 128), (256, 128), (33, 47), (200, 72)]
 # Borders where segments meet and elsewhere, empty sequences, one over three segments, one that ends with the row.
 PACKED = ([0, 9, 0, 3, 0, 20, 37], [23, 0, 23, 23], [69], [1] * 69, [68, 1], [0, 0, 24, 45])
 
@@ -106,18 +110,91 @@ def test_in_lower_precision_they_are_as_exact_as_one_process_must_be(found: dict
 @pytest.mark.parametrize("to_end", [True, False])
 @pytest.mark.parametrize("window", [None, (0, 0), (130, 530), (0, 77)])
 def test_the_sum_of_many_tokens_is_cut_in_parts(to_end: bool, window: tuple[int, int] | None) -> None:
+    check_sum(40, 70, torch.float32, to_end, window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_sums_of_all_widths(K: int, V: int, dtype: torch.dtype) -> None:
+    for to_end in (True, False):
+        for window in (None, (130, 530)):
+            check_sum(K, V, dtype, to_end, window)
+
+
+def check_sum(K: int, V: int, dtype: torch.dtype, to_end: bool, window: tuple[int, int] | None) -> None:
     context_triton = pytest.importorskip("transnormer.ops.context_triton")
-    case = draw(530, 40, 70, rows=1, decays=[0.0, -1.5, -50.0], state=False, device="cuda" if GPU else "cpu")
+    case = draw(530, K, V, rows=1, decays=[0.0, -1.5, -50.0], state=False, dtype=dtype, device="cuda" if GPU else "cpu")
     bounds = None if window is None else torch.tensor(window, device=case.k.device)
     found = context_triton.weighted_sum(case.k, case.v, case.log_decay, bounds, to_end)
     away = torch.arange(530).flip(0) if to_end else torch.arange(1, 531)
-    weights = (away[:, None].to(case.k.device) * case.log_decay.double()).exp()
-    first, stop = window or (0, 530)
-    true = torch.einsum(
-        "bthk,th,bthv->bhkv",
-        *(x[:, first:stop].double() if x.dim() == 4 else x[first:stop] for x in (case.k, weights, case.v)),
-    )
-    assert (found - true).norm() <= 1e-6 * true.norm()
+    weights = (away[:, None].to(case.k.device) * case.log_decay.double()).exp()[None, :, :, None]
+    tokens = slice(*(window or (0, 530)))
+
+    def sums(dtype: torch.dtype) -> Tensor:
+        k, v = case.k[:, tokens].to(dtype), case.v[:, tokens].to(dtype) * weights[:, tokens].to(dtype)
+        return torch.einsum("bthk,bthv->bhkv", k, v)
+
+    assert_no_further("sum", found, sums(dtype), sums(torch.float64), case.k)
+
+
+# One device plays all ranks of a context, one after the other: what the gathering would bring is noted in a first turn.
+
+
+def in_turn(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Output and gradients of whole rows, computed by segments."""
+    parts = [[x.chunk(RANKS, dim=1)[r] for x in (case.q, case.k, case.v)] for r in range(RANKS)]
+
+    def turn(work: Callable[[int], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        noted: list[tuple[Tensor, Tensor]] = []
+
+        def note(state: Tensor, through: Tensor, *_: object) -> None:
+            noted.append((state, through))
+            raise Noted
+
+        monkeypatch.setattr(contexts, "_gather", note)
+        for rank in range(RANKS):
+            with suppress(Noted):
+                work(rank)
+        everybody = tuple(torch.stack(each) for each in zip(*noted, strict=True))
+        monkeypatch.setattr(contexts, "_gather", lambda *_: everybody)
+        return [work(rank) for rank in range(RANKS)]
+
+    def place(rank: int) -> tuple[Any, ...]:
+        return *parts[rank], case.log_decay, case.cu_seqlens, backend, rank, RANKS, ""
+
+    went = turn(lambda rank: contexts._forward(*place(rank)))
+    d_output = case.d_output.chunk(RANKS, dim=1)
+    back = turn(lambda rank: contexts._backward(*place(rank), *went[rank][2:], d_output[rank].contiguous()))
+    found = {"output": torch.cat([each[0] for each in went], dim=1)}
+    return found | {f"d_{x}": torch.cat([each[n] for each in back], dim=1) for n, x in enumerate("qkv")}
+
+
+class Noted(Exception):
+    """All that was wanted of the first turn."""
+
+
+def check_turns(K: int, V: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, unit = ("cuda", 130) if GPU else ("cpu", 23)
+    for lengths in (None, [0, unit - 40 % unit, 0, 40 % unit, unit + 20, unit - 20]):
+        case = draw(RANKS * unit, K, V, dtype=dtype, state=False, lengths=lengths, device=device)
+        case = dataclasses.replace(case, d_last=torch.zeros_like(case.d_last))
+        found, usual, true = in_turn(case, backend, monkeypatch), plain(case), exact(case)
+        for name, x in found.items():
+            assert_no_further(name, x, usual[name], true[name], case.q, f"packed {lengths}")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ranks_in_turn(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transnormer.ops.context_triton")
+    check_turns(16, 24, torch.float32, backend, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_ranks_in_turn_of_all_widths(K: int, V: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_turns(K, V, dtype, "triton", monkeypatch)
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -97,7 +97,8 @@ def softmax_loss_(
         return
     counts = targets != ignore_index
     index = targets - words.first
-    index = index.where((index >= 0) & (index < vocab), vocab).where(counts, -1)
+    elsewhere = logits.shape[1]  # no column
+    index = index.where((index >= 0) & (index < vocab), elsewhere).where(counts, -1)
     norms = torch.empty_like(losses)
     call(logits, index, losses, norms, vocab, -1, False, True, True)
     norms, at_target = words.combined(norms, losses)
