@@ -123,7 +123,8 @@ def training_profile(result: dict[str, Any]) -> str:
 
 
 def meshes(result: dict[str, Any]) -> str:
-    rows, alone = [], {}
+    rows: list[list[str]] = []
+    alone: dict[int, int] = {}
     for row in result["rows"]:
         if "tokens_per_second" not in row:
             continue
