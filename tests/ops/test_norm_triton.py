@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from transnormer.ops import add_rms_norm, dispatch, simple_rms_norm
 
@@ -178,3 +179,16 @@ def test_what_cannot_run_says_why():
     for x, reason in ((torch.ones(2, 3).double(), "float64"), (torch.ones(1, 20_000), "20000 is not from 1")):
         with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run this call: .*{reason}"):
             simple_rms_norm(x, backend="triton")
+
+
+def test_tensors_that_are_still_on_their_way_are_waited_for():
+    """What another process' part is added to comes as such; it has no address that a kernel could read."""
+    (x, g), (update, h) = draw(7, 40), draw(7, 40)
+    gradients = []
+    for kind in (AsyncCollectiveTensor, torch.clone):
+        leaves = [x.clone().requires_grad_(), update.clone().requires_grad_()]
+        s, y = add_rms_norm(leaves[0], kind(leaves[1]), backend="triton")
+        gradients.append([s.detach(), y.detach(), *torch.autograd.grad((s, y), leaves[:1], (g, kind(h)))])
+    assert not launch_triton.direct(x, AsyncCollectiveTensor(update))
+    for found, want in zip(*gradients, strict=True):
+        assert torch.equal(found, want)

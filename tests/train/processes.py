@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from transnormer.config import ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
+from transnormer.ops import dispatch, lightning, loss, lrpe, norm
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
 from transnormer.train.recipe import Optim, Parallel
@@ -45,6 +47,7 @@ class Case:
     compile: str = ""  # a backend of torch.compile
     accumulate: int = 1
     packed: bool = False  # for one data rank
+    kernels: bool = False  # Triton's, interpreted; not in float64
 
     def __str__(self) -> str:
         sizes = "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v > 1) or "shard"
@@ -57,7 +60,7 @@ class Case:
 
 
 def run(cases: Sequence[Case], world: int, folder: Path) -> list[dict[str, Any]]:
-    """What each case found (`compare`), from processes on gloo; a case that raised has its traceback as "error"."""
+    """What each case found (`compare`), from processes on gloo; or of the one that raised alone, its traceback as "error"."""
     with suppress(mp.ProcessExitedException):
         mp.spawn(_work, (world, list(cases), str(folder)), nprocs=world)
     return json.loads((folder / "found.json").read_text())
@@ -76,7 +79,7 @@ def _work(rank: int, world: int, cases: list[Case], folder: str) -> None:
         except Exception:
             if world > 1:  # the others may wait for this one
                 Path(folder, "found.json").write_text(
-                    json.dumps([*found, {"case": str(case), "error": traceback.format_exc()}])
+                    json.dumps([{"case": str(case), "error": traceback.format_exc()}])
                 )
                 sys.stdout.flush()
                 os._exit(1)
@@ -93,6 +96,8 @@ def compare(case: Case) -> dict[str, Any]:
     because the error of one may be anything from zero (of the loss and the norm a rounding is allowed); and not of
     Adam's first step, which depends on signs alone.
     """
+    if case.kernels:
+        return _with_kernels(dataclasses.replace(case, kernels=False)) | {"case": str(case)}
     mesh = make_mesh(case.parallel, torch.device("cpu"))
     ours = step(case, mesh)
     if not mesh.first:
@@ -107,6 +112,13 @@ def compare(case: Case) -> dict[str, Any]:
         least = {name: 2**-9 if x.numel() == 1 else 1e-30 for name, x in true.items()}
         errors = {name: error / max(theirs[name], least[name]) for name, error in errors.items() if name not in few}
     return {"case": str(case), "worst": max(errors, key=lambda name: errors[name]), "error": "", **summary(errors)}
+
+
+def _with_kernels(case: Case) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (lightning, loss, lrpe, norm):
+            patch.setattr(module, "triton_refusal", lambda x, named: dispatch.triton_refusal(x, named=True))
+        return compare(case)
 
 
 def summary(errors: dict[str, float]) -> dict[str, float]:

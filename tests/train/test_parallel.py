@@ -33,7 +33,7 @@ def check_equals_one_process(cases: Sequence[Case], world: int, folder: Path) ->
     found = run(cases, world, folder)
     for result in found:
         assert not result["error"], f"{result['case']}:\n{result['error']}"
-        narrow = "bfloat16" in result["case"]
+        narrow = "float64" not in result["case"]
         for kind in ("loss", "norm", "weight", "gradient", "clipped", *(() if narrow else ("stepped",))):
             most = 2.0 if narrow else 0.0 if kind == "weight" else 1e-9
             assert result[kind] <= most, f"{result['case']}: {kind}, {result['worst']}"
@@ -51,6 +51,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(CP, EVERYTHING, packed=True), Case(CP, compile="aot_eager", recompute=True),
     ]  # fmt: skip
     check_equals_one_process(cases, 2, tmp_path)
+
+
+def test_two_processes_equal_one_on_the_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    cases = [Case(mesh, dtype="float32", kernels=True) for mesh in (FSDP, TP, CP)]
+    check_equals_one_process([*cases, Case(CP, packed=True, dtype="float32", kernels=True)], 2, tmp_path)
 
 
 def test_four_processes_equal_one(tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def _differentiate(ctx, dy, d_last, *_):  # type: ignore[no-untyped-def]
     qkvu, log_decay, state, cu_seqlens, q, k, mixed = ctx.saved_tensors
     if dy is None:
         dy = qkvu.new_zeros(*mixed.shape[:2], mixed.shape[2] * mixed.shape[3])
-    call = backward if direct(dy) else backward_op
-    gradient, d_state = call(qkvu, log_decay, state, cu_seqlens, ctx.eps, q, k, mixed, dy, d_last)
+    inputs = qkvu, log_decay, state, cu_seqlens, ctx.eps, q, k, mixed, dy, d_last
+    gradient, d_state = (backward if direct(*inputs) else backward_op)(*inputs)
     return gradient, None, None if state is None else d_state.to(state.dtype), None, None
 
 

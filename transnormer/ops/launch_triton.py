@@ -43,9 +43,14 @@ def launch(
     return None
 
 
-def direct(x: Any) -> bool:
-    """Whether nobody watches what is done to x: no compiler, no mode, no transform. Then no op need be registered."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+def direct(*inputs: Any) -> bool:
+    """Whether nobody watches what is done to these: no compiler, no mode, no transform. Then no op need be registered.
+
+    Tensors of other classes watch too. One that comes from another process and is not waited for yet has no address.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in inputs):
         return False
     return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
 
@@ -87,7 +92,7 @@ def differentiable(
         backward = staticmethod(differentiate)
 
     def call(*inputs: Any) -> Any:
-        if not direct(inputs[0]):
+        if not direct(*inputs):
             return op(*inputs)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             return Eager.apply(*inputs)  # type: ignore[no-untyped-call]

@@ -313,7 +313,8 @@ def step(
 
 def attend_in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token; `state` moves on."""
-    return (_step_in_place if direct(q) else step_in_place_op)(q, k, v, log_decay, state)  # type: ignore[no-any-return]
+    inputs = q, k, v, log_decay, state
+    return (_step_in_place if direct(*inputs) else step_in_place_op)(*inputs)  # type: ignore[no-any-return]
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -370,9 +371,8 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    dq, dk, dv, d_state = (backward if direct(d_output) else backward_op)(
-        q, k, v, log_decay, state, cu_seqlens, d_output, d_last
-    )
+    inputs = q, k, v, log_decay, state, cu_seqlens, d_output, d_last
+    dq, dk, dv, d_state = (backward if direct(*inputs) else backward_op)(*inputs)
     gradients = (dq, dk, dv, None, None if state is None else d_state.to(state.dtype), None)
     return gradients[: ctx.inputs]
 

@@ -91,7 +91,7 @@ def softmax_loss_(
     of the others is 0. targets: [n] contiguous integers; losses: [n] float32. Tokens of `ignore_index` get zeros.
     words: which words these are, where other processes have others (`loss.Words`).
     """
-    call = _launch if direct(logits) else op
+    call = _launch if direct(logits, targets, losses) else op
     if words is None:
         call(logits, targets, losses, losses.new_empty(0), vocab, ignore_index, gradient, True, False)
         return

@@ -148,7 +148,8 @@ def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, *gradients):  # type: ignore[no-untyped-def]
-    return *(backward if direct(gradients[0]) else backward_op)(*ctx.saved_tensors, *gradients), None
+    inputs = *ctx.saved_tensors, *gradients
+    return *(backward if direct(*inputs) else backward_op)(*inputs), None
 
 
 def _fake(q, k, theta, positions):  # type: ignore[no-untyped-def]

@@ -155,7 +155,8 @@ def _differentiate(ctx, d_sum, dy):  # type: ignore[no-untyped-def]
         d_sum = None
     if dy is None:
         return d_sum, d_sum if ctx.adds else None, None, None, None
-    ds, d_gate = (backward if direct(dy) else backward_op)(s, gate, dy, d_sum, ctx.eps)
+    inputs = s, gate, dy, d_sum, ctx.eps
+    ds, d_gate = (backward if direct(*inputs) else backward_op)(*inputs)
     return ds, ds if ctx.adds else None, None if gate is None else d_gate, None, None
 
 
