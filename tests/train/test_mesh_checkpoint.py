@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from transnormer.train import checkpoint, loop
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.parallel import Mesh, make_mesh
-from transnormer.train.recipe import Parallel
+from transnormer.train.recipe import Parallel, Recipe
 
 from .runs import curve, spoiling, tiny, write_recipe
 
@@ -47,6 +48,16 @@ def on_another_mesh(rank: int) -> None:
             back_to_step_6(before, f"{before}-{name}")
         dist.barrier()
         train(tiny(f"run={before}-{name}", f"parallel.{name}=2", *OFTEN))
+
+
+def from_a_model(rank: int) -> None:
+    for name in MESHES:
+        train(after_shard(f"run=after-{name}", f"parallel.{name}=2"))
+
+
+def after_shard(*overrides: str) -> Recipe:
+    """A run that begins with what the run "shard" left."""
+    return dataclasses.replace(tiny(*OFTEN, *overrides), model={"from": "runs/shard"})
 
 
 PARTS = {name: (f"parallel.{name}=2",) for name in MESHES} | {
@@ -126,7 +137,7 @@ def wrong_data_on_the_second(rank: int) -> str:
 
 
 TASKS: tuple[Callable[[int], Any], ...] = (
-    on_every_mesh, on_another_mesh, in_two_parts, not_finite_on_the_second, again_and_again_on_the_second,
+    on_every_mesh, on_another_mesh, from_a_model, in_two_parts, not_finite_on_the_second, again_and_again_on_the_second,
     full_disk_of_the_second, signal_to_the_second, damage_to_the_second, wrong_data_on_the_second,
 )  # fmt: skip
 
@@ -227,6 +238,14 @@ def test_every_mesh_does_what_one_process_does(told: Any) -> None:
         torch.testing.assert_close(model.state_dict(), whole, rtol=1e-2, atol=1e-3)
         assert model.tokenizer is not None
     assert len(list(Path("runs/replicate/checkpoints/step-0000012").glob("weights-*"))) == 2
+
+
+def test_every_mesh_trains_a_model_further(told: Any) -> None:
+    told(from_a_model)
+    train(after_shard("run=after-one"))
+    assert curve("after-one")[0][1] < curve("one")[0][1] - 0.1  # type: ignore[operator]
+    for name in MESHES:
+        assert close(f"after-{name}", "after-one"), name
 
 
 def test_any_mesh_goes_on_from_any_other_and_one_process_from_all(told: Any) -> None:
