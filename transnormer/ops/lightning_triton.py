@@ -74,7 +74,7 @@ def choices(K: int, V: int, dtype: torch.dtype, shared: int, *, paired: bool = F
     block = _block(K, dtype)
     fits = [tiles for tiles in known if tiles.shared_bytes(block, dtype.itemsize) <= shared]
     # With 256 rows and float16's scaling, four warps spill half their registers and Triton 3.6 spoils some kernels for
-    # Hopper (K = 199 and 200, V = 72, states in float16 too). In bfloat16 four are right, and a quarter faster.
+    # Hopper (K = 199 and 200, V = 72, states in float16 too). In bfloat16 four are right, and faster.
     many = block > 128 and dtype == torch.float16
     return [
         dataclasses.replace(x, slice=min(x.slice, _block(V, dtype)), warps=8 if many else x.warps)
