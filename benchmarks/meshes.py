@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/meshes.py
 
 An error is ||gradient - gradient in float32 on one process|| / ||...||, the worst of all parameters, in bf16 autocast;
-beside it what one process itself is off by, of the same parameter. Writes benchmarks/results/meshes_<gpu>_<date>.json.
+beside it what one process itself is off by, of the same parameter. Writes benchmarks/results/meshes_<gpu>x<gpus>_<date>.json.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ def errors(meshes: dict[str, Mesh], kinds: list[str]) -> Iterator[dict[str, Any]
                 row = {"model": kind, "mesh": name, **how}
                 found = gpu.attempt(partial(gradients, config, mesh, "bfloat16", **how))
                 if isinstance(found, str):
-                    yield row | {"error": found}
-                    continue
-                off = distances(found, true)
-                worst = max(off, key=lambda key: off[key] / max(usual[key], 2**-9))
-                row |= {"of": worst, "off": off[worst], "one_process_off": usual[worst], "loss_off": off["loss"]}
-                if not how:
-                    row["float32_off"] = max(distances(gradients(config, mesh, "float32"), true).values())
+                    row["error"] = found
+                else:
+                    off = distances(found, true)
+                    worst = max(off, key=lambda key: off[key] / max(usual[key], 2**-9))
+                    row |= {"of": worst, "off": off[worst], "one_process_off": usual[worst], "loss_off": off["loss"]}
+                    if not how:
+                        row["float32_off"] = max(distances(gradients(config, mesh, "float32"), true).values())
                 yield row
                 forget()
 
