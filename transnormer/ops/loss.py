@@ -166,12 +166,15 @@ def _softmax_loss_(
     known = counts & (index >= 0) & (index < vocab)  # the target is among these words
     index = index.where(known, 0).unsqueeze(1)
     wide = of_words.to(losses.dtype)
-    norm, at_target = wide.logsumexp(1), wide.gather(1, index).squeeze(1).where(known, 0)
+    at_target = wide.gather(1, index).squeeze(1).where(known, 0)
+    top = wide.amax(1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)  # finite where all is -inf
+    sums = wide.sub_(top).exp_().sum(1).clamp(min=torch.finfo(wide.dtype).tiny)
+    norm = own = sums.log() + top.squeeze(1)
     if words is not None:
-        norm, at_target = words.combined(norm, at_target)
+        norm, at_target = words.combined(own, at_target)
     losses.copy_((norm - at_target).where(counts, 0))
     if gradient:
-        wide.sub_(norm.unsqueeze(1)).exp_()  # the soft-max, then minus one at the target
+        wide.mul_(((own - norm).exp() / sums).unsqueeze(1))  # the soft-max, then minus one at the target
         wide.scatter_add_(1, index, -known.to(wide.dtype).unsqueeze(1)).masked_fill_(~counts.unsqueeze(1), 0)
         of_words.copy_(wide)
 
