@@ -39,7 +39,7 @@ bench: .venv/env  ## the figures of benchmarks/results
 	@touch $@
 
 .venv/env: .venv/demo
-	$(PIP) --editable '.[data,tensorboard,gpu,hf,peft,convert,eval,bits,dev]'
+	$(PIP) --editable '.[data,tensorboard,gpu,hf,peft,convert,eval,bits,float8,dev]'
 	@touch $@
 
 clean:

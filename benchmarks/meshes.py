@@ -106,7 +106,7 @@ def errors(meshes: dict[str, Mesh], kinds: list[str]) -> Iterator[dict[str, Any]
                 forget()
 
 
-def build(config: ModelConfig, mesh: Mesh, dtype: str, **how: bool) -> LanguageModel:
+def build(config: ModelConfig, mesh: Mesh, dtype: str, **how: Any) -> LanguageModel:
     with torch.device("meta"):
         model = LanguageModel(config)
     parallelize(model, mesh, dtype=dtype, **how)
@@ -122,7 +122,7 @@ def draw(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Batch:
     return mesh.split(Batch(mine[:, :-1], mine[:, 1:])).to(mesh.device)
 
 
-def gradients(config: ModelConfig, mesh: Mesh, dtype: str, **how: bool) -> dict[str, torch.Tensor]:
+def gradients(config: ModelConfig, mesh: Mesh, dtype: str, **how: Any) -> dict[str, torch.Tensor]:
     """Of four rows of 512 tokens: the loss, every gradient, their norm."""
     model = build(config, mesh, dtype, **how)
     batch = draw(config, mesh, 4, 512)

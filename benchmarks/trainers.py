@@ -41,10 +41,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
 
-def _ours(config: ModelConfig, compiled: bool, recompute: bool = False, note: str = "") -> Trainer:
+def _ours(config: ModelConfig, compile: bool, note: str = "", **how: Any) -> Trainer:
     with torch.device("cuda"):
         model = LanguageModel(config)
-    parallelize(model, Mesh(torch.device("cuda")), recompute=recompute, compile=compiled, dtype="bfloat16")
+    parallelize(model, Mesh(torch.device("cuda")), compile=compile, dtype="bfloat16", **how)
 
     def loss(ids: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
@@ -129,5 +129,11 @@ CONTENDERS: dict[str, Callable[[str], Trainer]] = {
     "transnormer, eager": lambda size: _ours(ModelConfig.named(size), False, note="not compiled"),
     "transnormer, recomputed": lambda size: _ours(
         ModelConfig.named(size), True, recompute=True, note="blocks compiled and recomputed in the backward pass"
+    ),
+    "transnormer, float8": lambda size: _ours(
+        ModelConfig.named(size), True, float8="tensorwise", note="blocks compiled, float8 tensorwise (torchao)"
+    ),
+    "transnormer, float8 by rows": lambda size: _ours(
+        ModelConfig.named(size), True, float8="rowwise", note="blocks compiled, float8 rowwise (torchao)"
     ),
 }

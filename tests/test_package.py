@@ -40,6 +40,7 @@ DOORS = {
     "transformers": "hf.py",
     "peft": "lora.py",
     "bitsandbytes": "optim.py",
+    "torchao": "float8.py",
     "jinja2": "render.py",
 }
 

@@ -48,6 +48,7 @@ class Case:
     accumulate: int = 1
     packed: bool = False  # for one data rank
     kernels: bool = False  # Triton's, interpreted; not in float64
+    float8: str = ""  # of bfloat16
 
     def __str__(self) -> str:
         sizes = "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v > 1) or "shard"
@@ -147,7 +148,8 @@ def build(case: Case, mesh: Mesh) -> LanguageModel:
     if case.compile:
         torch.compile = partial(original, backend=case.compile)  # type: ignore[assignment]
     dtype = case.dtype if case.dtype == "bfloat16" else "float32"
-    parallelize(model, mesh, recompute=case.recompute, compile=bool(case.compile), dtype=dtype)
+    settings: dict[str, Any] = {"recompute": case.recompute, "compile": bool(case.compile), "float8": case.float8}
+    parallelize(model, mesh, dtype=dtype, **settings)
     torch.compile = original
     model.to_empty(device="cpu")
     init_weights(model, 1)

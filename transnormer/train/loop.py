@@ -139,7 +139,14 @@ def _model(
         with torch.device("meta"):
             model = LanguageModel(config)
     settings = recipe.train
-    parallelize(model, mesh, recompute=settings.recompute, compile=settings.compile, dtype=settings.dtype)
+    parallelize(
+        model,
+        mesh,
+        recompute=settings.recompute,
+        compile=settings.compile,
+        dtype=settings.dtype,
+        float8=settings.float8,
+    )
     if model is not base:
         model.to_empty(device=mesh.device)
         if base is None:

@@ -245,18 +245,24 @@ def _listed(number: int) -> str:
 
 
 def parallelize(
-    model: LanguageModel, mesh: Mesh, *, recompute: bool = False, compile: bool = False, dtype: str = "float32"
-) -> None:
-    """Make the model this rank's, in place: tensor, context, recompute, compile, shard, in this order.
+    model: LanguageModel, mesh: Mesh, *, recompute: bool = False, compile: bool = False, dtype: str = "float32",
+    float8: str = "",
+) -> None:  # fmt: skip
+    """Make the model this rank's, in place: tensor, context, float8, recompute, compile, shard, in this order.
 
     The model may lie on the meta device; `model.to_empty` and `init_weights` then give it the values that one process
     would have. recompute: keep only each block's input in the forward pass, the rest is computed again in the backward
     pass. compile: the blocks. dtype: of matrix products, as in the recipe; in it weights are gathered and multiplied.
+    float8: how the blocks' products are scaled (`float8.convert`), "" for none.
     """
     if mesh.ranks is not None:
         from . import sharding
 
         sharding.cut(model, mesh)
+    if float8:
+        from .float8 import convert
+
+        convert(model, float8, mesh.device)
     for block in model.layers:
         if model.config.mixer == "softmax":
             block.forward = partial(_forgetting, block.forward)

@@ -21,6 +21,7 @@ OPTIMIZERS = ("adamw", "adam", "muon")
 MOVABLE = re.compile(r"(parallel|checkpoint)\..*|train\.(accumulate|recompute|compile|device)")  # not what is learned
 SCHEDULES = ("cosine", "constant", "wsd")
 DTYPES = ("float32", "bfloat16")
+SCALINGS = ("", "tensorwise", "rowwise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class Train:
     seq_len: int = 2_048
     accumulate: int = 1  # micro-batches a step
     dtype: str = "float32"  # of the matrix products; weights and optimizer stay in float32
+    float8: str = ""  # of the blocks' products, by torchao: how they are scaled, tensorwise or rowwise
     recompute: bool = False  # activations in the backward pass instead of storing them
     segment: int = 0  # tokens of a row held at a time, the others read twice: rows of any length; 0: whole rows
     compile: bool = False  # the blocks, by torch.compile
@@ -168,12 +170,14 @@ class Recipe:
             raise ValueError("lora needs model.from, the folder of the model to adapt")
         for key, word, words in (
             ("train.dtype", train.dtype, DTYPES), ("optim.schedule", optim.schedule, SCHEDULES),
+            ("train.float8", train.float8, SCALINGS),
             ("optim.name", optim.name, OPTIMIZERS),
             ("data.format", self.data.format, ("text", *FORMATS)),
             ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
         ):  # fmt: skip
             if word not in words:
-                raise ValueError(f"{key} = {word!r}, but must be one of {', '.join(words)}{nearest(word, words)}")
+                choices = ", ".join(word or "''" for word in words)
+                raise ValueError(f"{key} = {word!r}, but must be one of {choices}{nearest(word, words)}")
         for key, number in (
             ("train.steps", train.steps), ("train.seq_len", train.seq_len), ("train.accumulate", train.accumulate),
             ("train.batch_tokens", train.batch_tokens), ("checkpoint.keep", self.checkpoint.keep),
@@ -205,6 +209,8 @@ class Recipe:
                 f"train.batch_tokens = {train.batch_tokens} is not a multiple of train.seq_len x train.accumulate = "
                 f"{train.seq_len * train.accumulate}"
             )
+        if train.float8 and (train.dtype != "bfloat16" or self.parallel.tensor > 1 or self.lora is not None):
+            raise ValueError("train.float8 needs train.dtype = bfloat16, parallel.tensor = 1 and no lora")
         if optim.bits not in ((32,) if optim.name == "muon" else (32, 8)):
             raise ValueError(f"optim.bits = {optim.bits}, but must be 32, or 8 with optim.name = adamw or adam")
         if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

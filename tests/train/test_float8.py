@@ -1,0 +1,125 @@
+"""Products in float8: which ones, how far off, learned, saved and gone on with as any others. Here on the CPU's."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from transnormer.config import ModelConfig
+from transnormer.model.language_model import LanguageModel
+from transnormer.train.loop import train
+from transnormer.train.parallel import Mesh, parallelize
+from transnormer.train.recipe import Recipe
+
+from .runs import curve, tiny
+
+pytest.importorskip("torchao")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCALINGS = ("tensorwise", "rowwise")
+
+
+def gradients(float8: str = "", dtype: str = "bfloat16", compile: bool = False, **shape: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    fields = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2} | shape
+    model = LanguageModel(ModelConfig.from_dict({"intermediate_size": 96, **fields})).to(DEVICE)
+    parallelize(model, Mesh(torch.device(DEVICE)), dtype=dtype, float8=float8, compile=compile)
+    ids = torch.randint(64, (3, 42), device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def off(found: dict[str, Tensor], true: dict[str, Tensor], name: str) -> float:
+    return float((found[name] - true[name]).norm() / true[name].norm())
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_off_by_what_its_bits_say(scaling: str) -> None:
+    """A mantissa of three bits rounds 2^4 times as coarsely as bfloat16's seven, one of two bits 2^5 times."""
+    true, narrow, found = gradients(dtype="float32"), gradients(), gradients(scaling)
+    assert found.keys() == true.keys()
+    for name in ("layers.0.mixer.qkvu_proj.weight", "layers.1.mixer.out_proj.weight", "layers.1.glu.up_proj.weight"):
+        assert found[name].dtype == torch.float32
+        assert 2 < off(found, true, name) / off(narrow, true, name) < 2**5, name
+    assert abs(found["loss"] - true["loss"]) < 0.02 * true["loss"]
+
+
+def test_compiled_it_is_the_same() -> None:
+    true, found, compiled = (
+        gradients(dtype=dtype, float8=scaling, compile=compiled, num_hidden_layers=1)
+        for dtype, scaling, compiled in (
+            ("float32", "", False),
+            ("bfloat16", "rowwise", False),
+            ("bfloat16", "rowwise", True),
+        )
+    )
+    for name in true:
+        assert off(compiled, true, name) < 1.5 * off(found, true, name) + 0.01, name
+
+
+def test_maps_whose_width_does_not_fit_stay_in_bfloat16() -> None:
+    odd = {"hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 40}
+    narrow, found = gradients(**odd), gradients("rowwise", **odd)
+    assert all(torch.equal(found[name], x) for name, x in narrow.items())
+
+
+@pytest.mark.usefixtures("work", "single_thread")
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_run_learns_as_in_bfloat16_and_goes_on_bit_for_bit(scaling: str) -> None:
+    settings = ["train.dtype=bfloat16", "checkpoint.every=20", "train.device=cpu"]
+    train(tiny(*settings, "run=narrow"))
+    train(tiny(*settings, f"train.float8={scaling}", "run=whole"))
+    narrow, whole = curve("narrow"), curve("whole")
+    learned = narrow[0][1] - narrow[-1][2]  # nats: the first loss and the last of the validation split
+    assert learned > 0.3
+    assert 0 < abs(whole[-1][2] - narrow[-1][2]) < 0.1 * learned
+    shutil.copytree("runs/whole", "runs/again")
+    shutil.rmtree("runs/again/checkpoints/step-00000040")
+    recipe = Path("runs/again/recipe.toml")
+    recipe.write_text(recipe.read_text().replace('"whole"', '"again"'))
+    train(tiny(*settings, f"train.float8={scaling}", "run=again"))
+    assert curve("again") == whole
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["train.dtype=float32"], ["train.dtype=bfloat16", "parallel.tensor=2"], ["lora.rank=4", "model.from=x"]],
+)
+def test_what_does_not_go_together_says_so(work: Path, settings: list[str]) -> None:
+    if "model.from=x" in settings:
+        settings = [*settings, "train.dtype=bfloat16"]
+        tiny_recipe = work / "tiny.toml"
+        text = tiny_recipe.read_text()
+        tiny_recipe.write_text(text[: text.index("[model]")] + text[text.index("[train]") :])
+    with pytest.raises(
+        ValueError, match=r"train\.float8 needs train\.dtype = bfloat16, parallel\.tensor = 1 and no lora"
+    ):
+        tiny("train.float8=rowwise", *settings)
+
+
+@pytest.mark.usefixtures("work")
+def test_a_scaling_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"train\.float8 = 'rows', but must be one of '', tensorwise, rowwise"):
+        tiny("train.float8=rows")
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ValueError, match=r"train\.float8 needs torchao: pip install 'transnormer\[float8\]'"):
+        gradients("rowwise")
+
+
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    with pytest.raises(ValueError, match=r"needs an Ada, Hopper or newer GPU, not an A100"):
+        parallelize(LanguageModel(ModelConfig.named("10m")), Mesh(torch.device("cuda")), float8="rowwise")
+
+
+def test_it_is_written_with_the_recipe(work: Path) -> None:
+    recipe = tiny("train.float8=rowwise", "train.dtype=bfloat16")
+    (work / "again.toml").write_text(recipe.to_toml())
+    assert Recipe.load(work / "again.toml").train.float8 == "rowwise"

@@ -1,0 +1,37 @@
+"""Products of the blocks in float8, by torchao: rounded on the way into a product, kept and learned as before."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+
+from ..model.language_model import LanguageModel
+from ..model.layers import Linear
+
+
+def convert(model: LanguageModel, scaling: str, device: torch.device) -> None:
+    """Make the maps of the blocks multiply in float8 (e4m3, gradients in e5m2 where torchao does so), in place.
+
+    scaling: one factor for a whole tensor ("tensorwise"), the fastest, or for each of its rows ("rowwise"), the more
+    exact; both are found anew at every product. Weights stay what they are, under the same names. Maps whose width is no
+    multiple of 16, which the hardware asks for, stay in bfloat16, and so do embedding, head and loss.
+    Raises ValueError where torchao is missing or the GPU has no such products.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(f"train.float8 needs an Ada, Hopper or newer GPU, not {torch.cuda.get_device_name(device)}")
+    logging.disable(logging.WARNING)  # of libraries in it that other machines need
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ValueError("train.float8 needs torchao: pip install 'transnormer[float8]'") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(scaling), pad_inner_dim=True)  # of any tokens
+    for block in model.blocks():
+        convert_to_float8_training(block, config=config, module_filter_fn=_fits)
+
+
+def _fits(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(module, Linear) and module.in_features % 16 == module.out_features % 16 == 0
