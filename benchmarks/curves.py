@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def main() -> None:
     slug = next((kind for kind in ("h200", "h100", "a100") if kind in name.lower()), options.device)
     result: dict[str, Any] = {
         "subject": "curves", "device": name, "commit": options.commit or record.commit(),
-        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
+        "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),
         "versions": {"torch": torch.__version__}, "data": [Path(x).name for x in json.loads((data / "data.json").read_text())["source"]["inputs"]],
         "size": options.size, "steps": options.steps, "batch_tokens": options.batch_tokens, "lr": options.lr, "rows": [],
     }  # fmt: skip

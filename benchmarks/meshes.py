@@ -12,6 +12,7 @@ import argparse
 import gc
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -56,7 +57,7 @@ def main() -> None:
         path = options.out / f"meshes_{slug}x{mesh.world}_{date.today()}.json"
         result: dict[str, Any] = {
             "subject": "meshes", "device": f"{mesh.world} x {name}", "commit": options.commit or record.commit(),
-            "command": " ".join([f"torchrun --nproc-per-node {mesh.world}", *sys.argv]),
+            "command": shlex.join(["torchrun", "--nproc-per-node", str(mesh.world), *sys.argv]),
             "date": date.today().isoformat(), "versions": {"torch": torch.__version__},
             "all_reduce_gb_per_second": all_reduce_speed(mesh),
             "matmul_tflop_per_second": record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512) / 1e12,

@@ -51,8 +51,10 @@ NAMES = {
 
 
 def training_gpu(result: dict[str, Any]) -> str:
-    found = [row for row in result["rows"] if "tokens_per_second" in row]
-    usual = [row for row in found if row["model"] in NAMES]
+    sources = [result, *filter(None, [newest("train_long", "h100")])]
+    found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
+    latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
+    usual = list(latest.values())
     speed = {(row["size"], row["seq_len"], row["model"]): row["tokens_per_second"] for row in usual}
     rows = []
     for row in usual:
@@ -99,7 +101,60 @@ def training_gpu(result: dict[str, Any]) -> str:
         f"64,000, SDPA's cuDNN kernels, blocks compiled. Contenders have the GPU to themselves, one after another. The ceiling is a "
         f"square matrix product, {result['matmul_tflop_per_second']:,.0f} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}"
         + "".join(notes)
-        + f"\n\n{source(result)}\n"
+        + "\n\n"
+        + "\n\n".join(map(source, sources))
+        + "\n"
+    )
+
+
+def training_float8(result: dict[str, Any]) -> str:
+    rows = []
+    for run in result["runs"]:
+        usual = next(row for row in run["rows"] if row["model"] == "transnormer")
+        for row in run["rows"]:
+            if row is not usual:
+                rows.append([
+                    row["size"], f"{row['rows']} × {row['seq_len']:,}", "rowwise" if "rows" in row["model"] else "tensorwise",
+                    f"{row['tokens_per_second']:,}", f"{usual['tokens_per_second']:,}",
+                    f"{row['tokens_per_second'] / usual['tokens_per_second']:.2f}",
+                    *(f"{each['peak_bytes'] / 2**30:.1f}" for each in (row, usual)),
+                    *(f"{each['millijoules_per_token']:.1f}" for each in (row, usual)),
+                ])  # fmt: skip
+    head = [
+        "size",
+        "B × T",
+        "scales",
+        "tokens/s",
+        "bf16's",
+        "times faster",
+        "peak, GiB",
+        "bf16's",
+        "mJ a token",
+        "bf16's",
+    ]
+    text = (
+        f"### Products in float8\n\n`train.float8`: the blocks' products by torchao, each row beside bfloat16 in the same run.\n\n"
+        f"{table(head, sorted(rows))}\n\n{result['device']}; torch {result['versions']['torch']}, torchao {result['versions']['torchao']}; "
+        f"commit {result['commit'][:12]}; [{result['file']}](../benchmarks/results/{result['file']}).\n"
+    )
+    return text + (curves(found) if (found := newest("curves", "h100")) else "")
+
+
+def curves(result: dict[str, Any]) -> str:
+    figure, axis = plt.subplots(figsize=(6, 3.5), dpi=120, layout="constrained")
+    for row in result["rows"]:
+        axis.plot(
+            *zip(*row["valid"], strict=True), marker="o", markersize=3, label=f"{row['variant']}, seed {row['seed']}"
+        )
+    axis.set(xlabel="step", ylabel="validation loss, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(DOCS / "curves.png")
+    plt.close(figure)
+    ends = ", ".join(f"{row['variant']} {row['valid'][-1][1]:.3f}" for row in result["rows"])
+    return (
+        f"\nThe loss of {result['size']} on real text ({', '.join(result['data'])}), {result['steps']} steps of {result['batch_tokens']:,} tokens, "
+        f"with the same start and the same batches; validation loss at the end: {ends}. {result['note']}\n\n![curves](curves.png)\n\n{source(result)}\n"
     )
 
 
@@ -393,6 +448,7 @@ def main() -> None:
     for subject, device, section in (
         ("train", "h100", training_gpu),
         ("train_profile", "h100", training_profile),
+        ("train_float8", "h100", training_float8),
         ("meshes", "h100x2", meshes),
         ("train", "cpu", training),
         ("inference", "cpu", decoding),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -104,7 +105,7 @@ def on_gpu(options: argparse.Namespace) -> None:
     path = options.out / f"train_{slug}_{date.today()}.json"
     result: dict[str, Any] = {
         "subject": "train", "device": name, "commit": options.commit or record.commit(),
-        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
+        "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__},
         **gpu.ceilings(), "rows": [],
     }  # fmt: skip

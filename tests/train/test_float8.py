@@ -1,4 +1,4 @@
-"""Products in float8: which ones, how far off, learned, saved and gone on with as any others. Here on the CPU's."""
+"""Products in float8: which ones, how far off, learned, saved and gone on with as any others. On the CPU emulated."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_maps_whose_width_does_not_fit_stay_in_bfloat16() -> None:
 @pytest.mark.usefixtures("work", "single_thread")
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_run_learns_as_in_bfloat16_and_goes_on_bit_for_bit(scaling: str) -> None:
-    settings = ["train.dtype=bfloat16", "checkpoint.every=20", "train.device=cpu"]
+    settings = ["train.dtype=bfloat16", "checkpoint.every=20"]
     train(tiny(*settings, "run=narrow"))
     train(tiny(*settings, f"train.float8={scaling}", "run=whole"))
     narrow, whole = curve("narrow"), curve("whole")

@@ -28,7 +28,11 @@ def convert(model: LanguageModel, scaling: str, device: torch.device) -> None:
         raise ValueError("train.float8 needs torchao: pip install 'transnormer[float8]'") from error
     finally:
         logging.disable(logging.NOTSET)
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(scaling), pad_inner_dim=True)  # of any tokens
+    config = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(scaling),
+        pad_inner_dim=True,  # tokens need be no multiple of 16
+        emulate=device.type == "cpu",  # whose own products know one factor a tensor alone before torch 2.13
+    )
     for block in model.blocks():
         convert_to_float8_training(block, config=config, module_filter_fn=_fits)
 
