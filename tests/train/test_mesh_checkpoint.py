@@ -56,8 +56,8 @@ def from_a_model(rank: int) -> None:
 
 
 def after_shard(*overrides: str) -> Recipe:
-    """A run that begins with what the run "shard" left."""
-    return dataclasses.replace(tiny(*OFTEN, *overrides), model={"from": "runs/shard"})
+    """A run that begins with what the run "shard" left, slowly: at the rate of a new one a rounding doubles every step."""
+    return dataclasses.replace(tiny(*OFTEN, "optim.lr=1e-3", *overrides), model={"from": "runs/shard"})
 
 
 PARTS = {name: (f"parallel.{name}=2",) for name in MESHES} | {
