@@ -24,6 +24,7 @@ from transnormer.config import ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.ops import dispatch, lightning, loss, lrpe, norm
+from transnormer.train import parallel
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
 from transnormer.train.recipe import Optim, Parallel
@@ -49,6 +50,7 @@ class Case:
     packed: bool = False  # for one data rank
     kernels: bool = False  # Triton's, interpreted; not in float64
     float8: str = ""  # of bfloat16
+    apart: bool = False  # every block gathered by itself, as large ones are
 
     def __str__(self) -> str:
         sizes = "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v > 1) or "shard"
@@ -144,13 +146,14 @@ def build(case: Case, mesh: Mesh) -> LanguageModel:
         model = LanguageModel(config)
     if case.dtype == "float64":
         model.double()
-    original = torch.compile
+    original, most = torch.compile, parallel.TOGETHER
+    parallel.TOGETHER = 0 if case.apart else most
     if case.compile:
         torch.compile = partial(original, backend=case.compile)  # type: ignore[assignment]
     dtype = case.dtype if case.dtype == "bfloat16" else "float32"
     settings: dict[str, Any] = {"recompute": case.recompute, "compile": bool(case.compile), "float8": case.float8}
     parallelize(model, mesh, dtype=dtype, **settings)
-    torch.compile = original
+    torch.compile, parallel.TOGETHER = original, most
     model.to_empty(device="cpu")
     init_weights(model, 1)
     return model

@@ -44,10 +44,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     cases = [
         Case(FSDP, accumulate=2), Case(HSDP, EVERYTHING), Case(FSDP, EVERYTHING, dtype="bfloat16"),
         Case(FSDP, BASELINE, recompute=True), Case(FSDP, compile="aot_eager"),
+        Case(FSDP, {"num_hidden_layers": 4}, dtype="bfloat16", accumulate=2), Case(FSDP, recompute=True, apart=True),
+        Case(FSDP, {"num_hidden_layers": 4}, compile="aot_eager", recompute=True, apart=True),
         Case(TP, EVERYTHING), Case(TP, OTHER, recompute=True), Case(TP, BASELINE), Case(TP, DECAYED_BASELINE),
         Case(TP, dtype="bfloat16"), Case(TP, EVERYTHING, compile="aot_eager", recompute=True), Case(TP, packed=True),
         Case(TP, BASELINE, compile="aot_eager", recompute=True),
-        Case(CP, EVERYTHING, accumulate=2), Case(CP, OTHER, recompute=True), Case(CP, dtype="bfloat16"),
+        Case(CP, EVERYTHING, accumulate=2), Case(CP, OTHER, recompute=True), Case(CP, dtype="bfloat16", apart=True),
         Case(CP, EVERYTHING, packed=True), Case(CP, compile="aot_eager", recompute=True),
     ]  # fmt: skip
     check_equals_one_process(cases, 2, tmp_path)
@@ -65,7 +67,7 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
         Case(TP, recompute=True), Case(TP, EVERYTHING), Case(TP, BASELINE, accumulate=2), Case(CP, recompute=True),
         Case(CP, EVERYTHING, dtype="bfloat16"), Case(both, recompute=True, packed=True), Case(both, EVERYTHING),
         Case(both, OTHER), Case(Parallel(replicate=2, tensor=2), EVERYTHING), Case(Parallel(replicate=2, context=2)),
-        Case(HSDP, accumulate=2), Case(FSDP, BASELINE), Case(Parallel(tensor=4)), Case(Parallel(context=4), packed=True),
+        Case(HSDP, accumulate=2, apart=True), Case(FSDP, BASELINE), Case(Parallel(tensor=4)), Case(Parallel(context=4), packed=True),
     ]  # fmt: skip
     check_equals_one_process(cases, 4, tmp_path)
 
@@ -92,7 +94,7 @@ def test_every_mesh_equals_one_process(world: int, mesh: Parallel, tmp_path: Pat
         config = ModelConfig.from_dict(TINY).replace(**model)
         if config.num_attention_heads % mesh.tensor or (mesh.context > 1 and config.mixer == "softmax"):
             continue
-        cases += [Case(mesh, model, *way) for way in WAYS]
+        cases += [Case(mesh, model, *way, apart=number % 2 == 0) for number, way in enumerate(WAYS)]
         if mesh.context * mesh.tensor == world:
             cases += [Case(mesh, model, packed=True), Case(mesh, model, "bfloat16", packed=True)]
     check_equals_one_process(cases, world, tmp_path)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +18,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from transnormer.cli import app
 from transnormer.config import SIZES, TRANSFORMER, ModelConfig
-from transnormer.model.language_model import Block, LanguageModel, init_weights
+from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import Place, rotation
+from transnormer.ops import gla, lightning, loss, lrpe, norm
+from transnormer.train import parallel, sharding
 from transnormer.train import plan as planning
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import make_mesh, parallelize
+from transnormer.train.parallel import Mesh, make_mesh, parallelize
 from transnormer.train.plan import (
     GPUS,
+    WORKSPACE_BYTES,
     Job,
     Layout,
     compare_tensor,
@@ -33,6 +44,7 @@ from transnormer.train.plan import (
     measure,
     saved_bytes,
     saving,
+    sent_bytes,
 )
 from transnormer.train.plan_check import check_plan, held
 from transnormer.train.recipe import Optim, model_overrides
@@ -74,32 +86,145 @@ def test_shares_are_those_measured() -> None:
             assert share == pytest.approx(sum(found) / len(found), abs=6e-4)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [{}, {"position_layers": "all"}, {"gate_rank": 8}, {"gate": False}, TRANSFORMER],
-    ids=lambda words: str(words)[:30],
-)
-def test_what_a_block_keeps(words: dict[str, Any]) -> None:
+@contextmanager
+def pretended(layout: Layout) -> Iterator[Mesh]:
+    """The mesh of this process and of others that are not there: what they would send is any number."""
+    if layout.world == 1:
+        yield Mesh(torch.device("cpu"))
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
+    try:
+        yield make_mesh(layout.parallel, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+BLOCKS: list[dict[str, Any]] = [{}, {"position_layers": "all"}, {"gate_rank": 8}, {"gate": False}, TRANSFORMER]
+KEPT = [(words, 1) for words in BLOCKS]
+KEPT += [(words, 2) for words in ({}, {"gate_rank": 8}, {"norm": "rmsnorm"}, {"norm": "layernorm"}, TRANSFORMER)]
+KEPT += [({}, 4)]
+
+
+@pytest.mark.parametrize(("words", "tensor"), KEPT, ids=lambda value: str(value)[:30])
+def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
     config = ModelConfig.from_dict(TINY).replace(hidden_size=64, intermediate_size=176, **words)
     layer, rows, length = (0 if words.get("position_layers") == "all" else 1), 4, 200
-    block = Block(config, layer)
-    for p in block.parameters():
-        torch.nn.init.normal_(p, 0.0, 0.02)
-    block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        if {length, rows * length} & set(x.shape[:3]) and rows * length <= x.numel():  # of tokens, not of weights
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        part = held(x)
+        of_tokens = {length, length // tensor, rows * length} & set(part.shape[:3]) and part.numel() >= rows * length
+        if of_tokens:  # and not of weights
+            kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
         return x
 
-    x = torch.randn(rows, length, 64, requires_grad=True)
-    positions = torch.arange(length)
-    place = Place(positions, rotation=rotation(config, positions, x.dtype))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        block(x, None, place)
-    planned = saved_bytes(config, lrpe=config.position == "lrpe" and config.has_position(layer))
+    torch.compiler.reset()  # so many kinds of blocks would be too many for one function
+    with pretended(Layout(tensor=tensor)) as mesh:
+        model = LanguageModel(config)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, 0.0, 0.02)
+        if tensor > 1:
+            sharding.cut(model, mesh)
+        block = model.blocks()[layer]
+        block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+        x = torch.randn(rows, length // tensor, 64, requires_grad=True)
+        positions = torch.arange(length)
+        place = Place(positions, rotation=rotation(config, positions, x.dtype))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            block(x, None, place)
+    planned = saved_bytes(config, tensor, lrpe=config.position == "lrpe" and config.has_position(layer))
     assert sum(kept.values()) / (rows * length) == pytest.approx(planned, rel=0.03)
+
+
+class Trace(TorchDispatchMode):
+    """Bytes of all tensors at their most, and of what collectives gathered or scattered, by their namespace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self.sent: Counter[str] = Counter()
+        self._there: dict[int, weakref.ref[Any]] = {}
+
+    def see(self, *tensors: Any) -> None:
+        for x in tensors:
+            storage = held(x).untyped_storage()
+            self._there[storage._cdata] = weakref.ref(storage)
+        storages = {key: storage for key, ref in self._there.items() if (storage := ref()) is not None}
+        self._there = {key: self._there[key] for key in storages}
+        self.most = max(self.most, sum(storage.nbytes() for storage in storages.values()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.see(*(x for x in tree_leaves(found) if isinstance(x, Tensor)))
+        if re.match("_?c10d.*(gather|scatter)", str(func)):  # the whole is on one side; all but the own part is sent
+            self.sent[func.namespace] += max(x.nbytes for x in tree_leaves((args, found)) if isinstance(x, Tensor))
+        return found
+
+
+def trace(config: ModelConfig, layout: Layout, rows: int, seq_len: int, patch: pytest.MonkeyPatch) -> Trace:
+    """A step of the real sharded model, every tensor of which only says how large it is.
+
+    As on a GPU: kernels where Triton has them, logits of a slice in bfloat16, AdamW's state. As compiled: no cache of
+    weights that autocast has cast.
+    """
+    for module in (gla, lightning, lrpe, norm):
+        patch.setattr(module, "choose", lambda *_: "triton")
+    patch.setattr(loss, "SLICE_ELEMENTS", loss.CUDA_SLICE_BYTES // 2)
+    for name in ("_softmax_loss_", "_add_product"):
+        patch.setattr(loss, name, lambda *_: None)
+    with pretended(layout) as mesh:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+        parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")
+        with FakeTensorMode(allow_non_fake_inputs=True), Trace() as found:
+            model.to_empty(device="cpu")
+            weights = [held(p) for p in model.parameters()]
+            moments = [torch.empty_like(p) for p in weights for _ in range(2)]
+            found.see(*weights, *moments)
+            ids = torch.zeros(rows, seq_len // layout.context, dtype=torch.int64)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                total = model.loss(ids, ids, reduction="sum")
+            total.backward()
+    return found
+
+
+SMALL = ModelConfig(vocab_size=2_048, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+                    intermediate_size=1_408)  # fmt: skip
+WIDE = {"position_layers": "all"}
+MANY = [Layout(), Layout(shard=8), Layout(tensor=2), Layout(shard=4, tensor=2), Layout(context=2)]
+TRACED: list[tuple[Layout, dict[str, Any], int, int, bool]] = [  # rows, tokens a row, whether blocks are gathered apart
+    *((replace(layout, recompute=True), {}, 4, 1_024, layout.tensor == 2) for layout in MANY),
+    (replace(MANY[1], recompute=True), {}, 4, 1_024, True), (replace(MANY[1], recompute=True), WIDE, 4, 1_024, False),
+    (MANY[1], WIDE, 1, 256, True), (MANY[3], WIDE, 1, 256, False), (MANY[1], {"norm": "layernorm"}, 1, 256, True),
+    (MANY[0], {"vocab_size": 2**16}, 1, 256, False),  # fullest at the embedding
+    (MANY[4], {"num_attention_heads": 2}, 32, 64, False),  # large states
+    (MANY[1], {}, 1, 256, False), (MANY[2], {}, 1, 256, False), (MANY[2], {}, 1, 256, True),  # hardly more than weights
+    (Layout(replicate=2), {}, 1, 256, True), (Layout(replicate=2), {}, 4, 1_024, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "words", "rows", "seq_len", "apart"), TRACED)
+def test_memory_and_collectives_as_traced(
+    layout: Layout, words: dict[str, Any], rows: int, seq_len: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    if apart:
+        monkeypatch.setattr(parallel, "TOGETHER", 0)
+    config = SMALL.replace(**words)
+    real, shape = trace(config, layout, rows, seq_len, monkeypatch), measure(config, seq_len)
+    memory = find_memory(shape, layout, rows, seq_len)
+    assert memory.allocated - WORKSPACE_BYTES == pytest.approx(real.most, rel=0.1)
+    sent, ranks = sent_bytes(shape, layout, rows, seq_len), layout.shard * layout.context
+    assert sent["shard"] == pytest.approx(real.sent["c10d"] * (ranks - 1) / ranks, rel=0.01)
+    others = (layout.tensor - 1) / layout.tensor
+    assert sent["tensor"] == pytest.approx(real.sent["_c10d_functional"] * others, rel=0.01)
+
+
+def test_which_blocks_are_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "TOGETHER", 10)
+    assert parallel.together([4, 4, 4, 4, 4], "wnnnn") == [range(1), range(1, 3), range(3, 5)]
+    assert parallel.together([11, 11, 3], "nnn") == [range(1), range(1, 2), range(2, 3)]
+    assert parallel.together([], "") == []
 
 
 MESHES = [Layout(shard=4), Layout(replicate=2, shard=2), Layout(shard=2, tensor=2), Layout(context=2, tensor=2),

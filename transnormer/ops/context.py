@@ -64,7 +64,7 @@ def _forward(
     if edges.through is not None:
         through = through * edges.through
     sums, through = _gather(_weighted_sum(k, v, log_decay, edges, backend, to_end=True), through, ranks, group)
-    state = edges.place(_carried(sums[:rank], through[:rank]), incoming=True)
+    state = edges.place(_carried(sums, through, range(rank)), incoming=True)
     if backend == "triton":
         from . import lightning_triton
 
@@ -82,7 +82,7 @@ def _backward(
     edges = _Edges(q, cu_seqlens, rank)
     own = _weighted_sum(q, d_output, log_decay, edges, backend, to_end=False)
     sums, _ = _gather(own, through[rank], ranks, group)
-    d_last = edges.place(_carried(sums[rank + 1 :].flip(0), through[rank + 1 :].flip(0)), incoming=False)
+    d_last = edges.place(_carried(sums, through, range(ranks - 1, rank, -1)), incoming=False)
     if backend == "triton":
         from . import lightning_triton
 
@@ -163,11 +163,14 @@ def _gather(state: Tensor, through: Tensor, ranks: int, group: str) -> tuple[Ten
     return states.unflatten(1, state.shape), through.contiguous()
 
 
-def _carried(states: Tensor, through: Tensor) -> Tensor:
-    """[B, H, K, V]: the states [R', B, H, K, V], decayed by all later segments of these; zero where there are none."""
-    later = torch.cat([through[1:], torch.ones_like(through[:1])])[: len(through)]
-    weights = later.flip(0).cumprod(0).flip(0)
-    return torch.einsum("rh,rbhkv->bhkv", weights, states).contiguous()
+def _carried(states: Tensor, through: Tensor, order: range) -> Tensor:
+    """[B, H, K, V]: of states [R, B, H, K, V] those of `order`, each decayed by all that come later in it; else zero."""
+    if not order:
+        return torch.zeros_like(states[0])
+    carried = states[order[0]].clone()
+    for n in order[1:]:  # a launch each: a product of all of them takes ten
+        carried = torch.addcmul(states[n], carried, through[n, :, None, None])
+    return carried
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -19,7 +19,7 @@ import torch
 from ..config import ModelConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
-from .parallel import check
+from .parallel import check, together
 from .recipe import Parallel
 
 
@@ -48,6 +48,8 @@ GPUS = {
 # sheet's rate, and what training reaches of that, by width D; between widths interpolated, beyond them held.
 MATMUL_SHARE = 724.64 / 989.4
 TRAINING_SHARE = {"gla": {1_024: 0.604, 2_048: 0.721}, "softmax": {1_024: 0.610, 2_048: 0.706}}
+
+WORKSPACE_BYTES = 2**26  # cuBLAS's on the same H100: 32 MiB for forward's thread and for backward's
 
 # Assumed, not measured.
 LINK_SHARE = 0.75  # what collectives reach of a link's rate
@@ -85,7 +87,7 @@ class Memory:
     optimizer: int
     activations: int
     state: int
-    buffers: int  # gathered weights, logits, gradients on their way
+    buffers: int  # gathered weights, logits, gradients on their way, cuBLAS's own
     reserve: int  # outside of PyTorch's allocator
 
     @property
@@ -186,8 +188,11 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
     mixer = 2 * inner * parts + 2 * inner  # projected q, k, v, u; what the last projection reads
     if config.mixer == "gla":
         mixer += 2 * inner * (2 * (2 if lrpe else 1) + 1)  # q and k through swish and LRPE, what the norm reads
-        if parts == 4 and not one_op:
-            mixer += 2 * inner  # the norm's result before the gate
+        if parts == 4 and not one_op and tensor < config.num_attention_heads:
+            mixer += 2 * inner  # the gate, apart from q, k and v; of one head it is not copied
+        if tensor > 1:  # ranks exchange the norm's sums: what comes of them is not computed again
+            wider = {"srmsnorm": 0, "rmsnorm": 2, "layernorm": 4}[config.norm]  # with gains it is kept in float32
+            mixer += (2 * config.gate + wider) * inner
     else:
         mixer += 2 * inner * 2 + 4 * config.num_attention_heads  # q and k turned, the soft-max's sums
         if config.gate:
@@ -198,43 +203,71 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
     return whole + (stream + mixer + glu) / tensor
 
 
+def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
+    """(bytes of one number of each block's weights, which blocks at once), as FSDP gathers them in `sharding.shard`."""
+    config = shape.config
+    wide, lrpe = config.norm == "layernorm", config.position == "lrpe"
+    each = [4 if wide or (lrpe and config.has_position(n)) else 2 for n in range(config.num_hidden_layers)]
+    return each, together([x * shape.block // tensor for x in each], each)
+
+
 def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
     """Of the fullest GPU. rows: of one micro-batch on one data rank; seq_len: of all context ranks together."""
-    config, tensor = shape.config, layout.tensor
+    config, tensor, again = shape.config, layout.tensor, layout.recompute
     d, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
-    alone, sharded = layout.world == 1, layout.shard * layout.context > 1
+    alone, ranks = layout.world == 1, layout.shard * layout.context
     numbers, tensors = shape.share(layout)
     tokens = rows * seq_len // layout.context
     lrpe = [config.position == "lrpe" and config.has_position(n) for n in range(layers)]
-    cut = tensor * layout.context > 1
-    kept = [tokens * saved_bytes(config, tensor, lrpe=x, one_op=not (x or cut)) for x in lrpe]
-    one = max(kept)  # a block's
-    stream = tokens * 4 * d / tensor  # a residual stream
-    held = stream + (layers * stream if layout.recompute else sum(kept))
-    state = 0
-    if config.mixer == "gla":  # every block's last state, and of segments those before and between them
-        each = rows * config.num_attention_heads // tensor * config.head_dim**2 * 4
-        state = sum(each * (1 + x) for x in lrpe) * (1 if layout.context == 1 else 3)
-    # Weights in bfloat16: one GPU's are kept for the backward pass, gathered ones are dropped but for two blocks'.
+    plain = tensor * layout.context == 1 and (config.norm, config.activation) == ("srmsnorm", "swish")
+    kept = [tokens * saved_bytes(config, tensor, lrpe=x, one_op=plain and not x) for x in lrpe]
+    stream = tokens * 4 * d / tensor  # a residual stream: a block's input, or the gradient of its output
+    held = layers * stream if again else sum(kept)  # between the passes
+    inside = tokens * (6 * config.intermediate_size / tensor + 2 * d) + stream  # gradients in the midst of a block
+    backward = held + inside + (kept[-1] - stream if again else 0)  # the last block's, while all others are still kept
+    normed = 2 * tokens * d  # what the head reads, and its gradient; gathered ones are put in order
+    # States: all blocks' last live until the loss is there; what segments begin with is kept for the backward pass.
+    each = rows * config.num_attention_heads // tensor * config.head_dim**2 * 4 if config.mixer == "gla" else 0
+    states = each * (layers + sum(lrpe))
+    begun = states if layout.context > 1 and not again else 0
+    state = each * (1 + any(lrpe)) + begun
+    # Bytes of a number of each block's weights: gathered, and of those in float32 autocast's copies, kept for backward.
     block, words = shape.block / tensor, vocab * d / tensor
-    gathered = 2 * (2 * block if sharded else block if alone and layout.recompute else shape.blocks / tensor)
-    root = 0.0 if alone else 4 * words * (1 if config.tie_word_embeddings else 2)
-    again = one if layout.recompute else 0.0  # the block that is computed again
-    inside = tokens * (6 * config.intermediate_size / tensor) + 2 * stream  # gradients inside a block
-    moving = 4 * block if alone else 10 * block  # gradients of a block's weights, before and after their sum
+    wide, groups = gathered(shape, tensor)
+    cast = [2 if alone or x == 4 else 0 for x in wide]
+    wide = [0 if alone else x for x in wide]
+    if alone:
+        groups = [range(n, n + 1) for n in range(layers)]
+    at_once = [len(group) * wide[group[0]] for group in groups]
+    end, earlier = groups[-1], at_once[-2] if len(groups) > 1 else 0  # all but the last blocks' are dropped
+    # Blocks' gradients on their way to their sum, while those of the blocks before them are made.
+    moving = [0 if alone else 4 * len(group) for group in groups]
+    tied = config.tie_word_embeddings
+    root = 0.0 if alone else 4 * words * (1 if tied else 2)
     logits = min(CUDA_SLICE_BYTES, 2 * tokens * vocab / tensor)
     late, own = 4 * numbers, 4 * words  # all gradients at last; the head's
     first = late if layout.accumulate > 1 else 0
-    moments = {  # (gradients, activations, buffers)
-        "head": (first, held + 2 * (2 * tokens * d), gathered + root + logits + 2 * words + own),
-        "backward": (first, held + again + inside, gathered + root + moving + own),
-        "end": (late, stream + one + inside, 2 * (2 * block) + root + moving + (0 if alone else own)),
-    }
-    gradients, activations, buffers = max(moments.values(), key=sum)
-    groups = sum(size > 1 for size in (layout.replicate, layout.shard * layout.context, layout.context, tensor))
+    summed = max(first, moving[-1] * block / ranks)  # of the last blocks
+    kept_casts, before = (0, 0) if again else (sum(cast), sum(cast[: end[0]]))
+    done = len(end) * stream if again else sum(kept[n] for n in end)
+    own_root = 0 if alone else own + root  # one GPU's are among all gradients
+    moments = {  # (gradients, activations, states, buffers)
+        "head": (first, held + stream + normed * (3 if tensor > 1 else 2), states + begun,
+                 (2 * at_once[-1] + kept_casts) * block + root + logits + 2 * words + own),
+        "last block": (first, backward, state, (at_once[-1] + earlier + (kept_casts or cast[-1])) * block + root + own),
+        "sum of the last": (summed, held + stream - done, state,
+                            (before + at_once[-1] + moving[-1] + earlier) * block + root + own),
+        "blocks before": (summed, backward - done, state,
+                          (before + moving[-1] + 2 * earlier + wide[max(0, end[0] - 1)]) * block + root + own),
+        "first block": (late, kept[0] + inside, state, (sum(moving[1:2]) + 2 * at_once[0]) * block + own_root),
+        # The head's gradient, the embedding's and where they are one their sum; of these one is not yet among all.
+        "embedding": (late, stream, 0, words * (8 * tied if alone else 16) - root / ranks),
+    }  # fmt: skip
+    gradients, activations, state, buffers = map(int, max(moments.values(), key=sum))
+    meshes = sum(size > 1 for size in (layout.replicate, ranks, layout.context, tensor))
     return Memory(
-        weights=4 * numbers, gradients=int(gradients), optimizer=8 * numbers + 4 * tensors,
-        activations=int(activations), state=state, buffers=int(buffers), reserve=CONTEXT_BYTES + groups * GROUP_BYTES,
+        weights=4 * numbers, gradients=gradients, optimizer=8 * numbers + 4 * tensors, activations=activations,
+        state=state, buffers=buffers + WORKSPACE_BYTES, reserve=CONTEXT_BYTES + meshes * GROUP_BYTES,
     )  # fmt: skip
 
 
@@ -253,15 +286,19 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
     config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
     words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     tokens = rows * seq_len // layout.context
-    passes = 3 if layout.recompute else 2  # over every block
-    gather = passes * 2 * shape.blocks + 4 * words  # blocks in bfloat16, the rest once in float32
+    # FSDP gathers blocks for each pass, but the last ones once; what is computed again is so while they are there.
+    wide, groups = gathered(shape, tensor)
+    twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
+    gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
     whole = (shape.blocks + words) * 4 / tensor  # gradients in float32
+    blocks = (11 if layout.recompute else 8) * config.num_hidden_layers  # the last sums of each are not computed again
+    passes = 3 if layout.recompute else 2
     state = 4 * rows * config.num_attention_heads // tensor * config.head_dim**2
     exact = {
         "shard": layout.accumulate * (gather / tensor + whole) * (ranks - 1) / ranks,
         "replicate": layout.accumulate * 2 * whole / ranks * (layout.replicate - 1) / layout.replicate,
-        "tensor": layout.accumulate * passes * 4 * config.num_hidden_layers
-        * tokens * 2 * config.hidden_size * (tensor - 1) / tensor,
+        # The embedding's two exchanges in float32, the head's two in bfloat16.
+        "tensor": layout.accumulate * (blocks + 6) * tokens * 2 * config.hidden_size * (tensor - 1) / tensor,
         "context": layout.accumulate * passes * config.num_hidden_layers * state * (layout.context - 1),
     }  # fmt: skip
     return {kind: int(sent) for kind, sent in exact.items()}

@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE, local
-from .parallel import Mesh
+from .parallel import Mesh, together
 
 
 def cut(model: LanguageModel, mesh: Mesh) -> None:
@@ -50,14 +50,18 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
     assert mesh.ranks is not None
     over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
     blocks = model.blocks()
-    for block in blocks:
-        narrow = None if any(isinstance(module, (LRPE, nn.LayerNorm)) for module in block.modules()) else dtype
+    wide = [any(isinstance(module, (LRPE, nn.LayerNorm)) for module in block.modules()) for block in blocks]
+    dtypes = [None if each else dtype for each in wide]
+    sizes = [
+        sum(local(p).numel() * (narrow or p.dtype).itemsize for p in block.parameters())
+        for block, narrow in zip(blocks, dtypes, strict=True)
+    ]
+    for numbers in together(sizes, dtypes):
+        narrow, last = dtypes[numbers[0]], numbers[-1] == len(blocks) - 1  # the last are wanted again at once
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False
         )
-        # what is alone has nothing to gather again, and the last block's weights are wanted at once
-        again = mesh.shard * mesh.context > 1 and block is not blocks[-1]
-        fully_shard(block, mesh=over, mp_policy=policy, reshard_after_forward=again)
+        fully_shard([blocks[n] for n in numbers], mesh=over, mp_policy=policy, reshard_after_forward=not last)
     fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
