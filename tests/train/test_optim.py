@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel
 from transnormer.train.loop import train
-from transnormer.train.optim import Muon, load_optimizer_tensors, new_optimizer, optimizer_tensors
+from transnormer.train.optim import Muon, load_optimizer_tensors, new_optimizer, optimizer_tensors, step_unless
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh
 from transnormer.train.recipe import OPTIMIZERS, Optim, Parallel
 
@@ -80,6 +80,33 @@ def test_eight_bits_need_bitsandbytes_and_one_process(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"optim\.bits = 8 needs bitsandbytes: pip install 'transnormer\[bits\]'"):
         model_and_step(Optim(bits=8))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_a_step_that_nobody_has_read_is_taken_or_changes_nothing(name: str) -> None:
+    model, optimizer = model_and_step(Optim(name=name, lr=1e-2), steps=2)
+    again, other = model_and_step(Optim(name=name, lr=1e-2), steps=2)
+
+    def differ() -> list[str]:
+        pairs = [(model.state_dict(), again.state_dict())]
+        pairs += [(optimizer_tensors(model, optimizer), optimizer_tensors(again, other))]
+        return [key for one, two in pairs for key in one if not torch.equal(one[key], two[key])]
+
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    assert step_unless(optimizer, torch.tensor(1.0))
+    assert not differ()
+    for each, taken in ((model, True), (again, False)):
+        for number, p in enumerate(each.parameters()):
+            p.grad = torch.full_like(p, 0.1 * (number + 1))
+        if taken:
+            assert step_unless(optimizer, torch.tensor(0.0))
+            assert len(differ()) > 20
+        else:
+            other.step()
+    assert not differ()
+    assert not step_unless(new_optimizer(model, Optim(name="muon")), torch.tensor(0.0))
+    assert not step_unless(new_optimizer(model, Optim(bits=8)), torch.tensor(0.0))
 
 
 def test_adam_adds_its_decay_to_the_gradient_and_adamw_does_not() -> None:

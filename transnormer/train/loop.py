@@ -24,7 +24,7 @@ from . import checkpoint, lora
 from .checkpoint import Checkpoints, Origin, Place
 from .feed import Feed, validation
 from .metrics import Metrics, console, plot, progress, say
-from .optim import learning_rate, new_optimizer
+from .optim import learning_rate, new_optimizer, step_unless
 from .parallel import Mesh, check, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
 from .setup import check_memory, check_same, check_tokenizer, describe, only_one, open_data
@@ -185,9 +185,11 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe.optim, step, steps)
                 loss = gradients(model, share, mesh, settings)
-                told = agree(mesh, loss, clip(model, mesh, recipe.optim.clip), stop, checkpoints.flags)
+                bad, tell = agree(mesh, loss, clip(model, mesh, recipe.optim.clip), stop, checkpoints.flags)
+                unseen = not settings.spike and step_unless(optimizer, bad)  # queued before the device is waited for
+                told = tell()
                 wrong = refusal(told, place.losses, settings.spike)
-                if wrong is None:
+                if wrong is None and not unseen:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 place.pass_step(share.samples[1], wrong is not None, [told.loss] if settings.spike else [])

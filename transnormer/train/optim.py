@@ -45,6 +45,15 @@ def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
     return Together(Muon(blocks, lr=recipe.lr, weight_decay=recipe.weight_decay), adam)
 
 
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
+    """Step where the scalar `bad` is 0 and change nothing where it is 1, which nobody has read yet; False if it cannot."""
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return False
+    optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's own gradient scaler tells the fused kernels
+    optimizer.step()
+    return True
+
+
 def _in_8_bits(groups: list[Group], name: str, settings: Group) -> torch.optim.Optimizer:
     try:
         import bitsandbytes as bnb

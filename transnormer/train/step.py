@@ -51,24 +51,41 @@ def gradients(model: LanguageModel, share: Share, mesh: Mesh, settings: Train) -
     return loss
 
 
-def agree(mesh: Mesh, loss: Tensor, norm: Tensor, stop: Sequence[int], saving: tuple[int, int]) -> Told:
-    """The step's one look at the device, and one sum over all processes.
+def agree(
+    mesh: Mesh, loss: Tensor, norm: Tensor, stop: Sequence[int], saving: tuple[int, int]
+) -> tuple[Tensor, Callable[[], Told]]:
+    """One sum over all processes: (1 where loss or norm is not finite anywhere, else 0; a function that reads the rest).
 
-    stop: signals that this process got. Loss or norm that is not finite anywhere is not finite for all.
+    stop: signals that this process got. The first is a scalar on the device; the function waits for the device, the
+    only time in a step, and not for what was queued after this call.
     """
+    cuda = mesh.device.type == "cuda"
     marks = torch.tensor([*(float(number in stop) for number in STOPS), *saving], dtype=torch.float32)
-    if mesh.device.type == "cuda":
+    if cuda:
         marks = marks.pin_memory().to(mesh.device, non_blocking=True)
     unsound = ~(loss.isfinite() & norm.isfinite())
     counted = loss if mesh.tensor_rank == 0 else torch.zeros_like(loss)  # tensor ranks have the same one
     numbers = torch.cat([torch.stack([counted, unsound.float()]), marks])
     if mesh.ranks is not None:
         dist.all_reduce(numbers)
-    total, bad, *asked, unfinished, failed, length = torch.cat([numbers, norm.view(1)]).tolist()
-    signals = [int(number) for number, count in zip(STOPS, asked, strict=True) if count]
-    if bad and math.isfinite(total) and math.isfinite(length):
-        length = math.nan
-    return Told(total, length, signals[0] if signals else None, (int(unfinished), int(failed)))
+    bad = ((numbers[1] > 0) | ~numbers[0].isfinite()).float()
+    numbers = torch.cat([numbers[:1], bad.view(1), numbers[2:], norm.view(1)])
+    read, there = numbers, None
+    if cuda:
+        read, there = torch.empty(numbers.shape, pin_memory=True), torch.cuda.Event()
+        read.copy_(numbers, non_blocking=True)
+        there.record()
+
+    def told() -> Told:
+        if there is not None:
+            there.synchronize()
+        total, bad, *asked, unfinished, failed, length = read.tolist()
+        signals = [int(number) for number, count in zip(STOPS, asked, strict=True) if count]
+        if bad and math.isfinite(total) and math.isfinite(length):
+            length = math.nan
+        return Told(total, length, signals[0] if signals else None, (int(unfinished), int(failed)))
+
+    return bad, told
 
 
 def refusal(told: Told, losses: Sequence[float], spike: float) -> str | None:
