@@ -13,6 +13,7 @@ import contextlib
 import json
 import shlex
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -85,6 +86,7 @@ def one_run(options: argparse.Namespace, data: Path, changes: dict[str, Any], se
         shutil.rmtree(folder)
     return {
         "seconds": round(time.perf_counter() - began, 1),
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[len(lines) // 2 :]),
         "losses": [round(line["loss"], 4) for line in lines if line["loss"] is not None],
         "valid": [[line["step"], round(line["valid_loss"], 4)] for line in lines if "valid_loss" in line],
     }
