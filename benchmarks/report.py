@@ -191,10 +191,17 @@ def meshes(result: dict[str, Any]) -> str:
         ])  # fmt: skip
     spread = max(max(row["times_ms"]) / min(row["times_ms"]) for row in result["rows"] if "times_ms" in row)
     head = ["mesh", "rows a data rank × tokens", "tokens/s", "of one process", "planned", "GiB a GPU", "planned"]
+    profile, queued = newest("meshes_profile", "h100x2"), ""
+    if profile:
+        row = profile["rows"][0]
+        queued = (
+            f"To queue a step of {row['layers']} of the 24 layers under `shard` took the host {row['host_ms']:.0f} ms, the step itself "
+            f"{min(row['times_ms']):.0f} ([result](../benchmarks/results/{profile['file']})); small blocks have been gathered several at once since. "
+        )
     return (f"## Two GPUs\n\nTraining steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
             f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "
             f"the fastest on several GPUs: a GPU has half the tokens under `tensor` and `context`, and waits for the host and the exchanges. "
-            f"What of it is whose is not known yet. Neither pays at this size; both are for models and rows that do not fit.\n\n"
+            f"{queued}Neither pays at this size; both are for models and rows that do not fit.\n\n"
             f"{table(head, rows)}\n\n{source(result)}\n")  # fmt: skip
 
 
