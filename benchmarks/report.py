@@ -198,7 +198,17 @@ def meshes(result: dict[str, Any]) -> str:
             f"To queue a step of {row['layers']} of the 24 layers under `shard` took the host {row['host_ms']:.0f} ms, the step itself "
             f"{min(row['times_ms']):.0f} ([result](../benchmarks/results/{profile['file']})); small blocks have been gathered several at once since. "
         )
-    return (f"## Two GPUs\n\nTraining steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
+    exact, off = newest("meshes_errors", "h100x2"), ""
+    if exact:
+        found = [row for row in exact["rows"] if "off" in row]
+        ratio = max(row["off"] / max(row["one_process_off"], 2**-9) for row in found)
+        apart = max(row["float32_off"] for row in found if "float32_off" in row)
+        off = (
+            f"Gradients of four layers of 45m, {len(found)} times a model, a mesh and a way (compiled, recomputed): in bf16 off by at most {ratio:.2f} times "
+            f"what one process in bf16 is off by, in float32 by at most {apart:.1e} ([result](../benchmarks/results/{exact['file']}); "
+            f"{len(exact['rows']) - len(found)} failed, the softmax model was not reached).\n\n"
+        )
+    return (f"## Two GPUs\n\n{off}Training steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
             f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "
             f"the fastest on several GPUs: a GPU has half the tokens under `tensor` and `context`, and waits for the host and the exchanges. "
             f"{queued}Neither pays at this size; both are for models and rows that do not fit.\n\n"
