@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 import matplotlib
@@ -51,7 +52,7 @@ NAMES = {
 
 
 def training_gpu(result: dict[str, Any]) -> str:
-    sources = [result, *filter(None, [newest("train_long", "h100")])]
+    sources = sorted([result, *filter(None, [newest("train_long", "h100")])], key=lambda each: each["date"])
     found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
     latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
     usual = list(latest.values())
@@ -62,7 +63,7 @@ def training_gpu(result: dict[str, Any]) -> str:
         rows.append([
             row["size"], f"{row['rows']} × {row['seq_len']:,}", NAMES[row["model"]], f"{row['parameters'] / 1e6:,.1f}",
             f"{row['tokens_per_second']:,}", "" if row["model"] == "transnormer" else f"{ours / row['tokens_per_second']:.2f}",
-            f"{row['flop_share']:.0%}", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['millijoules_per_token']:.1f}",
+            f"{row['flop_share']:.0%}" if row["flop_share"] else "–", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['millijoules_per_token']:.1f}",
             f"{row['first_step_seconds']:.0f}",
         ])  # fmt: skip
     head = ["size", "B × T", "model", "M parameters", "tokens/s", "ours is times faster", "share of the ceiling", "peak, GiB",
@@ -96,10 +97,11 @@ def training_gpu(result: dict[str, Any]) -> str:
     notes = dict.fromkeys(
         f"{NAMES[row['model']]}, {row['size']}: {row['note']}. " for row in usual if row["model"] != "transnormer"
     )
+    ceilings = " and ".join(f"{each['matmul_tflop_per_second']:,.0f}" for each in sources)
     return (
         f"## Training on a GPU\n\nA step is loss, backward, clip and AdamW on random ids; bf16 autocast over float32 weights, vocabulary "
         f"64,000, SDPA's cuDNN kernels, blocks compiled. Contenders have the GPU to themselves, one after another. The ceiling is a "
-        f"square matrix product, {result['matmul_tflop_per_second']:,.0f} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}"
+        f"square matrix product of the same run, {ceilings} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}"
         + "".join(notes)
         + "\n\n"
         + "\n\n".join(map(source, sources))
@@ -109,17 +111,20 @@ def training_gpu(result: dict[str, Any]) -> str:
 
 def training_float8(result: dict[str, Any]) -> str:
     rows = []
-    for run in result["runs"]:
-        usual = next(row for row in run["rows"] if row["model"] == "transnormer")
-        for row in run["rows"]:
-            if row is not usual:
-                rows.append([
-                    row["size"], f"{row['rows']} × {row['seq_len']:,}", "rowwise" if "rows" in row["model"] else "tensorwise",
-                    f"{row['tokens_per_second']:,}", f"{usual['tokens_per_second']:,}",
-                    f"{row['tokens_per_second'] / usual['tokens_per_second']:.2f}",
-                    *(f"{each['peak_bytes'] / 2**30:.1f}" for each in (row, usual)),
-                    *(f"{each['millijoules_per_token']:.1f}" for each in (row, usual)),
-                ])  # fmt: skip
+    usual = {}
+    for row in result["rows"]:
+        if row["model"] == "transnormer":
+            usual[row.get("run"), row["size"], row["seq_len"]] = row
+    for row in result["rows"]:
+        beside = usual[row.get("run"), row["size"], row["seq_len"]]
+        if row is not beside:
+            rows.append([
+                row["size"], f"{row['rows']} × {row['seq_len']:,}", "rowwise" if "rows" in row["model"] else "tensorwise",
+                f"{row['tokens_per_second']:,}", f"{beside['tokens_per_second']:,}",
+                f"{row['tokens_per_second'] / beside['tokens_per_second']:.2f}",
+                *(f"{each['peak_bytes'] / 2**30:.1f}" for each in (row, beside)),
+                *(f"{each['millijoules_per_token']:.1f}" for each in (row, beside)),
+            ])  # fmt: skip
     head = [
         "size",
         "B × T",
@@ -134,8 +139,7 @@ def training_float8(result: dict[str, Any]) -> str:
     ]
     text = (
         f"### Products in float8\n\n`train.float8`: the blocks' products by torchao, each row beside bfloat16 in the same run.\n\n"
-        f"{table(head, sorted(rows))}\n\n{result['device']}; torch {result['versions']['torch']}, torchao {result['versions']['torchao']}; "
-        f"commit {result['commit'][:12]}; [{result['file']}](../benchmarks/results/{result['file']}).\n"
+        f"{table(head, sorted(rows))}\n\ntorchao {result['versions'].get('torchao', '')}; {source(result)}\n"
     )
     return text + (curves(found) if (found := newest("curves", "h100")) else "")
 
@@ -154,7 +158,7 @@ def curves(result: dict[str, Any]) -> str:
     ends = ", ".join(f"{row['variant']} {row['valid'][-1][1]:.3f}" for row in result["rows"])
     return (
         f"\nThe loss of {result['size']} on real text ({', '.join(result['data'])}), {result['steps']} steps of {result['batch_tokens']:,} tokens, "
-        f"with the same start and the same batches; validation loss at the end: {ends}. {result['note']}\n\n![curves](curves.png)\n\n{source(result)}\n"
+        f"with the same start and the same batches; validation loss at the end: {ends}. {result.get('note', '')}\n\n![curves](curves.png)\n\n{source(result)}\n"
     )
 
 
@@ -196,7 +200,7 @@ def meshes(result: dict[str, Any]) -> str:
         row = profile["rows"][0]
         queued = (
             f"To queue a step of {row['layers']} of the 24 layers under `shard` took the host {row['host_ms']:.0f} ms, the step itself "
-            f"{min(row['times_ms']):.0f} ([result](../benchmarks/results/{profile['file']})); small blocks have been gathered several at once since. "
+            f"{statistics.median(row['times_ms'][1:]):.0f} ([result](../benchmarks/results/{profile['file']})). {result.get('note', '')} "
         )
     exact, off = newest("meshes_errors", "h100x2"), ""
     if exact:
@@ -206,7 +210,7 @@ def meshes(result: dict[str, Any]) -> str:
         off = (
             f"Gradients of four layers of 45m, {len(found)} times a model, a mesh and a way (compiled, recomputed): in bf16 off by at most {ratio:.2f} times "
             f"what one process in bf16 is off by, in float32 by at most {apart:.1e} ([result](../benchmarks/results/{exact['file']}); "
-            f"{len(exact['rows']) - len(found)} failed, the softmax model was not reached).\n\n"
+            f"{len(exact['rows']) - len(found)} failed). {exact.get('note', '')}\n\n"
         )
     return (f"## Two GPUs\n\n{off}Training steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
             f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "

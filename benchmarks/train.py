@@ -2,7 +2,7 @@
 
     python benchmarks/train.py [--size 10m] [--lengths 512 4096] [--batch-tokens 4096] [--repeats 5]
     python benchmarks/train.py --device cuda --size 385m [--lengths 2048 8192 32768] [--batch-tokens 32768]
-        [--contenders transnormer llama softmax retnet ...] [--million] [--commit HASH] [--out FOLDER]
+        [--contenders transnormer llama softmax retnet ...] [--million] [--name train_float8] [--commit HASH] [--out FOLDER]
 
 On the CPU TransNormerLLM and the softmax Transformer of the same width and depth take turns. On a GPU every contender
 (`trainers.py`) has the GPU to itself: seconds until its first step is done, the median step, tokens a second, the share
@@ -12,6 +12,7 @@ of the matrix product's measured rate by the model's own operations, peak memory
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import shlex
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--contenders", nargs="+")
     parser.add_argument("--million", action="store_true", help="also rows of 1,048,576 tokens, in segments")
+    parser.add_argument("--name", default="train", help="of the result: train, train_long, train_float8")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args()
@@ -102,12 +105,15 @@ def on_gpu(options: argparse.Namespace) -> None:
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(False)
     name = torch.cuda.get_device_name()
     slug = next((kind for kind in ("h200", "h100", "a100") if kind in name.lower()), name.lower().replace(" ", "-"))
-    path = options.out / f"train_{slug}_{date.today()}.json"
+    path = options.out / f"{options.name}_{slug}_{date.today()}.json"
+    libraries = {"torch": torch, "triton": triton, "transformers": transformers}
+    versions = {name: library.__version__ for name, library in libraries.items()}
+    with contextlib.suppress(PackageNotFoundError):
+        versions["torchao"] = version("torchao")
     result: dict[str, Any] = {
-        "subject": "train", "device": name, "commit": options.commit or record.commit(),
+        "subject": options.name, "device": name, "commit": options.commit or record.commit(),
         "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__},
-        **gpu.ceilings(), "rows": [],
+        "versions": versions, **gpu.ceilings(), "rows": [],
     }  # fmt: skip
     print(result, flush=True)
     for row in gpu_rows(options, result["matmul_tflop_per_second"] * 1e12):

@@ -146,14 +146,14 @@ def build(case: Case, mesh: Mesh) -> LanguageModel:
         model = LanguageModel(config)
     if case.dtype == "float64":
         model.double()
-    original, most = torch.compile, parallel.TOGETHER
-    parallel.TOGETHER = 0 if case.apart else most
+    original, most = torch.compile, parallel.GATHERED_BYTES
+    parallel.GATHERED_BYTES = 0 if case.apart else most
     if case.compile:
         torch.compile = partial(original, backend=case.compile)  # type: ignore[assignment]
     dtype = case.dtype if case.dtype == "bfloat16" else "float32"
     settings: dict[str, Any] = {"recompute": case.recompute, "compile": bool(case.compile), "float8": case.float8}
     parallelize(model, mesh, dtype=dtype, **settings)
-    torch.compile, parallel.TOGETHER = original, most
+    torch.compile, parallel.GATHERED_BYTES = original, most
     model.to_empty(device="cpu")
     init_weights(model, 1)
     return model

@@ -45,6 +45,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(FSDP, accumulate=2), Case(HSDP, EVERYTHING), Case(FSDP, EVERYTHING, dtype="bfloat16"),
         Case(FSDP, BASELINE, recompute=True), Case(FSDP, compile="aot_eager"),
         Case(FSDP, {"num_hidden_layers": 4}, dtype="bfloat16", accumulate=2), Case(FSDP, recompute=True, apart=True),
+        Case(FSDP, {"intermediate_size": 48}, "bfloat16", recompute=True, float8="rowwise"),
+        Case(CP, {"intermediate_size": 48}, "bfloat16", float8="rowwise"),
         Case(FSDP, {"num_hidden_layers": 4}, compile="aot_eager", recompute=True, apart=True),
         Case(TP, EVERYTHING), Case(TP, OTHER, recompute=True), Case(TP, BASELINE), Case(TP, DECAYED_BASELINE),
         Case(TP, dtype="bfloat16"), Case(TP, EVERYTHING, compile="aot_eager", recompute=True), Case(TP, packed=True),

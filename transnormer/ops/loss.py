@@ -136,7 +136,7 @@ def _sliced_loss(
         if vocab % 64:  # products and kernels are slow on rows that begin anywhere, so words of zeros are added
             w = x.new_zeros(-(-vocab // 64) * 64, x.shape[1])
             w[:vocab] = weight
-        held = x.itemsize if backend == "triton" else 8  # torch holds a slice in float32, and its exponential
+        held = x.itemsize + (4 if backend == "torch" and x.itemsize == 2 else 0)  # torch holds a slice in float32 too
         most = CUDA_SLICE_BYTES // (len(w) * held)
     losses, dx, dw = _results(x, w, True, needs_x, needs_w)
     dw.zero_()
@@ -159,7 +159,7 @@ def _softmax_loss_(
     logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool,
     words: Words | None = None,
 ) -> None:  # fmt: skip
-    """Fill in the losses [n] and, where wanted, overwrite the logits [n, pitch] with the gradient of their sum."""
+    """Fill in the losses [n] and, where wanted, write the gradient of their sum over the logits [n, pitch], which are lost."""
     of_words = logits[:, :vocab]
     counts = targets != ignore_index
     index = targets if words is None else targets - words.first

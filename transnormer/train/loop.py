@@ -20,7 +20,7 @@ from ..files import step_folders, write_text
 from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
-from . import checkpoint, lora
+from . import checkpoint, float8, lora
 from .checkpoint import Checkpoints, Origin, Place
 from .feed import Feed, validation
 from .metrics import Metrics, console, plot, progress, say
@@ -100,6 +100,8 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
         )
     if config.eos_token_id is None and data.end_of_text is not None:
         config = config.replace(eos_token_id=data.end_of_text)
+    if recipe.train.float8:
+        float8.load(mesh.device)
     check_memory(recipe, config, mesh)
     return config
 

@@ -51,6 +51,7 @@ def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
         return False
     optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's own gradient scaler tells the fused kernels
     optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
     return True
 
 

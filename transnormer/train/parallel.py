@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-TOGETHER = 2**27
+GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
 
 
 class Elsewhere(Exception):
@@ -239,15 +239,16 @@ def check(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, 
         )
 
 
-def together(sizes: Sequence[int], kinds: Sequence[object]) -> list[range]:
-    """Which neighbouring blocks, by number, are gathered at once: of one kind, and of `TOGETHER` bytes if several.
+def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[range]:
+    """Which neighbouring blocks, by number, are gathered at once: of one kind, and of `GATHERED_BYTES` bytes if several.
 
-    sizes: in bytes, gathered. Each gathering costs the host a millisecond or two, in which a GPU is through a small block.
+    sizes: in bytes, gathered. Each gathering costs the host about a millisecond (`benchmarks/host.py`), in which a GPU
+    is through a small block.
     """
     found: list[range] = []
     for n, size in enumerate(sizes):
         before = found[-1] if found else range(0)
-        if before and kinds[before[0]] == kinds[n] and sum(sizes[m] for m in before) + size <= TOGETHER:
+        if before and kinds[before[0]] == kinds[n] and sum(sizes[m] for m in before) + size <= GATHERED_BYTES:
             found[-1] = range(before[0], n + 1)
         else:
             found.append(range(n, n + 1))

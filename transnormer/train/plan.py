@@ -19,7 +19,7 @@ import torch
 from ..config import ModelConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
-from .parallel import check, together
+from .parallel import check, gathered_at_once
 from .recipe import Parallel
 
 
@@ -208,7 +208,7 @@ def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
     config = shape.config
     wide, lrpe = config.norm == "layernorm", config.position == "lrpe"
     each = [4 if wide or (lrpe and config.has_position(n)) else 2 for n in range(config.num_hidden_layers)]
-    return each, together([x * shape.block // tensor for x in each], each)
+    return each, gathered_at_once([x * shape.block // tensor for x in each], each)
 
 
 def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:

@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE, local
-from .parallel import Mesh, together
+from .parallel import Mesh, gathered_at_once
 
 
 def cut(model: LanguageModel, mesh: Mesh) -> None:
@@ -56,7 +56,7 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
         sum(local(p).numel() * (narrow or p.dtype).itemsize for p in block.parameters())
         for block, narrow in zip(blocks, dtypes, strict=True)
     ]
-    for numbers in together(sizes, dtypes):
+    for numbers in gathered_at_once(sizes, dtypes):
         narrow, last = dtypes[numbers[0]], numbers[-1] == len(blocks) - 1  # the last are wanted again at once
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False

@@ -74,14 +74,14 @@ def agree(
     if cuda:
         read, there = torch.empty(numbers.shape, pin_memory=True), torch.cuda.Event()
         read.copy_(numbers, non_blocking=True)
-        there.record()
+        there.record(torch.cuda.current_stream(mesh.device))
 
     def told() -> Told:
         if there is not None:
             there.synchronize()
-        total, bad, *asked, unfinished, failed, length = read.tolist()
+        total, wrong, *asked, unfinished, failed, length = read.tolist()
         signals = [int(number) for number, count in zip(STOPS, asked, strict=True) if count]
-        if bad and math.isfinite(total) and math.isfinite(length):
+        if wrong and math.isfinite(total) and math.isfinite(length):
             length = math.nan
         return Told(total, length, signals[0] if signals else None, (int(unfinished), int(failed)))
 
