@@ -1,6 +1,6 @@
 """What the host needs for a training step, by mesh: 385m's 24 layers, but so narrow that hardly anything is computed.
 
-    python benchmarks/host.py [--meshes one shard replicate tensor context] [--repeats 20]
+    python benchmarks/host.py [--meshes one shard replicate tensor context] [--repeats 60]
 
 Over a fake process group, which sends nothing. A GPU that is through its work sooner than the host queues the next waits.
 """
@@ -31,7 +31,7 @@ PARTS = ("forward", "backward", "clip", "optimizer")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meshes", nargs="+", default=["one", "shard", "replicate", "tensor", "context"])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, usual = [], parallel.GATHERED_BYTES
