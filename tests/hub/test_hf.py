@@ -829,4 +829,6 @@ def test_another_librarys_command_knows_our_classes(folders, tmp_path) -> None:
     assert done.stdout.split() == ["TransNormerConfig", "2"], done.stderr
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: which module?")  # after what torchao says of itself, if there
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: which module?"
+    )  # after what torchao says of itself, if there
