@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     data, out = options.data.resolve(), options.out.resolve()
     name = record.device_name(options.device)
-    slug = next((kind for kind in ("h200", "h100", "a100") if kind in name.lower()), options.device)
+    slug = record.slug(name) if options.device != "cpu" else "cpu"
     result: dict[str, Any] = {
         "subject": "curves", "device": name, "commit": options.commit or record.commit(),
         "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),

@@ -14,15 +14,15 @@ from typing import Any
 
 import record
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.train import parallel
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import Mesh, clip, make_mesh, parallelize
-from transnormer.train.recipe import Optim, Parallel
+from transnormer.train.parallel import clip, parallelize
+from transnormer.train.plan import Layout
+from transnormer.train.plan_check import pretended
+from transnormer.train.recipe import Optim
 
 NARROW = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64, "intermediate_size": 128, "vocab_size": 64}
 PARTS = ("forward", "backward", "clip", "optimizer")
@@ -37,44 +37,41 @@ def main() -> None:
     rows, usual = [], parallel.GATHERED_BYTES
     for mesh in options.meshes:
         for blocks in ("together", "apart") if mesh != "one" else ("together",):
-            if mesh != "one":
-                dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
             parallel.GATHERED_BYTES = 0 if blocks == "apart" else usual
             rows.append({"mesh": mesh, "blocks": blocks, **milliseconds(mesh, options.repeats)})
             print(rows[-1], flush=True)
-            if dist.is_initialized():
-                dist.destroy_process_group()
             torch.compiler.reset()
     print(record.save("host", "cpu", rows))
 
 
 def milliseconds(kind: str, repeats: int) -> dict[str, float]:
     """Medians of the parts of a compiled step, and of the whole."""
-    device = torch.device("cpu")
-    mesh = Mesh(device) if kind == "one" else make_mesh(Parallel(**{kind: 2}), device)
-    with torch.device("meta"):
-        model = LanguageModel(ModelConfig.named("385m", **NARROW))
-    parallelize(model, mesh, compile=True, dtype="bfloat16")
-    model.to_empty(device=device)
-    init_weights(model, 1)
-    optimizer = new_optimizer(model, Optim())
-    ids = torch.zeros(2, 32 // mesh.context, dtype=torch.int64)
+    sizes: dict[str, Any] = {} if kind == "one" else {kind: 2}
+    layout, device = Layout(**sizes), torch.device("cpu")
+    with pretended(layout, device) as mesh:
+        with torch.device("meta"):
+            model = LanguageModel(ModelConfig.named("385m", **NARROW))
+        parallelize(model, mesh, compile=True, dtype="bfloat16")
+        model.to_empty(device=device)
+        init_weights(model, 1)
+        optimizer = new_optimizer(model, Optim())
+        ids = torch.zeros(2, 32 // mesh.context, dtype=torch.int64)
 
-    def step() -> list[float]:
-        times: list[float] = [time.perf_counter()]
-        with torch.autocast("cpu", torch.bfloat16):
-            loss: Any = model.loss(ids, ids)
-        times.append(time.perf_counter())
-        loss.backward()
-        times.append(time.perf_counter())
-        clip(model, mesh, 1.0)
-        times.append(time.perf_counter())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter())
-        return times
+        def step() -> list[float]:
+            times: list[float] = [time.perf_counter()]
+            with torch.autocast("cpu", torch.bfloat16):
+                loss: Any = model.loss(ids, ids)
+            times.append(time.perf_counter())
+            loss.backward()
+            times.append(time.perf_counter())
+            clip(model, mesh, 1.0)
+            times.append(time.perf_counter())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            times.append(time.perf_counter())
+            return times
 
-    steps = [step() for _ in range(repeats + 4)][4:]
+        steps = [step() for _ in range(repeats + 4)][4:]
     found = {part: statistics.median(times[n + 1] - times[n] for times in steps) * 1e3 for n, part in enumerate(PARTS)}
     found["whole"] = statistics.median(times[-1] - times[0] for times in steps) * 1e3
     return {part: round(value, 1) for part, value in found.items()}

@@ -415,7 +415,7 @@ def main() -> None:
     quick = options.quick
     options.out.mkdir(parents=True, exist_ok=True)
     kind = "sweep_" if options.sweep else "check_" if options.check else "quick_" if quick else ""
-    slug = next((name for name in ("h200", "h100", "a100") if name in device.lower()), device.lower().replace(" ", "-"))
+    slug = record.slug(device)
     path = options.out / f"ops_{kind}{slug}_{today}.json"
 
     def part(title: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,14 +22,13 @@ from typing import Any
 import gpu
 import record
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import Mesh, make_mesh, parallelize
+from transnormer.train.parallel import parallelize
 from transnormer.train.plan import Layout, find_memory, measure
+from transnormer.train.plan_check import pretended
 from transnormer.train.recipe import Optim
 
 SEQ_LEN = 2_048
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args()
     name = record.device_name("cuda")
-    slug = next((kind for kind in ("h200", "h100", "a100") if kind in name.lower()), "cuda")
+    slug = record.slug(name)
     result: dict[str, Any] = {
         "subject": "plan", "device": name, "commit": options.commit or record.commit(),
         "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),
@@ -73,8 +72,6 @@ def main() -> None:
         result["rows"].append(row | (found if isinstance(found, dict) else {"error": found}))
         print(result["rows"][-1], flush=True)
         (options.out / f"plan_{slug}_{date.today()}.json").write_text(json.dumps(result, indent=1) + "\n")
-        if dist.is_initialized():
-            dist.destroy_process_group()
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -83,26 +80,23 @@ def main() -> None:
 def one(config: ModelConfig, layout: Layout, rows: int) -> dict[str, Any]:
     """The peak of the third step, when nothing is compiled any more and the optimizer has its memory."""
     device = torch.device("cuda")
-    mesh = Mesh(device)
-    if layout.world > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
-        mesh = make_mesh(layout.parallel, device)
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    parallelize(model, mesh, recompute=layout.recompute, compile=True, dtype="bfloat16")
-    model.to_empty(device=device)
-    init_weights(model, 1)
-    optimizer = new_optimizer(model, Optim())
-    ids = torch.randint(config.vocab_size, (rows, SEQ_LEN // layout.context), device=device)
-    for _ in range(3):
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(layout.accumulate):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model.loss(ids, ids, reduction="sum") / ids.numel()
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
+    with pretended(layout, device) as mesh:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+        parallelize(model, mesh, recompute=layout.recompute, compile=True, dtype="bfloat16")
+        model.to_empty(device=device)
+        init_weights(model, 1)
+        optimizer = new_optimizer(model, Optim())
+        ids = torch.randint(config.vocab_size, (rows, SEQ_LEN // layout.context), device=device)
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(layout.accumulate):
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = model.loss(ids, ids, reduction="sum") / ids.numel()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
     planned = find_memory(measure(config, SEQ_LEN), layout, rows, SEQ_LEN)
     return {"measured_bytes": torch.cuda.max_memory_allocated(), "planned_bytes": planned.allocated}
 

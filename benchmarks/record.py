@@ -28,6 +28,11 @@ def device_name(device: str) -> str:
     return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def slug(device: str) -> str:
+    """A device's name in the names of results."""
+    return next((kind for kind in ("h200", "h100", "a100") if kind in device.lower()), device.lower().replace(" ", "-"))
+
+
 def commit() -> str | None:
     """The checkout's commit, "-dirty" where tracked files were changed; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -125,18 +125,8 @@ def training_float8(result: dict[str, Any]) -> str:
                 *(f"{each['peak_bytes'] / 2**30:.1f}" for each in (row, beside)),
                 *(f"{each['millijoules_per_token']:.1f}" for each in (row, beside)),
             ])  # fmt: skip
-    head = [
-        "size",
-        "B × T",
-        "scales",
-        "tokens/s",
-        "bf16's",
-        "times faster",
-        "peak, GiB",
-        "bf16's",
-        "mJ a token",
-        "bf16's",
-    ]
+    head = ["size", "B × T", "scales", "tokens/s", "bf16's", "times faster", "peak, GiB", "bf16's", "mJ a token",
+            "bf16's"]  # fmt: skip
     text = (
         f"### Products in float8\n\n`train.float8`: the blocks' products by torchao, each row beside bfloat16 in the same run.\n\n"
         f"{table(head, sorted(rows))}\n\ntorchao {result['versions'].get('torchao', '')}; {source(result)}\n"

@@ -104,7 +104,7 @@ def on_gpu(options: argparse.Namespace) -> None:
     for backend in ("flash", "mem_efficient", "math"):  # cuDNN's is the fastest softmax attention on Hopper
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(False)
     name = torch.cuda.get_device_name()
-    slug = next((kind for kind in ("h200", "h100", "a100") if kind in name.lower()), name.lower().replace(" ", "-"))
+    slug = record.slug(name)
     path = options.out / f"{options.name}_{slug}_{date.today()}.json"
     libraries = {"torch": torch, "triton": triton, "transformers": transformers}
     versions = {name: library.__version__ for name, library in libraries.items()}

@@ -7,8 +7,6 @@ import os
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
@@ -32,7 +29,7 @@ from transnormer.ops import gla, lightning, loss, lrpe, norm
 from transnormer.train import parallel, sharding
 from transnormer.train import plan as planning
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import Mesh, make_mesh, parallelize
+from transnormer.train.parallel import make_mesh, parallelize
 from transnormer.train.plan import (
     GPUS,
     WORKSPACE_BYTES,
@@ -46,7 +43,7 @@ from transnormer.train.plan import (
     saving,
     sent_bytes,
 )
-from transnormer.train.plan_check import check_plan, held
+from transnormer.train.plan_check import check_plan, held, pretended
 from transnormer.train.recipe import Optim, model_overrides
 
 from .processes import TINY
@@ -86,19 +83,6 @@ def test_shares_are_those_measured() -> None:
             assert share == pytest.approx(sum(found) / len(found), abs=6e-4)
 
 
-@contextmanager
-def pretended(layout: Layout) -> Iterator[Mesh]:
-    """The mesh of this process and of others that are not there: what they would send is any number."""
-    if layout.world == 1:
-        yield Mesh(torch.device("cpu"))
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
-    try:
-        yield make_mesh(layout.parallel, torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
-
-
 BLOCKS: list[dict[str, Any]] = [{}, {"position_layers": "all"}, {"gate_rank": 8}, {"gate": False}, TRANSFORMER]
 KEPT = [(words, 1) for words in BLOCKS]
 KEPT += [(words, 2) for words in ({}, {"gate_rank": 8}, {"norm": "rmsnorm"}, {"norm": "layernorm"}, TRANSFORMER)]
@@ -119,7 +103,7 @@ def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
         return x
 
     torch.compiler.reset()  # so many kinds of blocks would be too many for one function
-    with pretended(Layout(tensor=tensor)) as mesh:
+    with pretended(Layout(tensor=tensor), torch.device("cpu")) as mesh:
         model = LanguageModel(config)
         for p in model.parameters():
             torch.nn.init.normal_(p, 0.0, 0.02)
@@ -172,7 +156,7 @@ def trace(config: ModelConfig, layout: Layout, rows: int, seq_len: int, patch: p
     patch.setattr(loss, "SLICE_ELEMENTS", loss.CUDA_SLICE_BYTES // 2)
     for name in ("_softmax_loss_", "_add_product"):
         patch.setattr(loss, name, lambda *_: None)
-    with pretended(layout) as mesh:
+    with pretended(layout, torch.device("cpu")) as mesh:
         with torch.device("meta"):
             model = LanguageModel(config)
         parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,29 +13,39 @@ from rich.table import Table
 
 from ..config import ModelConfig
 from ..model.language_model import LanguageModel
-from .parallel import make_mesh, parallelize
+from .parallel import Mesh, make_mesh, parallelize
 from .plan import Job, Layout, Memory, Plan, saving
+
+
+@contextmanager
+def pretended(layout: Layout, device: torch.device) -> Iterator[Mesh]:
+    """The mesh of this process and of others that are not there (PyTorch's fake process group): they send any number.
+
+    Raises RuntimeError inside a process group.
+    """
+    if layout.world == 1:
+        yield Mesh(device)
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a plan cannot be checked inside a process group")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
+    try:
+        yield make_mesh(layout.parallel, device)
+    finally:
+        dist.destroy_process_group()
 
 
 def weight_bytes(config: ModelConfig, layout: Layout) -> int:
     """Bytes of the weights that the first of `layout.world` processes holds, by `parallelize` itself.
 
-    The other processes are pretended (PyTorch's fake process group), the weights are on the meta device.
-    Raises RuntimeError inside a process group.
+    The other processes are pretended, the weights are on the meta device. Raises RuntimeError inside a process group.
     """
     with torch.device("meta"):
         model = LanguageModel(config)
-    if layout.world > 1:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        if dist.is_initialized():
-            raise RuntimeError("a plan cannot be checked inside a process group")
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
-        try:
-            mesh = make_mesh(layout.parallel, torch.device("cpu"))
-            parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")
-        finally:
-            dist.destroy_process_group()
+    with pretended(layout, torch.device("cpu")) as mesh:
+        parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")
     return sum(held(p).nbytes for p in model.parameters())
 
 
