@@ -51,6 +51,7 @@ class Case:
     kernels: bool = False  # Triton's, interpreted; not in float64
     float8: str = ""  # of bfloat16
     apart: bool = False  # every block gathered by itself, as large ones are
+    seed: int = 2  # of the tokens
 
     def __str__(self) -> str:
         sizes = "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v > 1) or "shard"
@@ -161,7 +162,7 @@ def build(case: Case, mesh: Mesh) -> LanguageModel:
 
 def batches(case: Case) -> list[Batch]:
     """Of all ranks: the micro-batches of a step, a fifth of their targets not counted."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(case.seed)
     vocab = ModelConfig.from_dict(TINY).replace(**case.model).vocab_size
     found = []
     for _ in range(case.accumulate):
@@ -177,7 +178,7 @@ def step(case: Case, mesh: Mesh, exact: bool = False) -> dict[str, Tensor]:
 
     exact: the same weights, but all in float64.
     """
-    model = build(case, mesh)
+    model = build(dataclasses.replace(case, float8="") if exact else case, mesh)
     if exact:
         model.double()
     every = batches(case)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel
 from transnormer.train.loop import train
-from transnormer.train.parallel import Mesh, parallelize
-from transnormer.train.recipe import Recipe
+from transnormer.train.parallel import Mesh, make_mesh, parallelize
+from transnormer.train.recipe import Parallel, Recipe
 
+from .processes import Case, distances, step, summary
 from .runs import curve, tiny
 
 pytest.importorskip("torchao")
@@ -68,6 +72,41 @@ def test_maps_whose_width_does_not_fit_stay_in_bfloat16() -> None:
     odd = {"hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 40}
     narrow, found = gradients(**odd), gradients("rowwise", **odd)
     assert all(torch.equal(found[name], x) for name, x in narrow.items())
+
+
+def many_draws(rank: int, folder: str) -> None:
+    """By mesh and by loss, norm and worst gradient: medians over draws of the error of [two processes, one]."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {}
+    for name, parallel in (("shard", Parallel()), ("context", Parallel(context=2))):
+        mesh, alone = make_mesh(parallel, torch.device("cpu")), Mesh(torch.device("cpu"))
+        draws = []
+        for seed in range(12):
+            case = Case(parallel, {"intermediate_size": 48}, "bfloat16", float8="tensorwise", seed=seed)
+            ours = step(case, mesh)
+            if mesh.first:
+                true = step(case, alone, exact=True)
+                draws.append([summary(distances(each, true)) for each in (ours, step(case, alone))])
+        if mesh.first:
+            found[name] = {
+                kind: [statistics.median(draw[n][kind] for draw in draws) for n in (0, 1)]
+                for kind in ("loss", "norm", "gradient")
+            }
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_several_processes_are_as_exact_as_one(tmp_path: Path) -> None:
+    """Each scales by its own tokens, and of one draw the loss may be off by anything times one process' error, which may
+    be zero; so medians of draws are compared, for now and then a draw is off by far, whoever computes it."""
+    mp.spawn(many_draws, (str(tmp_path),), nprocs=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name, kinds in found.items():
+        for kind, (ours, one) in kinds.items():
+            assert 0 < ours <= 2 * one, f"{name}: {kind} in {found}"
 
 
 @pytest.mark.usefixtures("work", "single_thread")
