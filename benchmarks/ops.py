@@ -252,8 +252,10 @@ def loss_rows(product: float, vocab: int) -> Iterator[dict[str, Any]]:
 # Correctness of every configuration that may be chosen.
 
 
-def _error(tiles: Tiles | None, segments: int | None, K: int, V: int, dtype: torch.dtype, lengths: Any) -> float:
-    """The largest error of output, state and gradients in units of plain torch's: at most 2 is right.
+def _error(
+    forward: bool, tiles: Tiles, segments: int | None, K: int, V: int, dtype: torch.dtype, lengths: Any
+) -> float | str:
+    """The largest error of output and state, or of the gradients, in units of plain torch's: at most 2 is right.
 
     Two roundings of float32 are the least unit, as in the tests.
     """
@@ -265,17 +267,24 @@ def _error(tiles: Tiles | None, segments: int | None, K: int, V: int, dtype: tor
     )
     case = case.to(dtype, state=torch.float32)
     arguments = (case.q, case.k, case.v, case.log_decay, case.state, case.cu_seqlens)
-    output, last = kernels.forward(*arguments, tiles=tiles, segments=segments)
-    gradients = kernels.backward(*arguments, case.d_output, case.d_last, tiles=tiles, segments=segments)
-    found = dict(zip(("output", "last", "d_q", "d_k", "d_v", "d_state"), (output, last, *gradients), strict=True))
-    again = kernels.backward(*arguments, case.d_output, case.d_last, tiles=tiles, segments=segments)
-    if not all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True)):
-        return float("inf")
+
+    def call() -> tuple[Tensor, ...]:
+        if forward:
+            return kernels.forward(*arguments, tiles=tiles, segments=segments)
+        return kernels.backward(*arguments, case.d_output, case.d_last, tiles=tiles, segments=segments)
+
+    names = ("output", "last") if forward else ("d_q", "d_k", "d_v", "d_state")
+    found, again = (dict(zip(names, call(), strict=True)) for _ in range(2))
+    if lost := [name for name in names if not found[name].isfinite().all()]:
+        return f"not finite: {', '.join(lost)}"
+    if other := [name for name in names if not torch.equal(found[name], again[name])]:
+        return f"another result the second time: {', '.join(other)}"
     in_dtype = case.to(dtype)
     true, plain = oracle.exact(in_dtype), oracle.plain(in_dtype)
+    unit = 2 * torch.finfo(torch.float32).eps
     return max(
-        oracle.distance(found[name], want) / max(oracle.distance(plain[name], want), 2 * torch.finfo(torch.float32).eps)
-        for name, want in true.items()
+        oracle.distance(x, true[name]) / max(oracle.distance(plain[name], true[name]), unit)
+        for name, x in found.items()
     )
 
 
@@ -289,21 +298,24 @@ def check(quick: bool) -> Iterator[dict[str, Any]]:
     calls = []
     for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
         wide = max(K, V)
-        options = [*kernels.choices(K, V, dtype, shared), *kernels.choices(wide, wide, dtype, shared, paired=True)]
-        options = list(dict.fromkeys(options))
+        passes = {
+            "forward": kernels.choices(K, V, dtype, shared),
+            "backward": [x for paired in (True, False) for x in kernels.choices(wide, wide, dtype, shared, paired=paired)],
+        }  # fmt: skip
         brief = quick and (dtype != torch.bfloat16 or (K, V) != (128, 128))
-        for tiles, (segments, lengths) in itertools.product(
-            options[: 1 if brief else None], cases[:: 3 if brief else 1]
-        ):
-            calls.append((tiles, segments, K, V, dtype, lengths))
+        for name, options in passes.items():
+            for tiles, (segments, lengths) in itertools.product(
+                list(dict.fromkeys(options))[: 1 if brief else None], cases[:: 3 if brief else 1]
+            ):
+                calls.append((name == "forward", tiles, segments, K, V, dtype, lengths))
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for call, (error, seconds) in zip(calls, pool.map(_checked, calls), strict=True):
-            tiles, segments, K, V, dtype, lengths = call
+            forward, tiles, segments, K, V, dtype, lengths = call
             yield {
-                "K": K, "V": V, "dtype": str(dtype), "tiles": dataclasses.astuple(tiles), "segments": segments,
-                "packed": lengths is not None, "error_over_plain": error, "seconds": seconds,
-                "right": isinstance(error, float) and error <= 2,
+                "pass": "forward" if forward else "backward", "K": K, "V": V, "dtype": str(dtype),
+                "tiles": dataclasses.astuple(tiles), "segments": segments, "packed": lengths is not None,
+                "error_over_plain": error, "seconds": seconds, "right": isinstance(error, float) and error <= 2,
             }  # fmt: skip
 
 
