@@ -52,10 +52,12 @@ NAMES = {
 
 
 def training_gpu(result: dict[str, Any]) -> str:
-    sources = sorted([result, *filter(None, [newest("train_long", "h100")])], key=lambda each: each["date"])
+    others = [newest(subject, "h100") for subject in ("train_long", "train_retnet")]
+    sources = sorted([result, *filter(None, others)], key=lambda each: each["date"])
     found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
     latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
-    usual = list(latest.values())
+    order = list(dict.fromkeys(row["size"] for row in found))
+    usual = sorted(latest.values(), key=lambda row: (order.index(row["size"]), row["seq_len"]))
     speed = {(row["size"], row["seq_len"], row["model"]): row["tokens_per_second"] for row in usual}
     rows = []
     for row in usual:
@@ -97,12 +99,13 @@ def training_gpu(result: dict[str, Any]) -> str:
     notes = dict.fromkeys(
         f"{NAMES[row['model']]}, {row['size']}: {row['note']}. " for row in usual if row["model"] != "transnormer"
     )
-    ceilings = " and ".join(f"{each['matmul_tflop_per_second']:,.0f}" for each in sources)
+    ceilings = ", ".join(f"{each['matmul_tflop_per_second']:,.0f}" for each in sources)
     return (
         f"## Training on a GPU\n\nA step is loss, backward, clip and AdamW on random ids; bf16 autocast over float32 weights, vocabulary "
         f"64,000, SDPA's cuDNN kernels, blocks compiled. Contenders have the GPU to themselves, one after another. The ceiling is a "
         f"square matrix product of the same run, {ceilings} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}"
         + "".join(notes)
+        + " ".join(each["note"] for each in sources if "note" in each)
         + "\n\n"
         + "\n\n".join(map(source, sources))
         + "\n"
@@ -145,10 +148,13 @@ def curves(result: dict[str, Any]) -> str:
     axis.legend(fontsize=8)
     figure.savefig(DOCS / "curves.png")
     plt.close(figure)
-    ends = ", ".join(f"{row['variant']} {row['valid'][-1][1]:.3f}" for row in result["rows"])
+    ends = ", ".join(
+        f"{row['variant']}, seed {row['seed']}, {row['valid'][-1][1]:.3f} ({row['tokens_per_second']:,.0f} tokens/s)"
+        for row in result["rows"]
+    )
     return (
         f"\nThe loss of {result['size']} on real text ({', '.join(result['data'])}), {result['steps']} steps of {result['batch_tokens']:,} tokens, "
-        f"with the same start and the same batches; validation loss at the end: {ends}. {result.get('note', '')}\n\n![curves](curves.png)\n\n{source(result)}\n"
+        f"with the same start and the same batches; validation loss at the end and the loop's median rate: {ends}. {result.get('note', '')}\n\n![curves](curves.png)\n\n{source(result)}\n"
     )
 
 
@@ -189,8 +195,8 @@ def meshes(result: dict[str, Any]) -> str:
     if profile:
         row = profile["rows"][0]
         queued = (
-            f"To queue a step of {row['layers']} of the 24 layers under `shard` took the host {row['host_ms']:.0f} ms, the step itself "
-            f"{statistics.median(row['times_ms'][1:]):.0f} ([result](../benchmarks/results/{profile['file']})). {result.get('note', '')} "
+            f"When every block was gathered by itself, to queue a step of {row['layers']} of the 24 layers under `shard` took the host {row['host_ms']:.0f} ms, "
+            f"the step itself {statistics.median(row['times_ms'][1:]):.0f} ([result](../benchmarks/results/{profile['file']})); now small ones are gathered several at once. "
         )
     exact, off = newest("meshes_errors", "h100x2"), ""
     if exact:
@@ -205,7 +211,7 @@ def meshes(result: dict[str, Any]) -> str:
     return (f"## Two GPUs\n\n{off}Training steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
             f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "
             f"the fastest on several GPUs: a GPU has half the tokens under `tensor` and `context`, and waits for the host and the exchanges. "
-            f"{queued}Neither pays at this size; both are for models and rows that do not fit.\n\n"
+            f"{queued}Both are for models and rows that do not fit; where they do, `shard` and `replicate` are faster.\n\n"
             f"{table(head, rows)}\n\n{source(result)}\n")  # fmt: skip
 
 
@@ -397,11 +403,17 @@ def steps(rows: list[dict[str, Any]]) -> str:
 def check(result: dict[str, Any]) -> str:
     rows = result["check"]
     right = sum(row["right"] for row in rows)
-    big = sum("OutOfResources" in str(row["error_over_plain"]) for row in rows)
+    sanitized = newest("ops_memcheck", "h100")
+    watched = (
+        f"All again under compute-sanitizer's memcheck: {sanitized['right']} of {sanitized['configurations']} right, {sanitized['errors']} errors "
+        f"([result](../benchmarks/results/{sanitized['file']})). "
+        if sanitized
+        else ""
+    )
     return (
-        f"## Every configuration that may be chosen\n\nOf {len(rows)} (widths, dtypes, segments, packing) {right} are right: the error of output, "
-        f"states and gradients against float64 is at most twice plain torch's, and repeats are equal to the bit. {big} do not fit the "
-        f"GPU's shared memory (then the next one is taken); {len(rows) - right - big} are wrong. {result['note']}\n\n"
+        f"## Every configuration that may be chosen\n\nOf {len(rows)} (pass, widths, dtypes, segments, packing) {right} are right: the error of output, "
+        f"states and gradients against float64 is at most twice plain torch's, and repeats are equal to the bit; the largest is "
+        f"{max(row['error_over_plain'] for row in rows if row['right']):.2f} times. {watched}\n\n"
         f"[{result['file']}](../benchmarks/results/{result['file']}).\n"
     )
 
