@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
+from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, parallelize
+from transnormer.train.recipe import Optim
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def _muon(model: LanguageModel) -> torch.optim.Optimizer:
+    return new_optimizer(model, Optim(name="muon", lr=1e-4))
 
 
 @dataclasses.dataclass
@@ -27,9 +37,10 @@ class Trainer:
     loss: Callable[[Tensor], Tensor]
     flops: Callable[[int], float | None]
     note: str = ""
+    new_optimizer: Callable[[Any], torch.optim.Optimizer] = _adamw
 
     def step(self, ids: Tensor) -> Tensor:
-        """Loss, backward, clip, AdamW."""
+        """Loss, backward, clip, optimizer."""
         loss = self.loss(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
@@ -38,10 +49,10 @@ class Trainer:
         return loss.detach()
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.optimizer = self.new_optimizer(self.model)
 
 
-def _ours(config: ModelConfig, compile: bool, note: str = "", **how: Any) -> Trainer:
+def _ours(config: ModelConfig, compile: bool, note: str = "", optimizer: Any = _adamw, **how: Any) -> Trainer:
     with torch.device("cuda"):
         model = LanguageModel(config)
     parallelize(model, Mesh(torch.device("cuda")), compile=compile, dtype="bfloat16", **how)
@@ -50,7 +61,7 @@ def _ours(config: ModelConfig, compile: bool, note: str = "", **how: Any) -> Tra
         with torch.autocast("cuda", torch.bfloat16):
             return model.loss(ids[:, :-1], ids[:, 1:])
 
-    return Trainer(model, loss, model.flops_per_token, note)
+    return Trainer(model, loss, model.flops_per_token, note, optimizer)
 
 
 def _matched(size: str) -> ModelConfig:
@@ -129,6 +140,9 @@ CONTENDERS: dict[str, Callable[[str], Trainer]] = {
     "transnormer, eager": lambda size: _ours(ModelConfig.named(size), False, note="not compiled"),
     "transnormer, recomputed": lambda size: _ours(
         ModelConfig.named(size), True, recompute=True, note="blocks compiled and recomputed in the backward pass"
+    ),
+    "transnormer, muon": lambda size: _ours(
+        ModelConfig.named(size), True, optimizer=_muon, note="blocks compiled, Muon for their matrices"
     ),
     "transnormer, float8": lambda size: _ours(
         ModelConfig.named(size), True, float8="tensorwise", note="blocks compiled, float8 tensorwise (torchao)"

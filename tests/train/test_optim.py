@@ -135,19 +135,26 @@ def test_muon_is_torchs_on_plain_matrices() -> None:
     assert (weights[0] - weights[1]).norm() < 2e-2 * (weights[1] - start).norm()  # both iterate in bfloat16
 
 
-def test_muon_moves_q_k_v_and_the_gate_each_by_itself() -> None:
+def test_muon_moves_q_k_v_and_the_gate_of_every_layer_each_by_itself() -> None:
     model, optimizer = model_and_step(Optim(name="muon", lr=1.0, weight_decay=0.0))
-    weight = model.layers[0].mixer.qkvu_proj.weight
+    weights = [layer.mixer.qkvu_proj.weight for layer in model.layers]
     heads = (4, 4, 16, 64)  # H, parts, K, D
     torch.manual_seed(1)
-    weight.grad = torch.randn(heads).mul(torch.tensor([1.0, 1e-3, 1e3, 1.0]).view(4, 1, 1)).reshape(weight.shape)
-    before = weight.detach().clone()
+    scales = torch.tensor([1.0, 1e-3, 1e3, 1.0]).view(4, 1, 1)
+    for weight in weights:
+        weight.grad = torch.randn(heads).mul(scales).reshape(weight.shape)
+    before = [weight.detach().clone() for weight in weights]
     optimizer.step()
-    moved = (before - weight).detach().view(heads).transpose(0, 1).reshape(4, 64, 64)
-    for part in moved:  # square: singular values all about 0.2 sqrt(64), however small its gradient was
-        values = torch.linalg.svdvals(part) / (0.2 * 64**0.5)
-        assert values.median() == pytest.approx(0.95, abs=0.2)
-        assert values.max() < 1.3
+    for weight, old in zip(weights, before, strict=True):
+        assert weight.grad is not None
+        moved = (old - weight).detach().view(heads).transpose(0, 1).reshape(4, 64, 64)
+        gradient = weight.grad.view(heads).transpose(0, 1).reshape(4, 64, 64)
+        for part, of in zip(moved, gradient, strict=True):
+            # square: singular values all about 0.2 sqrt(64), however small its gradient was, and its own directions
+            left, _, right = torch.linalg.svd(of)
+            turned = left.T @ part @ right.T / (0.2 * 64**0.5)
+            assert turned.diagonal().median() == pytest.approx(0.95, abs=0.2)
+            assert torch.linalg.svdvals(turned).max() < 1.3
 
 
 def test_processes_that_share_parameters_move_them_as_one(tmp_path: Path) -> None:

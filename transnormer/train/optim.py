@@ -18,6 +18,7 @@ from .recipe import Optim
 
 Group = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam remembers of a parameter
+TOGETHER = 2**25  # elements that Muon orthogonalises at once, on one process
 
 
 def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
@@ -90,7 +91,7 @@ class Muon(torch.optim.Optimizer):
     As `torch.optim.Muon` with Nesterov's momentum and adjust_lr_fn="match_rms_adamw": an update's root mean square is
     0.2 lr, as AdamW's is about, so that both share a rate. A fused projection is several maps: each is
     orthogonalised by itself, for one with small gradients would else hardly move. Of sharded matrices each process
-    orthogonalises its share, whole, and hands it to the others.
+    orthogonalises its share, whole, and hands it to the others. Matrices of one shape are orthogonalised together.
     """
 
     def __init__(self, groups: list[Group], *, lr: float, weight_decay: float, momentum: float = 0.95):
@@ -101,46 +102,60 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step. closure: none, as nothing is computed twice."""
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            shared = moved[0].device_mesh.size() if moved and hasattr(moved[0], "device_mesh") else 1
-            for first in range(0, len(moved), shared):
-                some = moved[first : first + shared]
-                for p, update in zip(some, self._updates(some, group), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for shape, all_of_them in alike.items():
+                processes = all_of_them[0].device_mesh.size() if hasattr(all_of_them[0], "device_mesh") else 1
+                number = processes * max(1, TOGETHER // shape.numel())
+                for first in range(0, len(all_of_them), number):
+                    some = all_of_them[first : first + number]
+                    for p, update in zip(some, self._updates(some, group), strict=True):
+                        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     def _updates(self, parameters: list[Any], group: Group) -> Iterator[Tensor]:
-        """What each is to move by, for a rate of 1, sharded as it is; at most as many parameters as processes."""
-        whole: list[Tensor] = []
-        for p in parameters:
+        """What each of them, all of one shape, is to move by, for a rate of 1, sharded as it is."""
+        mesh = getattr(parameters[0], "device_mesh", None)
+        processes, rank = (mesh.size(), dist.get_rank()) if mesh else (1, 0)
+        mine: list[Tensor] = []
+        for number, p in enumerate(parameters):
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
             momentum: Tensor = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update: Any = p.grad.lerp(momentum, group["momentum"]).bfloat16()
-            whole.append(update.full_tensor() if hasattr(update, "full_tensor") else update)
-        for number, (p, update) in enumerate(zip(parameters, whole, strict=True)):
-            if not hasattr(p, "placements"):
-                yield _orthogonal(update, *group["blocks"]).to(p.dtype)
+            whole = update.full_tensor() if mesh else update
+            if number % processes == rank:
+                mine.append(whole)
+        turned = iter(_orthogonal(torch.stack(mine), *group["blocks"])) if mine else iter(())
+        for number, p in enumerate(parameters):
+            if mesh is None:
+                yield next(turned).to(p.dtype)
                 continue
             from torch.distributed.tensor import distribute_tensor
 
-            if dist.get_rank() == number:
-                update = _orthogonal(update, *group["blocks"]).contiguous()
-            dist.broadcast(update, number)
-            yield distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None).to(p.dtype)
+            owner = number % processes
+            update = next(turned).contiguous() if owner == rank else torch.empty_like(whole)
+            dist.broadcast(update, owner)
+            yield distribute_tensor(update, mesh, p.placements, src_data_rank=None).to(p.dtype)
 
 
 def _orthogonal(x: Tensor, matrices: int, rows: int) -> Tensor:
-    """U V^T of x = U S V^T, about, times 0.2 sqrt(its longer side): of each of the matrices whose rows x interleaves."""
-    parts = x.unflatten(0, (-1, matrices, rows)).transpose(0, 1).flatten(1, 2) if matrices > 1 else x[None]
-    turned = parts.shape[1] > parts.shape[2]
-    y = parts.mT if turned else parts
+    """U V^T of x = U S V^T, about, times 0.2 sqrt(its longer side), for each of x [N, ...]: of each of the matrices whose
+    rows it interleaves.
+    """
+    y = x.unflatten(1, (-1, matrices, rows)).transpose(1, 2).flatten(2, 3).flatten(0, 1) if matrices > 1 else x
+    if turned := y.shape[1] > y.shape[2]:
+        y = y.mT
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=1e-7)
     for _ in range(5):  # Newton-Schulz; the coefficients, by Keller Jordan, bring any value to about 1 in five steps
         square = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
     y = (y.mT if turned else y) * (0.2 * math.sqrt(max(y.shape[1:])))
-    return y.unflatten(1, (-1, rows)).transpose(0, 1).flatten(0, 2) if matrices > 1 else y[0]
+    if matrices == 1:
+        return y
+    return y.unflatten(0, (len(x), matrices)).unflatten(2, (-1, rows)).transpose(1, 2).flatten(1, 3)
 
 
 class Together(torch.optim.Optimizer):
