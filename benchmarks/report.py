@@ -82,7 +82,8 @@ def training_gpu(result: dict[str, Any]) -> str:
         axis.set(title=size, xlabel="tokens a row", ylabel="tokens per second", ylim=(0, None))
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({length for of, length, _ in speed if of == size}), minor=False)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        for which in (axis.xaxis, axis.yaxis):
+            which.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(DOCS / "training.png")

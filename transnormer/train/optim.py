@@ -106,11 +106,11 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     alike[p.shape].append(p)
-            for shape, all_of_them in alike.items():
-                processes = all_of_them[0].device_mesh.size() if hasattr(all_of_them[0], "device_mesh") else 1
+            for shape, same in alike.items():
+                processes = same[0].device_mesh.size() if hasattr(same[0], "device_mesh") else 1
                 number = processes * max(1, TOGETHER // shape.numel())
-                for first in range(0, len(all_of_them), number):
-                    some = all_of_them[first : first + number]
+                for first in range(0, len(same), number):
+                    some = same[first : first + number]
                     for p, update in zip(some, self._updates(some, group), strict=True):
                         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
