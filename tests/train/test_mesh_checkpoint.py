@@ -269,12 +269,13 @@ def test_on_one_mesh_a_run_in_two_parts_is_exact(told: Any) -> None:
 
 def test_pieces_become_one_folder_in_our_format(told: Any, tmp_path: Path) -> None:
     told(on_every_mesh)
-    folder = Path("runs/tensor/checkpoints/step-0000012")
-    export(folder, tmp_path / "whole")
-    whole, assembled = transnormer.load(tmp_path / "whole").state_dict(), read_weights(folder)
-    assert (tmp_path / "whole/model.safetensors").is_file()
-    assert whole.keys() == assembled.keys()
-    assert all(torch.equal(whole[name], assembled[name]) for name in whole)
+    for name in MESHES:
+        folder = Path(f"runs/{name}/checkpoints/step-0000012")
+        export(folder, tmp_path / name)
+        whole, assembled = transnormer.load(tmp_path / name).state_dict(), read_weights(folder)
+        assert (tmp_path / name / "model.safetensors").is_file()
+        assert whole.keys() == assembled.keys()
+        assert all(torch.equal(whole[key], assembled[key]) for key in whole)
     shutil.copytree(folder, tmp_path / "lost")
     (tmp_path / "lost/weights-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"weights-00002-of-00002\.safetensors: no such file"):

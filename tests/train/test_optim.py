@@ -17,7 +17,9 @@ from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel
 from transnormer.train.loop import train
 from transnormer.train.optim import Muon, load_optimizer_tensors, new_optimizer, optimizer_tensors, step_unless
-from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh
+from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
+from transnormer.train.plan import Layout
+from transnormer.train.plan_check import pretended
 from transnormer.train.recipe import OPTIMIZERS, Optim, Parallel
 
 from .processes import ROWS, Case, batches, build
@@ -80,6 +82,11 @@ def test_eight_bits_need_bitsandbytes_and_one_process(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"optim\.bits = 8 needs bitsandbytes: pip install 'transnormer\[bits\]'"):
         model_and_step(Optim(bits=8))
+    monkeypatch.undo()
+    with pretended(Layout(shard=2), torch.device("cpu")) as mesh:
+        parallelize(model, mesh)
+        with pytest.raises(ValueError, match=r"optim\.bits = 8 is for one process; .* write optim\.bits = 32"):
+            new_optimizer(model, Optim(bits=8))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam"])

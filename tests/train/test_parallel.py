@@ -155,7 +155,7 @@ def test_segments_are_cut_by_context_rank() -> None:
         (Parallel(tensor=2, context=3), 8, r"parallel.context = 3 does not divide what is left of 8 processes, 4; 1, 2 or 4 would"),
         (Parallel(replicate=4), 2, r"parallel.replicate = 4 does not divide the 2 processes; 1 or 2 would"),
         (Parallel(shard=2, tensor=2), 8, r"parallel.shard = 2, but of 8 processes 4 are left for it; write 4, or 0 for all"),
-        (Parallel(tensor=2), 1, r"parallel.tensor = 2 does not divide the 1 process; 1 would"),
+        (Parallel(tensor=2), 1, "parallel.tensor = 2 needs that many processes, and there is one; launch/torchrun.sh starts several"),
     ],
 )  # fmt: skip
 def test_a_mesh_must_fit_the_processes(parallel: Parallel, world: int, message: str) -> None:

@@ -268,7 +268,8 @@ def test_every_size_on_many_gpus(size: str) -> None:
     assert len(plans) == 3
     assert len({plan.layout.parallel for plan in plans}) == 3
     assert all(job.fits(plan) and plan.layout.world == gpus for plan in plans)
-    check_plan(config, plans[0])
+    for plan in plans:
+        check_plan(config, plan)
     wrong = replace(plans[0].memory, weights=plans[0].memory.weights + 4)
     if size == "10m":
         with pytest.raises(RuntimeError, match="planned"):
@@ -309,7 +310,11 @@ def test_more_of_everything_costs_what_it_must() -> None:
         ({"size": "175b", "gpus": 8}, r"nothing fits 8 x h100: at best .* of which optimizer .*; 64 GPUs would fit"),
         ({"size": "7b", "gpus": 8, "recompute": False, "tensor": 1, "accumulate": 1}, "of which activations .* would fit"),
         ({"size": "7b", "gpus": 8, "tensor": 3}, "parallel.tensor = 3 does not divide the 8 processes"),
-        ({"size": "7b", "gpus": 8, "accumulate": 3}, "accumulate = 3 does not divide the 2048 rows"),
+        ({"size": "7b", "gpus": 64, "tensor": 3}, "parallel.tensor = 3 does not divide the 64 processes; 1, 2, 4, 8"),
+        ({"size": "7b", "gpus": 64, "replicate": 3}, "parallel.replicate = 3 does not divide the 64 processes"),
+        ({"size": "7b", "gpus": 7}, "parallel.replicate x shard = 7 does not divide the 2048 rows of a micro-batch"),
+        ({"size": "7b", "gpus": 8, "accumulate": 3}, "accumulate = 3 does not divide the 2048 rows of a step; 1, 2, 4, 8"),
+        ({"size": "7b", "gpus": 1, "tensor": 2}, "parallel.tensor = 2 needs that many processes, and there is one"),
         ({"size": "7b", "gpus": 8, "kind": "v100"}, "no GPU 'v100'; there are a100, h100"),
         ({"size": "7b", "gpus": 8, "seq_len": 3_000}, "is not whole rows of 3,000; 4,194,000 would be"),
     ],

@@ -194,10 +194,13 @@ def sizes(parallel: Parallel, world: int) -> tuple[int, int, int, int]:
     left = world
     for name in ("tensor", "context", "replicate"):
         size = getattr(parallel, name)
+        if world == 1 < size:
+            raise ValueError(
+                f"parallel.{name} = {size} needs that many processes, and there is one; launch/torchrun.sh starts several"
+            )
         if left % size:
             there = f"what is left of {world} processes, {left}" if left < world else f"the {world} processes"
-            there = "the 1 process" if world == 1 else there
-            raise ValueError(f"parallel.{name} = {size} does not divide {there}; {_listed(left)} would")
+            raise ValueError(f"parallel.{name} = {size} does not divide {there}; {listed(left)} would")
         left //= size
     if parallel.shard not in (0, left):
         raise ValueError(
@@ -218,7 +221,7 @@ def check(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, 
     }  # fmt: skip
     for name, size in parts.items():
         if size % tensor:
-            fits = _listed(math.gcd(*parts.values()))
+            fits = listed(math.gcd(*parts.values()))
             raise ValueError(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would fit the model"
             )
@@ -227,7 +230,7 @@ def check(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, 
             f"parallel.context = {context} needs linear attention (model.mixer = gla): only its state is handed on"
         )
     if seq_len % (context * tensor):
-        most = _listed(seq_len // tensor) if seq_len % tensor == 0 else "none"
+        most = listed(seq_len // tensor) if seq_len % tensor == 0 else "none"
         raise ValueError(
             f"parallel.context x tensor = {context * tensor} does not divide train.seq_len = {seq_len}; with tensor = "
             f"{tensor}, context may be {most}"
@@ -235,7 +238,7 @@ def check(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, 
     if rows % (replicate * shard):
         raise ValueError(
             f"parallel.replicate x shard = {replicate * shard} does not divide the {rows} rows of a micro-batch "
-            f"(train.batch_tokens / seq_len / accumulate); {_listed(rows)} would"
+            f"(train.batch_tokens / seq_len / accumulate); {listed(rows)} would"
         )
 
 
@@ -255,7 +258,7 @@ def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[rang
     return found
 
 
-def _listed(number: int) -> str:
+def listed(number: int) -> str:
     """Its divisors, in words."""
     divisors = [str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0]
     return " or ".join([", ".join(divisors[:-1]), divisors[-1]] if len(divisors) > 1 else divisors)

@@ -19,7 +19,7 @@ import torch
 from ..config import ModelConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
-from .parallel import check, gathered_at_once
+from .parallel import check, gathered_at_once, listed
 from .recipe import Parallel
 
 
@@ -385,22 +385,24 @@ class Job:
     def check(self, layout: Layout) -> None:
         """Raises ValueError as training would."""
         if self.rows % layout.accumulate:
-            raise ValueError(f"accumulate = {layout.accumulate} does not divide the {self.rows} rows of a step")
+            raise ValueError(
+                f"accumulate = {layout.accumulate} does not divide the {self.rows} rows of a step; {listed(self.rows)} would"
+            )
         rows = self.rows // layout.accumulate
         check(self.config, layout.parallel, self.gpus, seq_len=self.seq_len, rows=rows)
 
     def plans(self) -> list[Plan]:
         """All that training would accept. Raises ValueError where that is nothing."""
-        found, refusal = [], ValueError()
+        found, refusals = [], []
         for layout in self.candidates():
             try:
                 self.check(layout)
             except ValueError as error:
-                refusal = error
+                refusals.append(error)
             else:
                 found.append(self.plan(layout))
         if not found:
-            raise refusal
+            raise refusals[0]  # of what is held, all else being 1: nobody asked for the others' values
         return found
 
     def plan(self, layout: Layout) -> Plan:
