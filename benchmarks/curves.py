@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from datetime import date
@@ -50,10 +48,8 @@ def main() -> None:
     data, out = options.data.resolve(), options.out.resolve()
     name = record.device_name(options.device)
     slug = record.slug(name) if options.device != "cpu" else "cpu"
-    result: dict[str, Any] = {
-        "subject": "curves", "device": name, "commit": options.commit or record.commit(),
-        "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),
-        "versions": {"torch": torch.__version__}, "data": [Path(x).name for x in json.loads((data / "data.json").read_text())["source"]["inputs"]],
+    result: dict[str, Any] = record.head("curves", name, options.commit) | {
+        "data": [Path(x).name for x in json.loads((data / "data.json").read_text())["source"]["inputs"]],
         "size": options.size, "steps": options.steps, "batch_tokens": options.batch_tokens, "lr": options.lr, "rows": [],
     }  # fmt: skip
     jobs = [(variant, 0) for variant in options.variants] + [(options.variants[0], 1)]

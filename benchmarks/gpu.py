@@ -54,27 +54,46 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return record.peak_bytes(call, "cuda")
 
 
-def joules(call: Callable[[], Any], seconds: float = 3.0, each: int = 10) -> dict[str, float]:
-    """Energy of a call by NVML's counter over at least `seconds` of repeats, `each` between looks, and the idle power."""
+def _energy() -> float:
+    """Joules the GPU has taken, by NVML's counter."""
     import pynvml
 
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
-    def counter() -> float:
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
+def joules(call: Callable[[], Any], seconds: float = 3.0, each: int = 10) -> float:
+    """Energy of a call over at least `seconds` of repeats, `each` between looks."""
+    call()
     torch.cuda.synchronize()
-    start, begin = counter(), time.perf_counter()
-    time.sleep(1)
-    idle = (counter() - start) / (time.perf_counter() - begin)
-    calls, start, begin = 0, counter(), time.perf_counter()
+    calls, start, begin = 0, _energy(), time.perf_counter()
     while time.perf_counter() - begin < seconds:
         for _ in range(each):
             call()
         torch.cuda.synchronize()
         calls += each
-    return {"joules": (counter() - start) / calls, "idle_watts": idle}
+    return (_energy() - start) / calls
+
+
+def idle_watts(seconds: float = 3.0) -> float:
+    """Power of a GPU that has nothing to do, to be asked before all else."""
+    torch.cuda.synchronize()
+    start, begin = _energy(), time.perf_counter()
+    time.sleep(seconds)
+    return (_energy() - start) / (time.perf_counter() - begin)
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """Kernels and copies that one call starts."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
@@ -87,11 +106,16 @@ def attempt(measure: Callable[[], Any]) -> Any:
 
 
 def ceilings() -> dict[str, float]:
-    """Copy bandwidth, read and written bytes, and bf16 matmul, both on random data."""
+    """Idle power, then copy bandwidth, read and written bytes, and bf16 matmul, both on random data."""
+    idle = idle_watts()
     x = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     copy = median_ms(functools.partial(y.copy_, x))
     del x, y
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = median_ms(functools.partial(torch.mm, a, b))
-    return {"copy_tb_per_second": 2 * 2**32 / copy / 1e9, "matmul_tflop_per_second": 2 * 8192**3 / product / 1e9}
+    return {
+        "idle_watts": idle,
+        "copy_tb_per_second": 2 * 2**32 / copy / 1e9,
+        "matmul_tflop_per_second": 2 * 8192**3 / product / 1e9,
+    }

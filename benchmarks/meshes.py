@@ -12,9 +12,7 @@ import argparse
 import gc
 import itertools
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -55,10 +53,8 @@ def main() -> None:
         name = record.device_name(mesh.device.type)
         slug = next((kind for kind in GPUS if kind in name.lower()), mesh.device.type)
         path = options.out / f"meshes_{slug}x{mesh.world}_{date.today()}.json"
-        result: dict[str, Any] = {
-            "subject": "meshes", "device": f"{mesh.world} x {name}", "commit": options.commit or record.commit(),
-            "command": shlex.join(["torchrun", "--nproc-per-node", str(mesh.world), *sys.argv]),
-            "date": date.today().isoformat(), "versions": {"torch": torch.__version__},
+        launcher = ("torchrun", "--nproc-per-node", str(mesh.world))
+        result: dict[str, Any] = record.head("meshes", f"{mesh.world} x {name}", options.commit, launcher) | {
             "all_reduce_gb_per_second": all_reduce_speed(mesh),
             "matmul_tflop_per_second": record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512) / 1e12,
             "rows": [],

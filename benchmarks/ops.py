@@ -2,7 +2,7 @@
 
     python benchmarks/ops.py            everything; writes benchmarks/results/ops_<device>_<date>.json
     python benchmarks/ops.py --quick    fewer rows and repeats, a few minutes
-    python benchmarks/ops.py --parts attention    only some of check, lengths, fusions, others, losses, attention
+    python benchmarks/ops.py --parts attention    only some of check, first, attention, lengths, fusions, others, losses
     python benchmarks/ops.py --check    only: every configuration that may be chosen, against the float64 recurrence
     python benchmarks/ops.py --sweep    only: chunk, slice, warps and stages
     python benchmarks/ops.py --profile forward|backward|step    one call, to be run under a profiler
@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,9 +35,8 @@ from typing import Any
 import record
 import torch
 import torch.nn.functional as F
-import triton
-from contenders import LeftProduct, attention_contenders, loss_contenders, plain
-from gpu import attempt, ceilings, graph_ms, joules, median_ms, peak_bytes
+from contenders import HEADS_FIRST, LeftProduct, attention_contenders, loss_contenders, plain
+from gpu import attempt, ceilings, graph_ms, joules, launches, median_ms, peak_bytes
 from torch import Tensor
 
 from transnormer.ops import add_rms_norm, lightning_step_, simple_rms_norm
@@ -45,7 +45,7 @@ from transnormer.ops import lightning_triton as kernels
 from transnormer.ops.lightning_triton import Tiles
 from transnormer.ops.lrpe import swish_lrpe
 
-PARTS = ["check", "attention", "lengths", "fusions", "others", "losses"]
+PARTS = ["check", "first", "attention", "lengths", "fusions", "others", "losses"]
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [(4, 32, 2_048), (4, 32, 8_192), (4, 32, 32_768), (1, 32, 131_072), (1, 16, 2_048)]
 SWEEP = [
@@ -55,6 +55,7 @@ SWEEP = [
         (64, 128, 8, 2), (64, 128, 8, 3), (64, 128, 8, 3, True), (64, 128, 8, 4, True), (128, 64, 8, 2),
         (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 128, 8, 2), (128, 128, 8, 2, True), (64, 64, 8, 3),
         (64, 128, 8, 1), (64, 128, 8, 2, True), (128, 64, 8, 1), (128, 64, 4, 1), (128, 128, 8, 1), (64, 128, 4, 2),
+        (32, 64, 4, 2), (32, 64, 4, 3, True), (16, 64, 4, 2), (16, 64, 4, 4),
     ]
 ]  # fmt: skip
 SEGMENTS: list[tuple[tuple[int, int, int], tuple[int | None, ...]]] = [
@@ -65,10 +66,11 @@ SEGMENTS: list[tuple[tuple[int, int, int], tuple[int | None, ...]]] = [
 # Lightning Attention beside the others.
 
 
-def inputs(B: int, H: int, T: int, sets: int = 1, dtype: torch.dtype = torch.bfloat16) -> tuple[list[Any], Tensor]:
+def inputs(B: int, H: int, T: int, sets: int = 1, heads_first: bool = False) -> tuple[list[Any], Tensor]:
     """(sets of q, k, v and the output's gradient, log_decay by ALiBi)."""
     log_decay = -torch.exp2(-8 * torch.arange(1, H + 1, device="cuda") / H)
-    tensors = [[torch.randn(B, T, H, 128, device="cuda", dtype=dtype) for _ in range(4)] for _ in range(sets)]
+    shape = (B, H, T, 128) if heads_first else (B, T, H, 128)
+    tensors = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)] for _ in range(sets)]
     for q, k, v, _ in tensors:
         k.mul_(0.1)
         for x in (q, k, v):
@@ -100,8 +102,10 @@ def measure(attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor
         row["forward_graph_ms"] = attempt(lambda: graph_ms([functools.partial(forward, x) for x in tensors]))
         calls = [functools.partial(both_ways, attend, x, log_decay) for x in tensors]
         row["both_graph_ms"] = attempt(lambda: graph_ms(calls))
+    row["forward_launches"] = attempt(lambda: launches(lambda: forward(one)))
+    row["both_launches"] = attempt(lambda: launches(lambda: both_ways(attend, one, log_decay)))
     if energy:
-        row["energy"] = attempt(lambda: joules(lambda: both_ways(attend, one, log_decay)))
+        row["both_joules"] = attempt(lambda: joules(lambda: both_ways(attend, one, log_decay)))
     return row
 
 
@@ -112,15 +116,46 @@ def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bo
             if quick and T > 8_192 and name.startswith("SDPA"):
                 continue
             small = B * H * T < 2**18
-            tensors, log_decay = inputs(B, H, T, 8 if small else 1)
+            tensors, log_decay = inputs(B, H, T, 8 if small else 1, name in HEADS_FIRST)
             unit = tensors[0][0].numel() * 2 / bandwidth / 1e9
             row: dict[str, Any] = {"contender": name, "B": B, "H": H, "T": T, "K": 128, "V": 128, "dtype": "bfloat16"}
             row |= {"floor_forward_ms": 4 * unit, "floor_both_ms": 11 * unit}
-            found = attempt(functools.partial(measure, attend, tensors, log_decay, small, T == 8_192))
+            energy = T <= 8_192 or not name.startswith("SDPA")
+            found = attempt(functools.partial(measure, attend, tensors, log_decay, small, energy))
             if isinstance(found, dict):
                 found["forward_over_floor"] = found["forward_ms"] / row["floor_forward_ms"]
                 found["both_over_floor"] = found["both_ms"] / row["floor_both_ms"]
             yield row | (found if isinstance(found, dict) else {"error": found})
+
+
+def first_rows() -> Iterator[dict[str, Any]]:
+    """Seconds of the first forward and backward of a process that finds nothing compiled, B, T, H = 4, 2048, 32."""
+    widths = [(128, 128), (256, 256)]
+    for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
+        with tempfile.TemporaryDirectory() as folder:
+            usual = os.environ.get("TRITON_CACHE_DIR")
+            os.environ["TRITON_CACHE_DIR"] = folder
+            try:
+                with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    found = attempt(pool.submit(_first, K, V, dtype).result)
+            finally:
+                os.environ.pop("TRITON_CACHE_DIR") if usual is None else os.environ.update(TRITON_CACHE_DIR=usual)
+        row = {"K": K, "V": V, "dtype": str(dtype)}
+        yield row | (found if isinstance(found, dict) else {"error": found})
+
+
+def _first(K: int, V: int, dtype: torch.dtype) -> dict[str, float]:
+    q, k = (torch.randn(4, 2_048, 32, K, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    v = torch.randn(4, 2_048, 32, V, device="cuda", dtype=dtype, requires_grad=True)
+    log_decay = torch.full((32,), -0.1, device="cuda")
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    output = attention_contenders()["ours"](q, k, v, log_decay)
+    torch.cuda.synchronize()
+    middle = time.perf_counter()
+    output.sum().backward()
+    torch.cuda.synchronize()
+    return {"forward_seconds": middle - begin, "backward_seconds": time.perf_counter() - middle}
 
 
 def length_rows(lengths: list[int]) -> Iterator[dict[str, Any]]:
@@ -304,9 +339,9 @@ def check(quick: bool) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         brief = quick and (dtype != torch.bfloat16 or (K, V) != (128, 128))
         for name, options in passes.items():
-            for tiles, (segments, lengths) in itertools.product(
-                list(dict.fromkeys(options))[: 1 if brief else None], cases[:: 3 if brief else 1]
-            ):
+            found = list(dict.fromkeys(options))[: 1 if brief else None]
+            found += [dataclasses.replace(x, described=False) for x in found if x.described]  # as in small calls
+            for tiles, (segments, lengths) in itertools.product(found, cases[:: 3 if brief else 1]):
                 calls.append((name == "forward", tiles, segments, K, V, dtype, lengths))
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -416,11 +451,7 @@ def main() -> None:
         return
     device = torch.cuda.get_device_name()
     today = datetime.date.today().isoformat()
-    result: dict[str, Any] = {
-        "device": device, "date": today, "commit": options.commit or record.commit(), "command": " ".join(["python", *sys.argv]),
-        "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-    }  # fmt: skip
-    result |= ceilings()
+    result: dict[str, Any] = record.head("ops", device, options.commit) | ceilings()
     print(short(result), flush=True)
     bandwidth = result["copy_tb_per_second"]
     everything = not (options.check or options.sweep)
@@ -444,6 +475,8 @@ def main() -> None:
         part(
             "segments", sweep([(*shape, n) for shape, numbers in SEGMENTS for n in numbers], [*SWEEP[:1], *SWEEP[2:5]])
         )
+    if everything and "first" in options.parts:
+        part("first", first_rows())
     if everything and "attention" in options.parts:
         part("attention", attention_rows(ROWS, bandwidth, quick))
     if everything and "lengths" in options.parts:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
-import sys
 import time
 from datetime import date
 from functools import partial
@@ -58,11 +56,8 @@ def main() -> None:
     options = parser.parse_args()
     name = record.device_name("cuda")
     slug = record.slug(name)
-    result: dict[str, Any] = {
-        "subject": "plan", "device": name, "commit": options.commit or record.commit(),
-        "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),
-        "versions": {"torch": torch.__version__}, "size": options.size, "seq_len": SEQ_LEN, "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = record.head("plan", name, options.commit)
+    result |= {"size": options.size, "seq_len": SEQ_LEN, "rows": []}
     end = time.perf_counter() + options.seconds
     for kind, mesh, rows in CASES:
         if time.perf_counter() > end:

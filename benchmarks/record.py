@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+LIBRARIES = (
+    "triton", "transformers", "torchao", "bitsandbytes", "flash-linear-attention", "lightning-attn", "liger-kernel",
+    "cut-cross-entropy",
+)  # fmt: skip
 
 
 def device_name(device: str) -> str:
@@ -42,19 +49,27 @@ def commit() -> str | None:
         return None
 
 
-def save(subject: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
-    """Write benchmarks/results/<subject>_<device>_<date>.json with device, versions, commit and command."""
-    root = RESULTS.parent.parent
-    record = {
-        "subject": subject,
-        "device": device_name(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit(),
-        "command": " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(root)), *sys.argv[1:]]),
+def head(subject: str, device: str, of: str | None = None, launcher: tuple[str, ...] = ("python",)) -> dict[str, Any]:
+    """What every result begins with: device, versions of what is installed, commit (`of`, or git's), command, date."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if torch.version.cuda:
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    arguments = list(sys.argv[1:])
+    if "--out" in arguments:
+        del arguments[arguments.index("--out") :][:2]
+    return {
+        "subject": subject, "device": device, "versions": versions, "commit": of or commit(),
+        "command": shlex.join([*launcher, f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "date": date.today().isoformat(),
-        **facts,
-        "rows": rows,
-    }
+    }  # fmt: skip
+
+
+def save(subject: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Write benchmarks/results/<subject>_<device>_<date>.json."""
+    record = head(subject, device_name(device)) | facts | {"rows": rows}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{subject}_{device}_{date.today()}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -26,7 +26,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def source(result: dict[str, Any]) -> str:
-    return (f"{result['device']}; torch {result['versions']['torch']}; commit {result['commit'][:12]}{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
+    named = ", ".join(
+        f"{name} {result['versions'][name]}" for name in ("torch", "triton") if name in result["versions"]
+    )
+    return (f"{result['device']}; {named}; commit {result['commit'][:12]}{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
             f"[{result['file']}](../benchmarks/results/{result['file']}).")  # fmt: skip
 
 
@@ -267,13 +270,11 @@ def gpu(result: dict[str, Any]) -> str:
         f"the copy bandwidth of the same run, {result['copy_tb_per_second']:.2f} TB/s; a bf16 matrix product ran at "
         f"{result['matmul_tflop_per_second']:.0f} TFLOP/s. {result.get('note', '')}\n"
     ]  # fmt: skip
-    sections = {"attention": contenders, "lengths": lengths, "fusions": fusions, "losses": losses, "others": steps}
+    if result.get("attention"):
+        parts.append(contenders(result["attention"], result))
+    sections = {"first": firsts, "lengths": lengths, "fusions": fusions, "losses": losses, "others": steps}
     parts += [section(result[key]) for key, section in sections.items() if result.get(key)]
-    parts.append(
-        f"{result['device']}; torch {result['torch']}, triton {result['triton']}; commit {result['commit'][:12]}"
-        f"{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
-        f"[{result['file']}](../benchmarks/results/{result['file']}).\n"
-    )
+    parts.append(f"{source(result)}\n")
     return "\n".join(parts)
 
 
@@ -282,25 +283,36 @@ def _pair(row: dict[str, Any], forward: str, both: str) -> str:
     return " / ".join(f"{x:.3g}" if isinstance(x, float) else "–" for x in ms) if any(ms) else "–"
 
 
-def contenders(rows: list[dict[str, Any]]) -> str:
+def contenders(rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
     shapes = list(dict.fromkeys((row["B"], row["H"], row["T"]) for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
     found = {(row["contender"], row["B"], row["H"], row["T"]): row for row in rows}
     lines = []
     for shape in shapes:
-        line = [", ".join(f"{n:,}" for n in shape), _pair(found["ours", *shape], "floor_forward_ms", "floor_both_ms")]
+        ours = found["ours", *shape]
+        line = [", ".join(f"{n:,}" for n in shape), _pair(ours, "floor_forward_ms", "floor_both_ms")]
+        line.append(f"{ours['forward_over_floor']:.2f} / {ours['both_over_floor']:.2f}")
         line += [_pair(found.get((name, *shape), {}), "forward_ms", "both_ms") for name in names]
         lines.append(line)
-        if "both_graph_ms" in found["ours", *shape]:
-            line = ["the same by graph replay", ""]
+        if "both_graph_ms" in ours:
+            over = (ours[f"{kind}_graph_ms"] / ours[f"floor_{kind}_ms"] for kind in ("forward", "both"))
+            line = ["the same by graph replay", "", " / ".join(f"{x:.2f}" for x in over)]
             lines.append(
                 line + [_pair(found.get((name, *shape), {}), "forward_graph_ms", "both_graph_ms") for name in names]
             )
-    eight = {name: found.get((name, 4, 32, 8_192), {}) for name in names}
-    energy = [
-        [name, f"{row['energy']['joules']:.2f}", f"{row['energy']['idle_watts']:.0f}", f"{row['both_bytes'] / 2**30:.2f}"]
-        for name, row in eight.items() if isinstance(row.get("energy"), dict)
-    ]  # fmt: skip
+    energy = []
+    for shape in shapes:
+        of = [found.get((name, *shape), {}) for name in names]
+        if any("both_joules" in row for row in of):
+            joules = (f"{row['both_joules']:.3g} J" if "both_joules" in row else "–" for row in of)
+            sizes = (f"{row['both_bytes'] / 2**30:.2f} GiB" if "both_bytes" in row else "–" for row in of)
+            energy.append([", ".join(f"{n:,}" for n in shape), *map(", ".join, zip(joules, sizes, strict=True))])
+    idle = f", {result['idle_watts']:.0f} W idle before all," if "idle_watts" in result else ""
+    counts = [f"{name} {row['forward_launches']} and {row['both_launches']}" for name in names
+              if "both_launches" in (row := found.get((name, 4, 32, 8_192), {}))]  # fmt: skip
+    counted = (
+        f"\nKernels that a call launches, forward, and forward and backward: {'; '.join(counts)}.\n" if counts else ""
+    )
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), dpi=120, layout="constrained")
     for axis, kind, title in zip(axes, ("forward_ms", "both_ms"), ("forward", "forward and backward"), strict=True):
         for name in names:
@@ -320,10 +332,16 @@ def contenders(rows: list[dict[str, Any]]) -> str:
     plt.close(figure)
     return (
         f"### Lightning Attention, K = V = 128\n\nSDPA is softmax attention; the others are linear.\n\n"
-        f"{table(['B, H, T', 'floor', *names], lines)}\n\n![ops](ops.png)\n\nEnergy of forward and backward at 4, 32, 8,192 (NVML, 3 s of "
-        f"repeats), power before it, and peak memory beyond the inputs:\n\n"
-        f"{table(['', 'joules a call', 'watts between calls', 'GiB'], energy)}\n"
+        f"{table(['B, H, T', 'floor', 'ours ÷ floor', *names], lines)}\n\n![ops](ops.png)\n\nEnergy of forward and backward (NVML, 3 s of "
+        f"repeats){idle} and peak memory beyond the inputs:\n\n{table(['B, H, T', *names], energy)}\n{counted}"
     )
+
+
+def firsts(rows: list[dict[str, Any]]) -> str:
+    lines = [[f"{row['K']}, {row['V']}", row["dtype"].removeprefix("torch."), f"{row['forward_seconds']:.1f}",
+              f"{row['backward_seconds']:.1f}"] for row in rows if "forward_seconds" in row]  # fmt: skip
+    head = ["K, V", "dtype", "forward, s", "backward, s"]
+    return f"### First calls\n\nOf a process that finds nothing compiled.\n\n{table(head, lines)}\n"
 
 
 def lengths(rows: list[dict[str, Any]]) -> str:
@@ -356,12 +374,22 @@ def lengths(rows: list[dict[str, Any]]) -> str:
         return f"{ms(found, 'forward'):.3g} / {ms(found, 'both'):.3g}, {found['both_bytes'] / 2**30:.3g} GiB"
 
     lines = [[f"{row['T']:,}", *(cell(row, name) for name in names)] for row in rows]
-    faster = [row["T"] for row in rows if all(isinstance(row["contenders"][n], dict) for n in ("ours", "left product"))
-              and ms(row["contenders"]["ours"], "both") < ms(row["contenders"]["left product"], "both")]  # fmt: skip
+
+    def faster(kind: str) -> str:
+        """From which of the lengths on ours is faster."""
+        slower = [
+            row["T"] for row in rows if row["contenders"]["ours"][kind] >= row["contenders"]["left product"][kind]
+        ]
+        return f"{min(row['T'] for row in rows if row['T'] > max(slower, default=0)):,}"
+
+    timed = [row for row in rows if "both_graph_ms" in row["contenders"]["ours"]]
+    replayed = all(ms(row["contenders"]["ours"], kind) < ms(row["contenders"]["left product"], kind)
+                   for row in timed for kind in ("forward", "both"))  # fmt: skip
     return (
         f"### Against the plain forms of linear attention\n\nB = 1, H = 32; up to T = 4,096 by graph replay. Plain: the quadratic form with a mask of T × T, which is "
-        f"given. Left product: the paper's first algorithm as a kernel, O(T²) operations and nothing of T × T stored; from "
-        f"T = {min(faster):,} on the chunks are faster, forward and backward.\n\n{table(['T', *names], lines)}\n\n![lengths](lengths.png)\n"
+        f"given. Left product: the paper's first algorithm as a kernel, O(T²) operations and nothing of T × T stored. "
+        f"By replay the chunks are faster {'at every length, both ways' if replayed else 'at some lengths'}; called one by one, where the host counts, forward "
+        f"from T = {faster('forward_ms')} on, forward and backward from {faster('both_ms')}.\n\n{table(['T', *names], lines)}\n\n![lengths](lengths.png)\n"
     )
 
 
@@ -427,7 +455,7 @@ def limits(result: dict[str, Any]) -> str:
         f"The stalls are waits for loads ({result['stalls_per_issue']['long_scoreboard']} of them an instruction) and barriers.\n\nVariants that were tried "
         f"instead (one program for dk and dv with the whole state; results and state transposed, 128 wide): "
         f"[ops_variants_h100_2026-11-25.json](../benchmarks/results/ops_variants_h100_2026-11-25.json). None is faster by 8 % at both 2,048 and 8,192 "
-        f"tokens; the transposed form with today's tiles gains 6 and 8 % in backward and loses as much in forward.\n\n"
+        f"tokens; the transposed form with today's tiles gains 6 and 8 % in backward, half a percent of a training step, for a second form of the walk; in forward it loses 7 % at 8,192 tokens and nothing at 2,048.\n\n"
         f"{result['device']}; [{result['file']}](../benchmarks/results/{result['file']}).\n"
     )
 
@@ -461,9 +489,8 @@ def sweep(result: dict[str, Any]) -> str:
     figure.savefig(DOCS / "sweep.png")
     plt.close(figure)
     return (
-        f"## Chunk and tile sizes\n\nChunk × slice of the state. Too large spills registers (counted beside the bars), too small starves the matrix units. What is chosen: 64 × 64 with descriptors.\n\n![sweep](sweep.png)\n\n"
-        f"{result['device']}; torch {result['torch']}, triton {result['triton']}; commit {result['commit'][:12]}; "
-        f"[{result['file']}](../benchmarks/results/{result['file']}).\n"
+        f"## Chunk and tile sizes\n\nChunk × slice of the state. Too large spills registers (counted beside the bars), too small starves the matrix units. What is chosen: 64 × 64, by descriptors where q has 2^26 elements or more (making them takes longer than small calls gain).\n\n![sweep](sweep.png)\n\n"
+        f"{source(result)}\n"
     )
 
 

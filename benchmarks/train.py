@@ -12,17 +12,13 @@ of the matrix product's measured rate by the model's own operations, peak memory
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +94,13 @@ def on_cpu(options: argparse.Namespace) -> None:
 
 def on_gpu(options: argparse.Namespace) -> None:
     import gpu
-    import transformers
-    import triton
 
     for backend in ("flash", "mem_efficient", "math"):  # cuDNN's is the fastest softmax attention on Hopper
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(False)
     name = torch.cuda.get_device_name()
     slug = record.slug(name)
     path = options.out / f"{options.name}_{slug}_{date.today()}.json"
-    libraries = {"torch": torch, "triton": triton, "transformers": transformers}
-    versions = {name: library.__version__ for name, library in libraries.items()}
-    with contextlib.suppress(PackageNotFoundError):
-        versions["torchao"] = version("torchao")
-    result: dict[str, Any] = {
-        "subject": options.name, "device": name, "commit": options.commit or record.commit(),
-        "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(),
-        "versions": versions, **gpu.ceilings(), "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = record.head(options.name, name, options.commit) | gpu.ceilings() | {"rows": []}
     print(result, flush=True)
     for row in gpu_rows(options, result["matmul_tflop_per_second"] * 1e12):
         result["rows"].append(row)
@@ -162,8 +148,8 @@ def measure(name: str, size: str, rows: int, length: int, repeats: int, ceiling:
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()), "tokens_per_second": round(tokens),
         "flop_share": flops and round(tokens * flops / ceiling, 3), "first_step_seconds": round(first, 1),
-        "peak_bytes": torch.cuda.max_memory_allocated(), "millijoules_per_token": energy["joules"] / rows / length * 1e3,
-        "idle_watts": energy["idle_watts"], "times_ms": [round(t, 2) for t in times],
+        "peak_bytes": torch.cuda.max_memory_allocated(), "millijoules_per_token": energy / rows / length * 1e3,
+        "times_ms": [round(t, 2) for t in times],
         "losses": [first_loss, trainer.step(ids).item()], "note": trainer.note,
     }  # fmt: skip
 

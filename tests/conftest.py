@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ.get("TRANSNORMER_TEST_SEED", "0")))
 
 
 @pytest.fixture(scope="session")

@@ -184,14 +184,6 @@ def test_two_runs_are_equal_to_the_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that nobody has written holds NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("lengths", [None, [0, 100, 0, 50, 1, 0]], ids=["rows", "packed"])
 def test_every_element_is_written(lengths):
@@ -252,11 +244,21 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def test_at_most_three_configurations_are_tried_and_one_fits_everywhere():
-    for K, V, dtype, shared in itertools.product(
-        (16, 64, 128, 192, 256), (16, 128, 256), (torch.float32, torch.bfloat16), (65_536, 101_376, 166_912, 232_448)
-    ):
-        found = lightning_triton.choices(K, V, dtype, shared)
+    for K, V, dtype, shared, paired in itertools.product(
+        (16, 64, 128, 192, 256), (16, 128, 256), (torch.float32, *HALF), (65_536, 101_376, 166_912, 232_448),
+        (False, True),
+    ):  # fmt: skip
+        found = lightning_triton.choices(K, V, dtype, shared, paired=paired)
         assert 1 <= len(found) <= 3
+        block = lightning_triton._block(K, dtype)
+        assert all(tiles.shared_bytes(block, dtype.itemsize) <= shared for tiles in found), (K, V, dtype, shared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("K", "V"), [(40, 24), (200, 136)])
+def test_what_runs_where_shared_memory_is_small(K, V, dtype, monkeypatch):
+    monkeypatch.setattr(lightning_triton, "_device", lambda index: (4, 65_536, False))
+    check(attention, draw(70, K, V, rows=1, decays=[0.0, -0.3], dtype=dtype, device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -338,6 +340,20 @@ class TestLong:
             *(x[:, tail].double() for x in (q, k, v)), log_decay, state=before.double(), backend="reference"
         )
         assert distance(output[:, tail], true) < 1e-2
+
+    def test_gradients_of_a_million_tokens(self, decay):
+        """Those of the last tokens, from the state before them, in tensors of more than 2^31 elements."""
+        length, heads, rest = 1_048_576, 33, 100
+        q, k, v, g = (torch.randn(1, length, heads, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+        assert q.numel() > 2**31
+        log_decay = torch.full((heads,), decay, device=DEVICE)
+        gradients = lightning_triton.backward(q, k, v, log_decay, None, None, g, None)
+        before = lightning_triton.forward(*(x[:, :-rest] for x in (q, k, v)), log_decay)[1]
+        leaves = [x[:, -rest:].double().requires_grad_() for x in (q, k, v)]
+        output = lightning_attention(*leaves, log_decay, state=before.double(), backend="reference")
+        for found, true in zip(gradients, torch.autograd.grad(output, leaves, g[:, -rest:].double()), strict=False):
+            assert distance(found[:, -rest:], true) < 1e-2
+            assert found.isfinite().all()
 
 
 class TestGraph:

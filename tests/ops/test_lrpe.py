@@ -59,7 +59,16 @@ class TestTriton:
         for ours, usual, exact in zip(found, plain, true, strict=True):
             assert ours.dtype == usual.dtype
             error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (ours, usual))
-            assert error <= factor * max(allowed, torch.finfo(ours.dtype).eps)
+            assert error <= factor * max(allowed, torch.finfo(torch.float32).eps)
+
+    @pytest.mark.usefixtures("poisoned")
+    def test_every_element_is_written_and_again_the_same(self, device):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            inputs, positions, gradients = draw(length=35, dtype=dtype, device=device)
+            results = (both(inputs, positions, gradients, backend="triton") for _ in range(2))
+            for found, again in zip(*results, strict=True):
+                assert found.isfinite().all()
+                assert torch.equal(found, again)
 
     def test_strides_and_rows_with_places_of_their_own(self, device):
         inputs, positions, gradients = draw(length=35, device=device)

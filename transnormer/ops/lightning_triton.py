@@ -43,6 +43,7 @@ _SMALL = (Tiles(64, 64, 4, 1, True), Tiles(32, 64, 4, 1))
 _DEEP = (Tiles(64, 64, 4, 3, True), *_SMALL)
 _PAIRED = (Tiles(64, 64, 4, 2, True), *_SMALL)
 _FULL = (Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))  # for float32
+_LEAST = Tiles(16, 64, 4, 1)  # where a program has 64 KiB, and the states 256 rows
 _Key = tuple[Any, ...]
 _fitting: dict[_Key, Tiles] = {}  # of a call's key: the configuration that runs it
 
@@ -78,7 +79,7 @@ def choices(K: int, V: int, dtype: torch.dtype, shared: int, *, paired: bool = F
     many = block > 128 and dtype == torch.float16
     return [
         dataclasses.replace(x, slice=min(x.slice, _block(V, dtype)), warps=8 if many else x.warps)
-        for x in fits or known[-1:]
+        for x in fits or ((known if dtype == torch.float32 else (_LEAST,))[-1],)
     ]
 
 
