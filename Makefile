@@ -12,6 +12,8 @@ demo: .venv/demo  ## train a small model on Shakespeare and let it write
 env: .venv/env  ## everything that needs no GPU
 
 test: .venv/env
+	@# without these, tests would skip themselves
+	@$(BIN)/python -c "import importlib.metadata as m, sys; [*map(m.version, ['tensorboard', 'torchao', *['triton'] * (sys.platform == 'linux')])]"
 	$(BIN)/pytest
 
 lint: .venv/env
