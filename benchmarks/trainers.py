@@ -25,6 +25,10 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
+def _in_8_bits(model: LanguageModel) -> torch.optim.Optimizer:
+    return new_optimizer(model, Optim(bits=8, lr=1e-4))
+
+
 def _muon(model: LanguageModel) -> torch.optim.Optimizer:
     return new_optimizer(model, Optim(name="muon", lr=1e-4))
 
@@ -126,7 +130,7 @@ def _retnet(size: str) -> Trainer:
         model = build(width).to(torch.bfloat16)
     return Trainer(
         model, lambda ids: model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss, lambda length: None,
-        f"pure bf16 weights and optimizer, intermediate_size {width}, {count(model):,} parameters",
+        f"not compiled, pure bf16 weights and optimizer, intermediate_size {width}, {count(model):,} parameters",
     )  # fmt: skip
 
 
@@ -143,6 +147,12 @@ CONTENDERS: dict[str, Callable[[str], Trainer]] = {
     ),
     "transnormer, muon": lambda size: _ours(
         ModelConfig.named(size), True, optimizer=_muon, note="blocks compiled, Muon for their matrices"
+    ),
+    "transnormer, 8 bits": lambda size: _ours(
+        ModelConfig.named(size),
+        True,
+        optimizer=_in_8_bits,
+        note="blocks compiled, AdamW's memory in 8 bits (bitsandbytes)",
     ),
     "transnormer, float8": lambda size: _ours(
         ModelConfig.named(size), True, float8="tensorwise", note="blocks compiled, float8 tensorwise (torchao)"
