@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ class Hosts:
         self._agents: list[subprocess.Popen[str]] = []
         self.real = self._try("ip", "netns", "add", self._names[0])
         if not self.real:
+            warnings.warn("no network namespaces here: both hosts are this machine, on loopback", stacklevel=2)
             return
         try:
             self._ip("netns", "add", self._names[1])
