@@ -58,8 +58,9 @@ def head(subject: str, device: str, of: str | None = None, launcher: tuple[str, 
     if torch.version.cuda:
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     arguments = list(sys.argv[1:])
-    if "--out" in arguments:
-        del arguments[arguments.index("--out") :][:2]
+    if "--out" in arguments:  # where it lay says nothing
+        place = arguments.index("--out")
+        del arguments[place : place + 2]
     return {
         "subject": subject, "device": device, "versions": versions, "commit": of or commit(),
         "command": shlex.join([*launcher, f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
