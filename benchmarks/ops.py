@@ -132,19 +132,19 @@ def first_rows() -> Iterator[dict[str, Any]]:
     """Seconds of the first forward and backward of a process that finds nothing compiled, B, T, H = 4, 2048, 32."""
     widths = [(128, 128), (256, 256)]
     for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
-        with tempfile.TemporaryDirectory() as folder:
-            usual = os.environ.get("TRITON_CACHE_DIR")
-            os.environ["TRITON_CACHE_DIR"] = folder
-            try:
-                with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    found = attempt(pool.submit(_first, K, V, dtype).result)
-            finally:
-                os.environ.pop("TRITON_CACHE_DIR") if usual is None else os.environ.update(TRITON_CACHE_DIR=usual)
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = attempt(pool.submit(_first, K, V, dtype).result)
         row = {"K": K, "V": V, "dtype": str(dtype)}
         yield row | (found if isinstance(found, dict) else {"error": found})
 
 
 def _first(K: int, V: int, dtype: torch.dtype) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        return _first_call(K, V, dtype)
+
+
+def _first_call(K: int, V: int, dtype: torch.dtype) -> dict[str, float]:
     q, k = (torch.randn(4, 2_048, 32, K, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
     v = torch.randn(4, 2_048, 32, V, device="cuda", dtype=dtype, requires_grad=True)
     log_decay, attend = torch.full((32,), -0.1, device="cuda"), attention_contenders()["ours"]
@@ -475,7 +475,7 @@ def main() -> None:
         part(
             "segments", sweep([(*shape, n) for shape, numbers in SEGMENTS for n in numbers], [*SWEEP[:1], *SWEEP[2:5]])
         )
-    if everything and "first" in options.parts:
+    if everything and not quick and "first" in options.parts:
         part("first", first_rows())
     if everything and "attention" in options.parts:
         part("attention", attention_rows(ROWS, bandwidth, quick))

@@ -227,7 +227,7 @@ def meshes(result: dict[str, Any]) -> str:
         )
     return (f"## Two GPUs\n\n{off}Training steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
             f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "
-            f"the fastest on several GPUs: a GPU has half the tokens under `tensor` and `context`, and waits for the host and the exchanges. "
+            f"the fastest on several GPUs: a GPU has half the tokens under `context` and half of every product under `tensor`; what it waits for there is not profiled. "
             f"{queued}Both are for models and rows that do not fit; where they do, `shard` and `replicate` are faster.\n\n"
             f"{table(head, rows)}\n\n{source(result)}\n")  # fmt: skip
 
@@ -278,14 +278,20 @@ def attention(result: dict[str, Any]) -> str:
 
 def gpu(result: dict[str, Any]) -> str:
     """Everything benchmarks/ops.py measured."""
+    idle = f"With nothing to do the GPU takes {result['idle_watts']:.0f} W. " if "idle_watts" in result else ""
     parts = [
         f"## The ops on a GPU\n\nMedian ms of calls, forward / forward and backward, bfloat16. Floor: the bytes that must move over "
         f"the copy bandwidth of the same run, {result['copy_tb_per_second']:.2f} TB/s; a bf16 matrix product ran at "
-        f"{result['matmul_tflop_per_second']:.0f} TFLOP/s. {result.get('note', '')}\n"
+        f"{result['matmul_tflop_per_second']:.0f} TFLOP/s. {idle}{result.get('note', '')}\n"
     ]  # fmt: skip
-    if result.get("attention"):
-        parts.append(contenders(result["attention"], result))
-    sections = {"first": firsts, "lengths": lengths, "fusions": fusions, "losses": losses, "others": steps}
+    sections = {
+        "attention": contenders,
+        "first": firsts,
+        "lengths": lengths,
+        "fusions": fusions,
+        "losses": losses,
+        "others": steps,
+    }
     parts += [section(result[key]) for key, section in sections.items() if result.get(key)]
     parts.append(f"{source(result)}\n")
     return "\n".join(parts)
@@ -296,7 +302,7 @@ def _pair(row: dict[str, Any], forward: str, both: str) -> str:
     return " / ".join(f"{x:.3g}" if isinstance(x, float) else "–" for x in ms) if any(ms) else "–"
 
 
-def contenders(rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
+def contenders(rows: list[dict[str, Any]]) -> str:
     shapes = list(dict.fromkeys((row["B"], row["H"], row["T"]) for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
     found = {(row["contender"], row["B"], row["H"], row["T"]): row for row in rows}
@@ -320,7 +326,6 @@ def contenders(rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
             joules = (f"{row['both_joules']:.3g} J" if "both_joules" in row else "–" for row in of)
             sizes = (f"{row['both_bytes'] / 2**30:.2f} GiB" if "both_bytes" in row else "–" for row in of)
             energy.append([", ".join(f"{n:,}" for n in shape), *map(", ".join, zip(joules, sizes, strict=True))])
-    idle = f", {result['idle_watts']:.0f} W idle before all," if "idle_watts" in result else ""
     counts = [f"{name} {row['forward_launches']} and {row['both_launches']}" for name in names
               if "both_launches" in (row := found.get((name, 4, 32, 8_192), {}))]  # fmt: skip
     counted = (
@@ -346,7 +351,7 @@ def contenders(rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
     return (
         f"### Lightning Attention, K = V = 128\n\nSDPA is softmax attention; the others are linear.\n\n"
         f"{table(['B, H, T', 'floor', 'ours ÷ floor', *names], lines)}\n\n![ops](ops.png)\n\nEnergy of forward and backward (NVML, 3 s of "
-        f"repeats){idle} and peak memory beyond the inputs:\n\n{table(['B, H, T', *names], energy)}\n{counted}"
+        f"repeats) and peak memory beyond the inputs:\n\n{table(['B, H, T', *names], energy)}\n{counted}"
     )
 
 
@@ -393,7 +398,7 @@ def lengths(rows: list[dict[str, Any]]) -> str:
         slower = [
             row["T"] for row in rows if row["contenders"]["ours"][kind] >= row["contenders"]["left product"][kind]
         ]
-        return f"{min(row['T'] for row in rows if row['T'] > max(slower, default=0)):,}"
+        return next((f"{row['T']:,}" for row in rows if row["T"] > max(slower, default=0)), "none measured")
 
     timed = [row for row in rows if "both_graph_ms" in row["contenders"]["ours"]]
     replayed = all(ms(row["contenders"]["ours"], kind) < ms(row["contenders"]["left product"], kind)

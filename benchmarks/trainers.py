@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,6 @@ from transnormer.train.recipe import Optim
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-
-def _in_8_bits(model: LanguageModel) -> torch.optim.Optimizer:
-    return new_optimizer(model, Optim(bits=8, lr=1e-4))
-
-
-def _muon(model: LanguageModel) -> torch.optim.Optimizer:
-    return new_optimizer(model, Optim(name="muon", lr=1e-4))
 
 
 @dataclasses.dataclass
@@ -146,12 +139,15 @@ CONTENDERS: dict[str, Callable[[str], Trainer]] = {
         ModelConfig.named(size), True, recompute=True, note="blocks compiled and recomputed in the backward pass"
     ),
     "transnormer, muon": lambda size: _ours(
-        ModelConfig.named(size), True, optimizer=_muon, note="blocks compiled, Muon for their matrices"
+        ModelConfig.named(size),
+        True,
+        optimizer=partial(new_optimizer, recipe=Optim(name="muon", lr=1e-4)),
+        note="blocks compiled, Muon for their matrices",
     ),
     "transnormer, 8 bits": lambda size: _ours(
         ModelConfig.named(size),
         True,
-        optimizer=_in_8_bits,
+        optimizer=partial(new_optimizer, recipe=Optim(bits=8, lr=1e-4)),
         note="blocks compiled, AdamW's memory in 8 bits (bitsandbytes)",
     ),
     "transnormer, float8": lambda size: _ours(

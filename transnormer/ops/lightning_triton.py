@@ -79,7 +79,7 @@ def choices(K: int, V: int, dtype: torch.dtype, shared: int, *, paired: bool = F
     many = block > 128 and dtype == torch.float16
     return [
         dataclasses.replace(x, slice=min(x.slice, _block(V, dtype)), warps=8 if many else x.warps)
-        for x in fits or ((known if dtype == torch.float32 else (_LEAST,))[-1],)
+        for x in fits or [min((*known, _LEAST), key=lambda tiles: tiles.shared_bytes(block, dtype.itemsize))]
     ]
 
 

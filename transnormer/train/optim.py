@@ -18,7 +18,7 @@ from .recipe import Optim
 
 Group = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam remembers of a parameter
-TOGETHER = 2**25  # elements that Muon orthogonalises at once, on one process
+ORTHOGONAL_ELEMENTS = 2**25  # of several matrices that Muon orthogonalises at once on one process, at most
 
 
 def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
                     alike[p.shape].append(p)
             for shape, same in alike.items():
                 processes = same[0].device_mesh.size() if hasattr(same[0], "device_mesh") else 1
-                number = processes * max(1, TOGETHER // shape.numel())
+                number = processes * max(1, ORTHOGONAL_ELEMENTS // shape.numel())
                 for first in range(0, len(same), number):
                     some = same[first : first + number]
                     for p, update in zip(some, self._updates(some, group), strict=True):
@@ -126,15 +126,15 @@ class Muon(torch.optim.Optimizer):
             momentum: Tensor = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update: Any = p.grad.lerp(momentum, group["momentum"]).bfloat16()
             whole = update.full_tensor() if mesh else update
-            if number % processes == rank:
+            if number % processes == rank:  # the others' are dropped at once: memory does not grow with processes
                 mine.append(whole)
-        turned = iter(_orthogonal(torch.stack(mine), *group["blocks"])) if mine else iter(())
-        for number, p in enumerate(parameters):
-            if mesh is None:
-                yield next(turned).to(p.dtype)
-                continue
-            from torch.distributed.tensor import distribute_tensor
+        turned = iter(_orthogonal(torch.stack(mine), *group["blocks"]) if mine else ())
+        if mesh is None:
+            yield from (update.to(p.dtype) for p, update in zip(parameters, turned, strict=True))
+            return
+        from torch.distributed.tensor import distribute_tensor
 
+        for number, p in enumerate(parameters):
             owner = number % processes
             update = next(turned).contiguous() if owner == rank else torch.empty_like(whole)
             dist.broadcast(update, owner)
