@@ -8,7 +8,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import record
@@ -94,6 +94,47 @@ def launches(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
+
+
+def profiled(call: Callable[[], Any], longest: int = 40) -> dict[str, Any]:
+    """Of one warm call, in ms: until the host has queued it; until it is done; how long the GPU was busy, and busy with
+    anything but NCCL; and of the longest kernels the name, how many, and ms."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    queued = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - begin
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in seen.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    )
+    kernels: dict[str, tuple[int, float]] = {}
+    for start, end, name in spans:
+        calls, ms = kernels.get(name, (0, 0.0))
+        kernels[name] = calls + 1, ms + (end - start) / 1e3
+    return {
+        "queued_ms": queued * 1e3, "whole_ms": whole * 1e3, "busy_ms": _covered(spans),
+        "computing_ms": _covered(span for span in spans if "nccl" not in span[2].lower()), "launches": len(spans),
+        "kernels": [(name[:120], *seen) for name, seen in sorted(kernels.items(), key=lambda item: -item[1][1])][:longest],
+    }  # fmt: skip
+
+
+def _covered(spans: Iterable[tuple[float, float, str]]) -> float:
+    """ms that spans [us, sorted] cover, overlaps once."""
+    covered, last = 0.0, 0.0
+    for start, end, _ in spans:
+        covered += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return covered / 1e3
 
 
 def attempt(measure: Callable[[], Any]) -> Any:

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--size", default="385m", help="of the speeds; errors are of four layers of 45m")
     parser.add_argument("--shapes", nargs="*", default=["8x2048", "2x8192"], help="rows of a data rank x tokens")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="of the errors")
+    parser.add_argument("--profile", action="store_true", help="also where a step's time goes, of the first rank")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
@@ -66,7 +67,7 @@ def main() -> None:
             result["rows"].append(row)
             if mesh.first:
                 path.write_text(json.dumps(result, indent=1) + "\n")
-                print({key: value for key, value in row.items() if key != "times_ms"}, flush=True)
+                print({key: value for key, value in row.items() if key not in ("times_ms", "profile")}, flush=True)
         del meshes
 
 
@@ -143,7 +144,7 @@ def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> I
         rows, length = map(int, shape.split("x"))
         for name, mesh in meshes.items():
             row = {"model": "transnormer", "size": options.size, "mesh": name, "rows": rows, "seq_len": length}
-            found = gpu.attempt(partial(speed, config, mesh, rows, length))
+            found = gpu.attempt(partial(speed, config, mesh, rows, length, options.profile))
             yield (
                 row
                 | (found if isinstance(found, dict) else {"error": found})
@@ -152,7 +153,7 @@ def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> I
             forget()
 
 
-def speed(config: ModelConfig, mesh: Mesh, rows: int, length: int, steps: int = 8) -> dict[str, Any]:
+def speed(config: ModelConfig, mesh: Mesh, rows: int, length: int, profile: bool, steps: int = 8) -> dict[str, Any]:
     """Steps with AdamW of the compiled model, `rows` on every data rank."""
     model = build(config, mesh, "bfloat16", compile=True)
     optimizer = new_optimizer(model, Optim())
@@ -177,7 +178,7 @@ def speed(config: ModelConfig, mesh: Mesh, rows: int, length: int, steps: int = 
     return {
         "tokens_per_second": round(tokens / statistics.median(times) * 1e3), "first_step_seconds": round(first, 1),
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None, "times_ms": [round(t, 2) for t in times],
-    }  # fmt: skip
+    } | ({"profile": gpu.profiled(step)} if profile else {})  # fmt: skip
 
 
 def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, kind: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@
     python benchmarks/ops.py --parts attention    only some of check, first, attention, lengths, fusions, others, losses
     python benchmarks/ops.py --check    only: every configuration that may be chosen, against the float64 recurrence
     python benchmarks/ops.py --sweep    only: chunk, slice, warps and stages
-    python benchmarks/ops.py --profile forward|backward|step    one call, to be run under a profiler
+    python benchmarks/ops.py --profile forward|backward|step [--shape B H T]    one call, to be run under a profiler
 
 Times are medians of single calls between CUDA events; "graph" is the replay of a CUDA graph that holds 20 calls over
 several inputs, a call. Memory is what a call needs beyond its inputs. The floor is the bytes that must move (every
@@ -422,8 +422,7 @@ def show(title: str, rows: Iterator[dict[str, Any]], into: list[dict[str, Any]],
         keep()
 
 
-def profile(what: str) -> None:
-    B, H, T = 4, 32, 8_192
+def profile(what: str, B: int, H: int, T: int) -> None:
     ((q, k, v, g),), log_decay = inputs(B, H, T)
     q, k, v = (x.detach() for x in (q, k, v))
     if what == "forward":
@@ -443,11 +442,12 @@ def main() -> None:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--profile", choices=["forward", "backward", "step"])
+    parser.add_argument("--shape", nargs=3, type=int, default=(4, 32, 8_192), metavar=("B", "H", "T"))
     parser.add_argument("--commit", default=None, help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     if options.profile:
-        profile(options.profile)
+        profile(options.profile, *options.shape)
         return
     device = torch.cuda.get_device_name()
     today = datetime.date.today().isoformat()

@@ -2,7 +2,8 @@
 
     python benchmarks/train.py [--size 10m] [--lengths 512 4096] [--batch-tokens 4096] [--repeats 5]
     python benchmarks/train.py --device cuda --size 385m [--lengths 2048 8192 32768] [--batch-tokens 32768]
-        [--contenders transnormer llama softmax retnet ...] [--million] [--name train_float8] [--commit HASH] [--out FOLDER]
+        [--contenders transnormer llama softmax retnet ...] [--million] [--profile] [--name train_float8] [--commit HASH]
+        [--out FOLDER]
 
 On the CPU TransNormerLLM and the softmax Transformer of the same width and depth take turns. On a GPU every contender
 (`trainers.py`) has the GPU to itself: seconds until its first step is done, the median step, tokens a second, the share
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--contenders", nargs="+")
     parser.add_argument("--million", action="store_true", help="also rows of 1,048,576 tokens, in segments")
+    parser.add_argument("--profile", action="store_true", help="also where a step's time goes")
     parser.add_argument("--name", default="train", help="of the result: train, train_long, train_float8")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
@@ -105,7 +107,7 @@ def on_gpu(options: argparse.Namespace) -> None:
     for row in gpu_rows(options, result["matmul_tflop_per_second"] * 1e12):
         result["rows"].append(row)
         path.write_text(json.dumps(result, indent=1) + "\n")
-        print({key: value for key, value in row.items() if key not in ("note", "times_ms")}, flush=True)
+        print({key: value for key, value in row.items() if key not in ("note", "times_ms", "profile")}, flush=True)
     print(f"wrote {path}")
 
 
@@ -118,7 +120,7 @@ def gpu_rows(options: argparse.Namespace, ceiling: float) -> Iterator[dict[str, 
             rows = max(1, (options.batch_tokens or 32_768) // length)
             for name in options.contenders or CONTENDERS:
                 row = {"model": name, "size": size, "rows": rows, "seq_len": length}
-                found = gpu.attempt(partial(measure, name, size, rows, length, options.repeats, ceiling))
+                found = gpu.attempt(partial(measure, name, size, rows, length, options, ceiling))
                 yield row | (found if isinstance(found, dict) else {"error": found})
                 _forget()
         if options.million and size == options.size[0]:
@@ -129,7 +131,9 @@ def gpu_rows(options: argparse.Namespace, ceiling: float) -> Iterator[dict[str, 
                 _forget()
 
 
-def measure(name: str, size: str, rows: int, length: int, repeats: int, ceiling: float) -> dict[str, Any]:
+def measure(
+    name: str, size: str, rows: int, length: int, options: argparse.Namespace, ceiling: float
+) -> dict[str, Any]:
     import gpu
     from trainers import CONTENDERS
 
@@ -141,7 +145,7 @@ def measure(name: str, size: str, rows: int, length: int, repeats: int, ceiling:
     begin = time.perf_counter()
     first_loss = trainer.step(ids).item()
     first = time.perf_counter() - begin
-    times = [_event_ms(partial(trainer.step, ids)) for _ in range(repeats + 2)][2:]
+    times = [_event_ms(partial(trainer.step, ids)) for _ in range(options.repeats + 2)][2:]
     energy = gpu.joules(partial(trainer.step, ids), each=4)
     tokens = rows * length / statistics.median(times) * 1e3
     flops = trainer.flops(length)
@@ -151,7 +155,7 @@ def measure(name: str, size: str, rows: int, length: int, repeats: int, ceiling:
         "peak_bytes": torch.cuda.max_memory_allocated(), "millijoules_per_token": energy / rows / length * 1e3,
         "times_ms": [round(t, 2) for t in times],
         "losses": [first_loss, trainer.step(ids).item()], "note": trainer.note,
-    }  # fmt: skip
+    } | ({"profile": gpu.profiled(partial(trainer.step, ids))} if options.profile else {})  # fmt: skip
 
 
 def measure_segments(size: str, tokens: int) -> dict[str, Any]:
