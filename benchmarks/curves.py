@@ -29,6 +29,7 @@ from transnormer.train.recipe import Recipe
 VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {}, "float8 tensorwise": {"train": {"float8": "tensorwise"}},
     "float8 rowwise": {"train": {"float8": "rowwise"}}, "muon": {"optim": {"name": "muon"}},
+    "8 bits": {"optim": {"bits": 8}},
 }  # fmt: skip
 
 
