@@ -361,6 +361,7 @@ def _checked(call: Any) -> tuple[Any, float]:
 
 def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles]) -> Iterator[dict[str, Any]]:
     """Forward and backward kernels alone with every configuration, and how far each is from the first one's result."""
+    seen = _kernels()
     for B, H, T, segments in shapes:
         ((q, k, v, g),), log_decay = inputs(B, H, T)
         q, k, v = (x.detach() for x in (q, k, v))
@@ -378,7 +379,8 @@ def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles
             if isinstance(found, list):
                 wanted = wanted or found
                 row["distance"] = [_distance(x, y) for x, y in zip(found, wanted, strict=True)]
-            row["resources"] = attempt(_resources)
+            if (count := _kernels()) > seen:  # else the kernels compiled last are of another row
+                row["resources"], seen = attempt(_resources), count
             yield row
             del found
         del wanted
@@ -392,11 +394,20 @@ def _distance(found: Tensor, want: Tensor) -> float:
     return ((found.float() - want.float()).norm() / want.float().norm()).item()
 
 
+def _compiled() -> dict[str, list[Any]]:
+    kernels = {"forward": device_code.forward_kernel, "backward": device_code.backward_kernel}
+    index = torch.cuda.current_device()
+    return {name: list(kernel.device_caches[index][0].values()) for name, kernel in kernels.items()}
+
+
+def _kernels() -> int:
+    return sum(map(len, _compiled().values()))
+
+
 def _resources() -> dict[str, Any]:
     """Registers and spills of the kernels compiled last."""
     found = {}
-    for name, kernel in (("forward", device_code.forward_kernel), ("backward", device_code.backward_kernel)):
-        compiled = list(kernel.device_caches[torch.cuda.current_device()][0].values())
+    for name, compiled in _compiled().items():
         if compiled:
             found[name] = (getattr(compiled[-1], "n_regs", None), getattr(compiled[-1], "n_spills", None))
     return found

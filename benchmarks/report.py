@@ -475,6 +475,22 @@ def limits(result: dict[str, Any]) -> str:
         f"[ops_variants_h100_2026-11-25.json](../benchmarks/results/ops_variants_h100_2026-11-25.json). None is faster by 8 % at both 2,048 and 8,192 "
         f"tokens; the transposed form with today's tiles gains 6 and 8 % in backward, half a percent of a training step, for a second form of the walk; in forward it loses 7 % at 8,192 tokens and nothing at 2,048.\n\n"
         f"{result['device']}; [{result['file']}](../benchmarks/results/{result['file']}).\n"
+        + (long_limits(long) if (long := newest("ops_profile_long", "h100")) else "")
+    )
+
+
+def long_limits(result: dict[str, Any]) -> str:
+    """Of the row that has too few heads to fill the GPU."""
+    rows = [
+        [f"{row['call']}: {row['kernel']}", f"{row['duration_ms']:.2f}", f"{row['dram_bytes'] / 1e9:.2f}",
+         f"{row['dram_throughput_percent']:.0f}", f"{row['l2_throughput_percent']:.0f}", f"{row['warps_active']:.1f}",
+         f"{row['stalls_per_issue']['long_scoreboard']:.1f}", f"{row['stalls_per_issue']['barrier']:.1f}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ["kernel", "ms", "GB moved", "memory, %", "L2, %", "warps a processor", "waits for loads an instruction", "for barriers"]  # fmt: skip
+    return (
+        f"\nB, H, T = 1, 32, 131,072 has 64 programs in forward and so is cut into segments, whose states a kernel sums up first: it reads k and v "
+        f"again where the decay lets anything of them last. The walk itself is near the memory's limit in forward.\n\n{table(head, rows)}\n\n{source(result)}\n"
     )
 
 
