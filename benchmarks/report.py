@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from typing import Any
 
 import matplotlib
@@ -55,10 +54,12 @@ NAMES = {
 
 
 def training_gpu(result: dict[str, Any]) -> str:
-    others = [newest(subject, "h100") for subject in ("train_long", "train_retnet")]
+    others = [newest(subject, "h100") for subject in ("train_long", "train_retnet", "train_1b")]
     sources = sorted([result, *filter(None, others)], key=lambda each: each["date"])
     found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
     latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
+    bits = [(row, ours) for row in found if "8 bits" in row["model"] for ours in found
+            if ours["model"] == "transnormer" and ours.get("run") == row["run"]]  # fmt: skip
     order = list(dict.fromkeys(row["size"] for row in found))
     usual = sorted(latest.values(), key=lambda row: (order.index(row["size"]), row["seq_len"]))
     speed = {(row["size"], row["seq_len"], row["model"]): row["tokens_per_second"] for row in usual}
@@ -117,10 +118,15 @@ def training_gpu(result: dict[str, Any]) -> str:
         f"our softmax Transformer of equal width, which has fewer parameters, keeps the matrix units as busy: there is little to win.\n\n"
     )
     ceilings = ", ".join(f"{each['matmul_tflop_per_second']:,.0f}" for each in sources)
+    eight = "".join(
+        f"`optim.bits = 8` (bitsandbytes), {row['size']}, {row['rows']} × {row['seq_len']:,}: {row['tokens_per_second']:,} tokens/s in "
+        f"{row['peak_bytes'] / 2**30:.1f} GiB; with 32 in the same run {ours['tokens_per_second']:,} in {ours['peak_bytes'] / 2**30:.1f}.\n\n"
+        for row, ours in bits
+    )
     return (
         f"## Training on a GPU\n\nA step is loss, backward, clip and AdamW on random ids; bf16 autocast over float32 weights, vocabulary "
         f"64,000, SDPA's cuDNN kernels, blocks compiled. Contenders have the GPU to themselves, one after another. The ceiling is a "
-        f"square matrix product of the same run, {ceilings} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}{why}"
+        f"square matrix product of the same run, {ceilings} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}{eight}{why}"
         + "".join(notes)
         + " ".join(each["note"] for each in sources if "note" in each)
         + "\n\n"
@@ -178,20 +184,27 @@ def curves(result: dict[str, Any]) -> str:
 def training_profile(result: dict[str, Any]) -> str:
     """Where a step's time goes, by kind of kernel."""
     kinds = {
-        "matrix products": ("nvjet", "splitKreduce"), "attention": ("backward_kernel", "forward_kernel", "sdpa", "cudnn"),
-        "swish, gate, norm around it": ("swish_kernel", "norm_kernel", "norm_backward_kernel", "lrpe"),
+        "swish, gate, norm around attention": ("swish_kernel", "norm_kernel", "norm_backward_kernel", "lrpe", "layer_norm"),
+        "matrix products": ("nvjet", "splitKreduce"),
+        "attention": ("backward_kernel", "forward_kernel", "sdpa", "cudnn", "chunk_"),
         "optimizer and clip": ("multi_tensor",), "soft-max of the loss": ("softmax_loss", "liger"),
-        "compiled element-wise": ("triton_",),
+        "element-wise": ("triton_", "elementwise", "CUDAFunctor"),
     }  # fmt: skip
-    totals: dict[str, dict[str, float]] = {}
-    for row in result["rows"]:
-        of = totals.setdefault(row["model"], dict.fromkeys([*kinds, "other"], 0.0))
-        order = ["swish, gate, norm around it", *kinds]  # "norm_backward_kernel" ends like the attention's
-        of[next((kind for kind in order if any(word in row["kernel"] for word in kinds[kind])), "other")] += row["ms"]
-    rows = [[kind, *(f"{of[kind]:.1f}" for of in totals.values())] for kind in [*kinds, "other"]]
-    rows.append(["sum", *(f"{sum(of.values()):.1f}" for of in totals.values())])
-    return (f"### Where a step goes\n\nms of the longest kernels of one step, 385m, 16 × 2,048.\n\n"
-            f"{table(['', *(NAMES[model] for model in totals)], rows)}\n\n{source(result)}\n")  # fmt: skip
+    sources = [result, *filter(None, [newest("train_1b", "h100")])]
+    columns: dict[str, list[str]] = {}
+    for row in [row for each in sources for row in each["rows"] if "profile" in row and row["model"] in NAMES]:
+        profile, of = row["profile"], dict.fromkeys(kinds, 0.0)
+        for name, _, ms in profile["kernels"]:
+            if kind := next((kind for kind in kinds if any(word in name for word in kinds[kind])), None):
+                of[kind] += ms
+        columns[f"{row['size']}, {NAMES[row['model']]}"] = [
+            *(f"{ms:.1f}" for ms in of.values()), f"{profile['busy_ms'] - sum(of.values()):.1f}",
+            *(f"{profile[f'{what}_ms']:.1f}" for what in ("busy", "whole", "queued")), f"{profile['launches']:,}",
+        ]  # fmt: skip
+    names = [*kinds, "other, and kernels too short to list", "the GPU is busy", "the step, waited for", "the host has queued it after", "launches"]  # fmt: skip
+    rows = [[name, *(column[n] for column in columns.values())] for n, name in enumerate(names)]
+    return (f"### Where a step goes\n\nms of one step of {result['rows'][0]['rows']} × {result['rows'][0]['seq_len']:,} tokens, kernels by torch.profiler.\n\n"
+            f"{table(['', *columns], rows)}\n\n{source(result)} That of 1b is of the runs above.\n")  # fmt: skip
 
 
 def meshes(result: dict[str, Any]) -> str:
@@ -208,13 +221,7 @@ def meshes(result: dict[str, Any]) -> str:
         ])  # fmt: skip
     spread = max(max(row["times_ms"]) / min(row["times_ms"]) for row in result["rows"] if "times_ms" in row)
     head = ["mesh", "rows a data rank × tokens", "tokens/s", "of one process", "planned", "GiB a GPU", "planned"]
-    profile, queued = newest("meshes_profile", "h100x2"), ""
-    if profile:
-        row = profile["rows"][0]
-        queued = (
-            f"When every block was gathered by itself, to queue a step of {row['layers']} of the 24 layers under `shard` took the host {row['host_ms']:.0f} ms, "
-            f"the step itself {statistics.median(row['times_ms'][1:]):.0f} ([result](../benchmarks/results/{profile['file']})); now small ones are gathered several at once. "
-        )
+    profile = newest("meshes_profile", "h100x2")
     exact, off = newest("meshes_errors", "h100x2"), ""
     if exact:
         found = [row for row in exact["rows"] if "off" in row]
@@ -227,9 +234,31 @@ def meshes(result: dict[str, Any]) -> str:
         )
     return (f"## Two GPUs\n\n{off}Training steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
             f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "
-            f"the fastest on several GPUs: a GPU has half the tokens under `context` and half of every product under `tensor`; what it waits for there is not profiled. "
-            f"{queued}Both are for models and rows that do not fit; where they do, `shard` and `replicate` are faster.\n\n"
-            f"{table(head, rows)}\n\n{source(result)}\n")  # fmt: skip
+            f"the fastest on several GPUs: a GPU has half the tokens under `context` and half of every product under `tensor`. "
+            f"Both are for models and rows that do not fit; where they do, `shard` and `replicate` are faster.\n\n"
+            f"{table(head, rows)}\n\n{source(result)}\n{meshes_profile(profile) if profile else ''}")  # fmt: skip
+
+
+def meshes_profile(result: dict[str, Any]) -> str:
+    rows = [
+        [row["mesh"], *(f"{row['profile'][f'{what}_ms']:.0f}" for what in ("whole", "computing", "busy", "queued")),
+         f"{row['profile']['launches']:,}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    shape = result["rows"][0]
+    head = [
+        "mesh",
+        "step, ms",
+        "the GPU computes",
+        "computes or communicates",
+        "the host has queued it after",
+        "launches",
+    ]
+    return (
+        f"\nWhere a step of {shape['rows']} × {shape['seq_len']:,} goes, of the first GPU (under the profiler, which slows the host, so that what it "
+        f"counts can be longer than the step). Under `tensor` and `context` the host takes nearly as long to queue a step as the step "
+        f"is: it is what limits them at 385m.\n\n{table(head, rows)}\n\n{source(result)}\n"
+    )
 
 
 def decoding(result: dict[str, Any]) -> str:
