@@ -1,7 +1,9 @@
 """Meshes of several GPUs: how far from one process they are, how fast, in how much memory, and what the plan said.
 
     torchrun --nproc-per-node 2 benchmarks/meshes.py
+    torchrun --nproc-per-node 4 benchmarks/meshes.py --kinds --size 7b --shapes 4x2048 --meshes "tensor 4" "shard 2, tensor 2"
 
+Meshes not named are one process and all processes by each factor alone and, of four or more, by two of them.
 An error is ||gradient - gradient in float32 on one process|| / ||...||, the worst of all parameters, in bf16 autocast;
 beside it what one process itself is off by, of the same parameter. Writes benchmarks/results/meshes_<gpu>x<gpus>_<date>.json.
 """
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--size", default="385m", help="of the speeds; errors are of four layers of 45m")
     parser.add_argument("--shapes", nargs="*", default=["8x2048", "2x8192"], help="rows of a data rank x tokens")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="of the errors")
+    parser.add_argument("--meshes", nargs="+", help='of both, such as "one process" or "shard 2, tensor 2"')
+    parser.add_argument("--recompute", action="store_true", help="of the speeds")
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes, of the first rank")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", help="where there is no git to ask")
@@ -60,15 +64,30 @@ def main() -> None:
             "matmul_tflop_per_second": record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512) / 1e12,
             "rows": [],
         }  # fmt: skip
-        meshes = {"one process": Mesh(mesh.device), f"shard {mesh.world}": mesh}
-        for kind in ("tensor", "context", "replicate"):
-            meshes[f"{kind} {mesh.world}"] = make_mesh(Parallel(**{kind: mesh.world}), mesh.device)
+        meshes = {name: named(name, mesh) for name in options.meshes or usual(mesh.world)}
         for row in itertools.chain(speeds(meshes, options, slug), errors(meshes, options.kinds)):
             result["rows"].append(row)
             if mesh.first:
                 path.write_text(json.dumps(result, indent=1) + "\n")
                 print({key: value for key, value in row.items() if key not in ("times_ms", "profile")}, flush=True)
         del meshes
+
+
+def usual(world: int) -> list[str]:
+    factors = ("shard", "tensor", "context", "replicate")
+    pairs = [f"{one} 2, {other} {world // 2}" for one, other in itertools.combinations(factors, 2)]
+    return [
+        "one process",
+        *(f"{factor} {world}" for factor in factors),
+        *(pairs if world >= 4 and world % 2 == 0 else []),
+    ]
+
+
+def named(name: str, mesh: Mesh) -> Mesh:
+    """The mesh of all processes that a name such as "shard 2, tensor 2" means."""
+    if name == "one process":
+        return Mesh(mesh.device)
+    return make_mesh(Parallel(**{factor: int(size) for factor, size in map(str.split, name.split(","))}), mesh.device)
 
 
 def all_reduce_speed(mesh: Mesh, size: int = 2**28) -> float:
@@ -81,8 +100,8 @@ def all_reduce_speed(mesh: Mesh, size: int = 2**28) -> float:
 
 
 def errors(meshes: dict[str, Mesh], kinds: list[str]) -> Iterator[dict[str, Any]]:
-    alone = meshes["one process"]
     for kind in kinds:
+        alone = meshes["one process"]
         config = ModelConfig.named("45m", num_hidden_layers=4, **KINDS[kind])
         true = gradients(config, alone, "float32")
         usual = distances(gradients(config, alone, "bfloat16"), true)
@@ -144,18 +163,22 @@ def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> I
         rows, length = map(int, shape.split("x"))
         for name, mesh in meshes.items():
             row = {"model": "transnormer", "size": options.size, "mesh": name, "rows": rows, "seq_len": length}
-            found = gpu.attempt(partial(speed, config, mesh, rows, length, options.profile))
+            if options.recompute:
+                row["recompute"] = True
+            found = gpu.attempt(partial(speed, config, mesh, rows, length, options.profile, options.recompute))
             yield (
                 row
                 | (found if isinstance(found, dict) else {"error": found})
-                | planned(config, mesh, rows, length, kind)
+                | planned(config, mesh, rows, length, options.recompute, kind)
             )
             forget()
 
 
-def speed(config: ModelConfig, mesh: Mesh, rows: int, length: int, profile: bool, steps: int = 8) -> dict[str, Any]:
+def speed(
+    config: ModelConfig, mesh: Mesh, rows: int, length: int, profile: bool, recompute: bool, steps: int = 8
+) -> dict[str, Any]:
     """Steps with AdamW of the compiled model, `rows` on every data rank."""
-    model = build(config, mesh, "bfloat16", compile=True)
+    model = build(config, mesh, "bfloat16", compile=True, recompute=recompute)
     optimizer = new_optimizer(model, Optim())
     batch = draw(config, mesh, rows * mesh.data_ranks, length)
     tokens = rows * mesh.data_ranks * length
@@ -181,10 +204,11 @@ def speed(config: ModelConfig, mesh: Mesh, rows: int, length: int, profile: bool
     } | ({"profile": gpu.profiled(step)} if profile else {})  # fmt: skip
 
 
-def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, kind: str) -> dict[str, Any]:
+def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, recompute: bool, kind: str) -> dict[str, Any]:
     if kind not in GPUS:
         return {}
-    shape, layout = measure_shape(config, length), Layout(mesh.replicate, mesh.shard, mesh.context, mesh.tensor)
+    shape = measure_shape(config, length)
+    layout = Layout(mesh.replicate, mesh.shard, mesh.context, mesh.tensor, recompute=recompute)
     return {
         "planned_bytes": find_memory(shape, layout, rows, length).allocated,
         "planned_tokens_per_second": round(find_speed(shape, layout, GPUS[kind], rows, length)[0]),

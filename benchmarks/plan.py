@@ -2,6 +2,7 @@
 pretended (a fake process group: what they would send is any number, so times and losses say nothing).
 
     python benchmarks/plan.py [--size 385m] [--seconds 300] [--commit HASH] [--out FOLDER]
+    python benchmarks/plan.py --size 7b --compare-tensor [--name plan_tensor]    as `transnormer plan --compare-tensor`
 
 Writes benchmarks/results/plan_<gpu>_<date>.json.
 """
@@ -45,28 +46,33 @@ CASES: list[tuple[str, dict[str, Any], int]] = [  # model, layout, rows of a dat
       for again in (False, True)),
     *(("softmax", {**mesh, "recompute": True}, 16) for mesh in ({}, {"shard": 8})),
 ]  # fmt: skip
+COMPARED: list[tuple[str, dict[str, Any], int]] = [
+    (kind, {"shard": 8 // tensor, "tensor": tensor}, 4) for kind in ("transnormer", "softmax") for tensor in (8, 4, 2, 1)
+]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="385m")
+    parser.add_argument("--compare-tensor", action="store_true", help="eight GPUs by tensor and shard")
+    parser.add_argument("--name", default="plan", help="of the result")
     parser.add_argument("--seconds", type=float, default=600, help="begin no further case after so many")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args()
     name = record.device_name("cuda")
     slug = record.slug(name)
-    result: dict[str, Any] = record.head("plan", name, options.commit)
+    result: dict[str, Any] = record.head(options.name, name, options.commit)
     result |= {"size": options.size, "seq_len": SEQ_LEN, "rows": []}
     end = time.perf_counter() + options.seconds
-    for kind, mesh, rows in CASES:
+    for kind, mesh, rows in COMPARED if options.compare_tensor else CASES:
         if time.perf_counter() > end:
             break
         row = {"model": kind, **mesh, "rows": rows}
         found = gpu.attempt(partial(one, ModelConfig.named(options.size, **KINDS[kind]), Layout(**mesh), rows))
         result["rows"].append(row | (found if isinstance(found, dict) else {"error": found}))
         print(result["rows"][-1], flush=True)
-        (options.out / f"plan_{slug}_{date.today()}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / f"{options.name}_{slug}_{date.today()}.json").write_text(json.dumps(result, indent=1) + "\n")
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
