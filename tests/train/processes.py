@@ -24,7 +24,7 @@ from transnormer.config import ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.ops import dispatch, lightning, loss, lrpe, norm
-from transnormer.train import parallel
+from transnormer.train import parallel, segments
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
 from transnormer.train.recipe import Optim, Parallel
@@ -50,6 +50,7 @@ class Case:
     packed: bool = False  # for one data rank
     kernels: bool = False  # Triton's, interpreted; not in float64
     float8: str = ""  # of bfloat16
+    segment: int = 0  # tokens of a row held at a time; of one process whole rows
     apart: bool = False  # every block gathered by itself, as large ones are
     seed: int = 2  # of the tokens
 
@@ -107,7 +108,7 @@ def compare(case: Case) -> dict[str, Any]:
     if not mesh.first:
         return {}
     alone = Mesh(torch.device("cpu"))
-    plain = dataclasses.replace(case, recompute=False, compile="")
+    plain = dataclasses.replace(case, recompute=False, compile="", segment=0)
     true = step(plain, alone, exact=True)
     errors = distances(ours, true)
     if case.dtype != "float64":
@@ -192,6 +193,9 @@ def step(case: Case, mesh: Mesh, exact: bool = False) -> dict[str, Tensor]:
     loss = torch.zeros((), dtype=torch.float64)
     for batch in mine:
         with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16" and not exact):
+            if case.segment:
+                loss += segments.backward(model, batch.ids, batch.targets, case.segment, 1 / learned.double())
+                continue
             part = model.loss(batch.ids, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum") / learned
         part.backward()
         loss += part.detach()

@@ -53,6 +53,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(TP, BASELINE, compile="aot_eager", recompute=True),
         Case(CP, EVERYTHING, accumulate=2), Case(CP, OTHER, recompute=True), Case(CP, dtype="bfloat16", apart=True),
         Case(CP, EVERYTHING, packed=True), Case(CP, compile="aot_eager", recompute=True),
+        Case(FSDP, segment=6), Case(HSDP, EVERYTHING, accumulate=2, segment=5, apart=True),
+        Case(FSDP, dtype="bfloat16", compile="aot_eager", segment=8), Case(TP, EVERYTHING, recompute=True, segment=6),
     ]  # fmt: skip
     check_equals_one_process(cases, 2, tmp_path)
 
@@ -69,7 +71,7 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
         Case(TP, recompute=True), Case(TP, EVERYTHING), Case(TP, BASELINE, accumulate=2), Case(CP, recompute=True),
         Case(CP, EVERYTHING, dtype="bfloat16"), Case(both, recompute=True, packed=True), Case(both, EVERYTHING),
         Case(both, OTHER), Case(Parallel(replicate=2, tensor=2), EVERYTHING), Case(Parallel(replicate=2, context=2)),
-        Case(HSDP, accumulate=2, apart=True), Case(FSDP, BASELINE), Case(Parallel(tensor=4)), Case(Parallel(context=4), packed=True),
+        Case(HSDP, accumulate=2, apart=True), Case(FSDP, BASELINE), Case(TP, accumulate=2, segment=6), Case(Parallel(tensor=4)), Case(Parallel(context=4), packed=True),
     ]  # fmt: skip
     check_equals_one_process(cases, 4, tmp_path)
 

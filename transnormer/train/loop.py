@@ -93,11 +93,13 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
         )
     if recipe.lora is not None and mesh.world > 1:
         raise ValueError("lora trains on one process; start it without torchrun")
-    if recipe.train.segment and (config.mixer != "gla" or mesh.world > 1 or _resets(recipe, data)):
+    if recipe.train.segment and (config.mixer != "gla" or mesh.context > 1 or _resets(recipe, data)):
         raise ValueError(
-            f"train.segment = {recipe.train.segment} needs linear attention (model.mixer = gla), one process (several "
-            f"share a row by parallel.context) and train.reset_state = false"
+            f"train.segment = {recipe.train.segment} needs linear attention (model.mixer = gla), whole rows "
+            f"(parallel.context = 1) and train.reset_state = false"
         )
+    if recipe.train.segment % mesh.tensor:
+        raise ValueError(f"parallel.tensor = {mesh.tensor} does not divide train.segment = {recipe.train.segment}")
     if config.eos_token_id is None and data.end_of_text is not None:
         config = config.replace(eos_token_id=data.end_of_text)
     if recipe.train.float8:
