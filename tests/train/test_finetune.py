@@ -257,7 +257,8 @@ def test_merged_and_unmerged_models_agree(work: Path, prepared: Path, changes: d
         assert p.requires_grad == (".lora_" in name)
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
-    after, whole = model(ids)[0], lora.merged(model)
+    after = model(ids)[0]
+    whole = LanguageModel.from_tensors(model.config, dict(lora.merged(model)), "the merged model")
     assert (after - before).abs().max() > 0.1
     assert whole.parameter_count() == count
     assert whole.state_dict().keys() == transnormer.load("other").state_dict().keys()
@@ -283,6 +284,39 @@ def test_a_killed_lora_run_loses_nothing(work: Path) -> None:
         assert len({(folder / name).read_bytes() for folder in adapters}) == 1
     one, other = weights("runs/whole"), weights("runs/killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def on_two(*overrides: str) -> subprocess.Popen[bytes]:
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "transnormer", "train", "tune.toml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", *command, *overrides], env=environment, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("mesh", [(), ("parallel.context=2", "train.recompute=true")], ids=str)
+def test_adapters_on_two_processes_are_those_of_one(work: Path, mesh: tuple[str, ...]) -> None:
+    """Trained, stopped, gone on with (where the weights are sharded by one process), merged, saved for peft."""
+    options = ("lora.rank=4", "train.steps=24")
+    train(tune("run=one", *options))
+    process = on_two("run=two", *options, *mesh)
+    while not list(Path().glob("runs/two/checkpoints/step-*")):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    assert 0 < len(curve("two")) < 24
+    if mesh:
+        assert on_two("run=two", *options, *mesh).wait() == 0
+    else:
+        train(tune("run=two", *options))
+    assert [loss for _, loss, _ in curve("two")] == pytest.approx([loss for _, loss, _ in curve("one")], rel=1e-3)
+    one, two = (step_folders(Path("runs") / run / "checkpoints")[0] for run in ("one", "two"))
+    assert len({(folder / lora.FOLDER / "adapter_config.json").read_text() for folder in (one, two)}) == 1
+    merged, base = weights("runs/two"), weights("base")
+    for name, tensor in weights("runs/one").items():
+        assert (merged[name] - tensor).norm() <= 0.02 * (tensor - base[name]).norm(), name
+    ids = torch.randint(300, (2, 30))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), str(two / lora.FOLDER))
+    torch.testing.assert_close(transnormer.load("runs/two")(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_of_all_weights_resumes_exactly(work: Path) -> None:

@@ -25,7 +25,7 @@ from transnormer.train import checkpoint, loop
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.parallel import Mesh, make_mesh
-from transnormer.train.recipe import Parallel, Recipe
+from transnormer.train.recipe import Lora, Parallel, Recipe
 
 from .runs import curve, spoiling, tiny, write_recipe
 
@@ -136,9 +136,29 @@ def wrong_data_on_the_second(rank: int) -> str:
     return "nothing"
 
 
+REFUSED = {
+    ("parallel.tensor=2", "train.segment=9"): "parallel.tensor = 2 does not divide train.segment = 9",
+    ("parallel.context=2", "train.segment=8"): "train.segment = 8 needs linear attention",
+    ("parallel.tensor=2", "lora.rank=2"): "parallel.tensor = 2 cannot cut adapted maps",
+}
+
+
+def refused(rank: int) -> list[str]:
+    found = []
+    for overrides in REFUSED:
+        recipe = tiny("run=none", *OFTEN, *(x for x in overrides if "lora" not in x))
+        if "lora.rank=2" in overrides:
+            recipe = dataclasses.replace(recipe, model={"from": "runs/shard"}, lora=Lora(rank=2))
+        try:
+            train(recipe)
+        except Exception as error:
+            found.append(f"{type(error).__name__} {error}")
+    return found
+
+
 TASKS: tuple[Callable[[int], Any], ...] = (
     on_every_mesh, on_another_mesh, from_a_model, in_two_parts, not_finite_on_the_second, again_and_again_on_the_second,
-    full_disk_of_the_second, signal_to_the_second, damage_to_the_second, wrong_data_on_the_second,
+    full_disk_of_the_second, signal_to_the_second, damage_to_the_second, wrong_data_on_the_second, refused,
 )  # fmt: skip
 
 
@@ -323,6 +343,13 @@ def test_damage_to_one_piece_is_named_and_set_aside(told: Any) -> None:
         "damaged-step-0000009", "damaged-step-0000012",
     ]  # fmt: skip
     assert curve("hurt") == curve("shard")
+
+
+def test_a_mesh_that_does_not_fit_is_refused_once(told: Any) -> None:
+    first, second = told(refused)
+    assert second == ["Elsewhere "] * len(REFUSED)
+    for found, wanted in zip(first, REFUSED.values(), strict=True):
+        assert found.startswith(f"ValueError {wanted}")
 
 
 def test_an_error_of_one_process_is_said_by_it_alone(told: Any) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..model.language_model import LanguageModel
 from . import lora, storage
 from .metrics import say
 from .optim import load_optimizer_tensors, optimizer_tensors
-from .parallel import Elsewhere, Mesh
+from .parallel import Elsewhere, Mesh, whole
 from .recipe import Checkpoint
 
 MEMORY = "optimizer.safetensors"
@@ -112,15 +112,15 @@ class Checkpoints:
         mesh, origin = self._mesh, self._origin
         self._partial = self._parent / f".step-{place.step:07d}.partial"
         self._prune = place.refused == 0  # else the last one before the refused steps must stay
-        weights = (model if origin.adapter is None else lora.merged(model)).state_dict()
+        weights = model.state_dict().items() if origin.adapter is None else lora.merged(model)
         memory = optimizer_tensors(model, optimizer) | {f"torch{storage.RANDOM}{mesh.rank}": torch.get_rng_state()}
         if mesh.device.type == "cuda":
             memory[f"cuda{storage.RANDOM}{mesh.rank}"] = torch.cuda.get_rng_state()
         files = {
             _name(WEIGHTS, PIECES, mesh): self._copies(weights),
-            _name(MEMORY, MEMORY_PIECES, mesh): self._copies(dict(sorted(memory.items()))),
+            _name(MEMORY, MEMORY_PIECES, mesh): self._copies(sorted(memory.items())),
         }
-        adapter = {} if origin.adapter is None else self._copies(lora.adapter_tensors(model))[0]
+        adapter = {} if origin.adapter is None else self._copies(whole(lora.adapter_tensors(model)))[0]
         copied = torch.cuda.Event() if mesh.device.type == "cuda" else None
         if copied is not None:
             copied.record()
@@ -135,13 +135,13 @@ class Checkpoints:
             if mesh.first:
                 _describe(folder, model, origin)
                 write_text(folder / RECORD, record)
-            if origin.adapter is not None:
+            if origin.adapter is not None and mesh.first:
                 lora.save_adapter(folder / lora.FOLDER, adapter, origin.adapter)
             return hashes
 
         self._phase, self._job = "written", self._writer.submit(write)
 
-    def _copies(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    def _copies(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """What this process writes of the tensors, on the host, and where it lies in the whole (None: it is the whole).
 
         From a GPU the copies are on their way: `torch.cuda.Event` says when they are there.

@@ -91,8 +91,8 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
         raise ValueError(
             f"model.max_position_embeddings = {config.max_position_embeddings} is below train.seq_len = {length}"
         )
-    if recipe.lora is not None and mesh.world > 1:
-        raise ValueError("lora trains on one process; start it without torchrun")
+    if recipe.lora is not None and mesh.tensor > 1:
+        raise ValueError(f"parallel.tensor = {mesh.tensor} cannot cut adapted maps; with lora it must be 1")
     if recipe.train.segment and (config.mixer != "gla" or mesh.context > 1 or _resets(recipe, data)):
         raise ValueError(
             f"train.segment = {recipe.train.segment} needs linear attention (model.mixer = gla), whole rows "
@@ -142,6 +142,8 @@ def _model(
     else:
         with torch.device("meta"):
             model = LanguageModel(config)
+        if recipe.lora is not None:
+            lora.inject(model, recipe.lora, folder)
     settings = recipe.train
     parallelize(
         model,

@@ -7,8 +7,9 @@ The embedding and the head, which may be one matrix, are not adapted.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..config import nearest
 from ..files import read_tensors, write_tensors
 from ..model.language_model import LanguageModel
+from ..model.layers import fill
 from .recipe import Lora
 
 if TYPE_CHECKING:
@@ -63,32 +65,34 @@ def inject(model: LanguageModel, recipe: Lora, base: Path) -> LoraConfig:
     return config
 
 
-def merged(model: LanguageModel) -> LanguageModel:
-    """A model of its own whose weights hold the adapters: W + alpha / rank * B A, on the CPU."""
+@torch.no_grad()
+def merged(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """The names and weights of the model with its adapters in them, W + alpha / rank * B A, sharded as W is.
+
+    One after another: the caller that keeps none of them needs room for one. All processes must read all.
+    """
     from peft.tuners.lora import Linear
 
-    deltas = {
-        f"{name}.base_layer.weight": module.get_delta_weight(NAME)
-        for name, module in model.named_modules()
-        if isinstance(module, Linear)
-    }
-    tensors = {
-        name.replace(".base_layer.", "."): (tensor + deltas[name] if name in deltas else tensor).detach().cpu()
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
-    }
-    whole = LanguageModel.from_tensors(model.config, tensors, "the merged model")
-    whole.tokenizer = model.tokenizer
-    return whole
+    maps = {f"{name}.base_layer.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        if name in maps:
+            delta: Any = maps[name].get_delta_weight(NAME)
+            if hasattr(tensor, "placements"):
+                delta = delta.redistribute(placements=tensor.placements)
+            tensor = tensor + delta
+        yield name.replace(".base_layer.", "."), tensor
 
 
 def save_adapter(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
-    """Write adapter_config.json and adapter_model.safetensors. tensors: `adapter_tensors`."""
+    """Write adapter_config.json and adapter_model.safetensors. tensors: `adapter_tensors`, whole."""
     folder.mkdir()
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
 
 
+@torch.no_grad()
 def load_adapter(folder: Path, model: LanguageModel) -> None:
     """The inverse. ValueError where the folder holds another adapter."""
     stored, _ = read_tensors(folder / WEIGHTS)
@@ -96,7 +100,7 @@ def load_adapter(folder: Path, model: LanguageModel) -> None:
     if {name: t.shape for name, t in stored.items()} != {name: p.shape for name, p in wanted.items()}:
         raise ValueError(f"{folder / WEIGHTS}: not the adapter that the recipe describes")
     for name, p in wanted.items():
-        p.data.copy_(stored[name])
+        fill(p, stored[name].to(p.device))
 
 
 def adapter_tensors(model: LanguageModel) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -319,8 +319,13 @@ def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
 def full_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of whole weights by name on the CPU of rank 0, gathered one at a time; {} on the others. All ranks call it."""
     first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    for name, tensor in whole(model.state_dict()):
         if first:
-            found[name] = whole.detach().to("cpu", copy=True)
+            found[name] = tensor.detach().to("cpu", copy=True)
     return found
+
+
+def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """One after another, gathered where they are sharded. All ranks must read all."""
+    for name, tensor in tensors.items():
+        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

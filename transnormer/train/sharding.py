@@ -131,8 +131,7 @@ def _cut_module(module: Any, mesh: DeviceMesh) -> None:
         part = parts.get(path)
         if part is None:
             continue
-        if word in ("columns", "rows") and not isinstance(part, nn.Linear):
-            raise ValueError(f"parallel.tensor = {mesh.size()} cannot cut adapted maps; with lora it must be 1")
+        assert word not in ("columns", "rows") or isinstance(part, nn.Linear), f"{path} is adapted, and is not cut"
         if word == "columns":
             parallelize_module(part, mesh, ColwiseParallel(), src_data_rank=None)
         elif word == "rows":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .parallel import Mesh
 RANDOM = "_rng/"  # in the name of a random state, before the rank whose it is
 
 
-def pieces(tensors: dict[str, Any], mesh: Mesh) -> Iterator[tuple[str, Tensor, list[int], list[int]]]:
+def pieces(tensors: Iterable[tuple[str, Any]], mesh: Mesh) -> Iterator[tuple[str, Tensor, list[int], list[int]]]:
     """(name, local tensor, where it begins in the whole, the whole's shape) of what this process is to write.
 
     Of what several processes hold alike one writes, chosen by the name. Plain tensors are the first process', but for
@@ -25,7 +25,7 @@ def pieces(tensors: dict[str, Any], mesh: Mesh) -> Iterator[tuple[str, Tensor, l
     """
     from torch.distributed.checkpoint import DefaultSavePlanner
 
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         if not hasattr(tensor, "placements"):
             if mesh.first or RANDOM in name:
                 yield name, tensor.detach(), [0] * tensor.dim(), list(tensor.shape)
