@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="of the speeds")
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes, of the first rank")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--name", default="meshes", help="of the result: meshes, meshes_profile, meshes_errors")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args()
@@ -57,9 +58,9 @@ def main() -> None:
         cuda = mesh.device.type == "cuda"
         name = record.device_name(mesh.device.type)
         slug = next((kind for kind in GPUS if kind in name.lower()), mesh.device.type)
-        path = options.out / f"meshes_{slug}x{mesh.world}_{date.today()}.json"
+        path = options.out / f"{options.name}_{slug}x{mesh.world}_{date.today()}.json"
         launcher = ("torchrun", "--nproc-per-node", str(mesh.world))
-        result: dict[str, Any] = record.head("meshes", f"{mesh.world} x {name}", options.commit, launcher) | {
+        result: dict[str, Any] = record.head(options.name, f"{mesh.world} x {name}", options.commit, launcher) | {
             "all_reduce_gb_per_second": all_reduce_speed(mesh),
             "matmul_tflop_per_second": record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512) / 1e12,
             "rows": [],
@@ -106,7 +107,7 @@ def errors(meshes: dict[str, Mesh], kinds: list[str]) -> Iterator[dict[str, Any]
         true = gradients(config, alone, "float32")
         usual = distances(gradients(config, alone, "bfloat16"), true)
         for name, mesh in meshes.items():
-            if mesh is alone or (kind == "softmax" and mesh.context > 1):
+            if mesh.world == 1 or (kind == "softmax" and mesh.context > 1):
                 continue
             for how in HOWS:
                 row = {"model": kind, "mesh": name, **how}

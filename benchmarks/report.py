@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 import matplotlib
@@ -58,8 +59,13 @@ def training_gpu(result: dict[str, Any]) -> str:
     sources = sorted([result, *filter(None, others)], key=lambda each: each["date"])
     found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
     latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
-    bits = [(row, ours) for row in found if "8 bits" in row["model"] for ours in found
-            if ours["model"] == "transnormer" and ours.get("run") == row["run"]]  # fmt: skip
+    bits = []
+    for each in sources:
+        usual_of = {
+            (row.get("run"), row["size"], row["seq_len"]): row for row in each["rows"] if row["model"] == "transnormer"
+        }
+        bits += [(row, usual_of[row.get("run"), row["size"], row["seq_len"]]) for row in each["rows"]
+                 if "8 bits" in row["model"] and "tokens_per_second" in row]  # fmt: skip
     order = list(dict.fromkeys(row["size"] for row in found))
     usual = sorted(latest.values(), key=lambda row: (order.index(row["size"]), row["seq_len"]))
     speed = {(row["size"], row["seq_len"], row["model"]): row["tokens_per_second"] for row in usual}
@@ -184,11 +190,11 @@ def curves(result: dict[str, Any]) -> str:
 def training_profile(result: dict[str, Any]) -> str:
     """Where a step's time goes, by kind of kernel."""
     kinds = {
-        "swish, gate, norm around attention": ("swish_kernel", "norm_kernel", "norm_backward_kernel", "lrpe", "layer_norm"),
+        "swish, gate, norm around attention": ("swish_kernel", "norm_kernel", "norm_backward_kernel", "lrpe", "layer_norm_gated"),
         "matrix products": ("nvjet", "splitKreduce"),
         "attention": ("backward_kernel", "forward_kernel", "sdpa", "cudnn", "chunk_"),
-        "optimizer and clip": ("multi_tensor",), "soft-max of the loss": ("softmax_loss", "liger"),
-        "element-wise": ("triton_", "elementwise", "CUDAFunctor"),
+        "optimizer and clip": ("multi_tensor",), "soft-max of the loss": ("softmax_loss", "liger", "cross_entropy"),
+        "element-wise": ("triton_", "elementwise", "CUDAFunctor", "layer_norm", "swiglu", "rotary"),
     }  # fmt: skip
     sources = [result, *filter(None, [newest("train_1b", "h100")])]
     columns: dict[str, list[str]] = {}
@@ -232,7 +238,7 @@ def meshes(result: dict[str, Any]) -> str:
             f"what one process in bf16 is off by, in float32 by at most {apart:.1e} ([result](../benchmarks/results/{exact['file']}); "
             f"{len(exact['rows']) - len(found)} failed). {exact.get('note', '')}\n\n"
         )
-    return (f"## Two GPUs\n\n{off}Training steps of 385m, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
+    return (f"## Two GPUs\n\n{off}Training steps of {result['rows'][0]['size']}, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
             f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "
             f"the fastest on several GPUs: a GPU has half the tokens under `context` and half of every product under `tensor`. "
             f"Both are for models and rows that do not fit; where they do, `shard` and `replicate` are faster.\n\n"
@@ -240,24 +246,23 @@ def meshes(result: dict[str, Any]) -> str:
 
 
 def meshes_profile(result: dict[str, Any]) -> str:
+    found = [row for row in result["rows"] if "profile" in row]
     rows = [
-        [row["mesh"], *(f"{row['profile'][f'{what}_ms']:.0f}" for what in ("whole", "computing", "busy", "queued")),
+        [row["mesh"], f"{statistics.median(row['times_ms']):.0f}",
+         *(f"{row['profile'][f'{what}_ms']:.0f}" for what in ("whole", "queued", "computing", "busy")),
          f"{row['profile']['launches']:,}"]
-        for row in result["rows"]
+        for row in found
     ]  # fmt: skip
-    shape = result["rows"][0]
-    head = [
-        "mesh",
-        "step, ms",
-        "the GPU computes",
-        "computes or communicates",
-        "the host has queued it after",
-        "launches",
-    ]
+    queued = ", ".join(
+        f"{row['profile']['queued_ms'] / statistics.median(row['times_ms']):.0%} of the median step with {row['mesh']}"
+        for row in found if not row["mesh"].startswith(("shard", "replicate"))
+    )  # fmt: skip
+    shape = found[0]
+    head = ["mesh", "median step, ms", "one step", "queued after", "under the profiler: the GPU computes", "computes or communicates",
+            "launches"]  # fmt: skip
     return (
-        f"\nWhere a step of {shape['rows']} × {shape['seq_len']:,} goes, of the first GPU (under the profiler, which slows the host, so that what it "
-        f"counts can be longer than the step). Under `tensor` and `context` the host takes nearly as long to queue a step as the step "
-        f"is: it is what limits them at 385m.\n\n{table(head, rows)}\n\n{source(result)}\n"
+        f"\nWhere a step of {shape['size']}, {shape['rows']} × {shape['seq_len']:,}, goes, of the first GPU. A kernel of NCCL also waits for the other GPU, and the profiler "
+        f"slows the host. To queue one step took the host {queued}; under `tensor` and `context` it may be the limit.\n\n{table(head, rows)}\n\n{source(result)}\n"
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transnormer
@@ -258,7 +259,7 @@ def test_merged_and_unmerged_models_agree(work: Path, prepared: Path, changes: d
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
     after = model(ids)[0]
-    whole = LanguageModel.from_tensors(model.config, dict(lora.merged(model)), "the merged model")
+    whole = LanguageModel.from_tensors(model.config, dict(lora.merged(model, model.state_dict())), "the merged model")
     assert (after - before).abs().max() > 0.1
     assert whole.parameter_count() == count
     assert whole.state_dict().keys() == transnormer.load("other").state_dict().keys()
@@ -286,37 +287,48 @@ def test_a_killed_lora_run_loses_nothing(work: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def on_two(*overrides: str) -> subprocess.Popen[bytes]:
+def on_two(*overrides: str) -> None:
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "transnormer", "train", "tune.toml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", *command, *overrides], env=environment, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", *command, *overrides], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("mesh", [(), ("parallel.context=2", "train.recompute=true")], ids=str)
-def test_adapters_on_two_processes_are_those_of_one(work: Path, mesh: tuple[str, ...]) -> None:
-    """Trained, stopped, gone on with (where the weights are sharded by one process), merged, saved for peft."""
-    options = ("lora.rank=4", "train.steps=24")
-    train(tune("run=one", *options))
-    process = on_two("run=two", *options, *mesh)
-    while not list(Path().glob("runs/two/checkpoints/step-*")):
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() != 0
-    assert 0 < len(curve("two")) < 24
+def remembered(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("optimizer*.safetensors") for name, x in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    "mesh", [(), ("parallel.context=2", "train.recompute=true"), ("parallel.replicate=2", "lora.dropout=0.3")], ids=str
+)
+def test_adapters_on_two_processes(work: Path, mesh: tuple[str, ...]) -> None:
+    """Those of one process; merged, saved for peft; and gone on with from a step that was also evaluated."""
+    options = ("lora.rank=4", "checkpoint.every=4", "checkpoint.keep=9", "train.steps=24")
+    dropout = [option for option in mesh if "dropout" in option]
+    train(tune("run=one", *options, *dropout))
+    on_two("run=two", *options, *mesh)
+    one, two = (step_folders(Path("runs") / run / "checkpoints") for run in ("one", "two"))
+    assert len({(folder / lora.FOLDER / "adapter_config.json").read_text() for folder in (one[0], two[0])}) == 1
+    assert len(remembered(one[3])) > 0
+    assert remembered(two[3]).keys() == remembered(one[3]).keys() | {"torch_rng/1"}
+    assert not torch.equal(*(remembered(two[3])[f"torch_rng/{rank}"] for rank in (0, 1)))  # each drops out its own
+    whole, merged, base = curve("two"), weights("runs/two"), weights("base")
+    if not dropout:
+        assert [loss for _, loss, _ in whole] == pytest.approx([loss for _, loss, _ in curve("one")], rel=1e-3)
+        for name, tensor in weights("runs/one").items():
+            assert (merged[name] - tensor).norm() <= 0.02 * (tensor - base[name]).norm(), name
+    ids = torch.randint(300, (2, 30))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), str(two[0] / lora.FOLDER))
+    torch.testing.assert_close(transnormer.load("runs/two")(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    for folder in two[:3]:  # back to step 12
+        shutil.rmtree(folder)
     if mesh:
-        assert on_two("run=two", *options, *mesh).wait() == 0
+        on_two("run=two", *options, *mesh)
+        assert curve("two") == whole
+        assert all(torch.equal(tensor, merged[name]) for name, tensor in weights("runs/two").items())
     else:
         train(tune("run=two", *options))
-    assert [loss for _, loss, _ in curve("two")] == pytest.approx([loss for _, loss, _ in curve("one")], rel=1e-3)
-    one, two = (step_folders(Path("runs") / run / "checkpoints")[0] for run in ("one", "two"))
-    assert len({(folder / lora.FOLDER / "adapter_config.json").read_text() for folder in (one, two)}) == 1
-    merged, base = weights("runs/two"), weights("base")
-    for name, tensor in weights("runs/one").items():
-        assert (merged[name] - tensor).norm() <= 0.02 * (tensor - base[name]).norm(), name
-    ids = torch.randint(300, (2, 30))
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), str(two / lora.FOLDER))
-    torch.testing.assert_close(transnormer.load("runs/two")(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        assert [loss for _, loss, _ in curve("two")] == pytest.approx([loss for _, loss, _ in whole], rel=1e-3)
 
 
 def test_a_run_of_all_weights_resumes_exactly(work: Path) -> None:
@@ -373,6 +385,7 @@ def test_data_must_be_encoded_with_the_models_tokenizer(work: Path, prepared: Pa
         (["model.hidden_size=64", "model.size=10m"], r"model\.from says what the model is; remove model\.hidden_size, model\.size"),
         (["model.from=nowhere"], "nowhere: no such folder"),
         (["model.from=3"], r"model\.from = 3, but must be a model's folder"),
+        (["lora.dropout=0.1", "train.segment=8"], r"train\.segment reads rows twice"),
         (["lora.rnak=3"], r"unknown key lora\.rnak; did you mean lora\.rank\?"),
         (["lora.rank=0"], r"lora\.rank = 0, but must be positive"),
         (["lora.targets=qkv_proj"], r"no linear map of the blocks is called 'qkv_proj'; did you mean qkvu_proj\?"),

@@ -62,6 +62,7 @@ def train(recipe: Recipe) -> Path:
         assert config is not None
         mesh.together(lambda: held.enter_context(_opened(run, recipe)), first=True)
         model, origin = _model(recipe, config, data, mesh, base)
+        base = None  # of which each of several processes has a whole one
         return _train(recipe, run, model, origin, data, mesh)
 
 
@@ -161,6 +162,10 @@ def _model(
             whole = base.state_dict()
             for name, tensor in model.state_dict().items():
                 fill(tensor, whole[name].to(mesh.device))
+    if mesh.world > 1:
+        torch.manual_seed(
+            settings.seed + mesh.rank
+        )  # each drops out its own (lora.dropout, the one use of it from here)
     model.tokenizer = tokenizer
     return model, Origin(data=data.fingerprint, chat_template=template, adapter=adapter, base=under)
 

@@ -66,15 +66,15 @@ def inject(model: LanguageModel, recipe: Lora, base: Path) -> LoraConfig:
 
 
 @torch.no_grad()
-def merged(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """The names and weights of the model with its adapters in them, W + alpha / rank * B A, sharded as W is.
+def merged(model: LanguageModel, tensors: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights with the adapters in them, W + alpha / rank * B A, sharded as W is. tensors: the state_dict.
 
     One after another: the caller that keeps none of them needs room for one. All processes must read all.
     """
     from peft.tuners.lora import Linear
 
     maps = {f"{name}.base_layer.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if ".lora_" in name:
             continue
         if name in maps:

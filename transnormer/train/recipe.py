@@ -211,6 +211,10 @@ class Recipe:
             )
         if train.float8 and (train.dtype != "bfloat16" or self.parallel.tensor > 1 or self.lora is not None):
             raise ValueError("train.float8 needs train.dtype = bfloat16, parallel.tensor = 1 and no lora")
+        if train.segment and lora.dropout:
+            raise ValueError(
+                "train.segment reads rows twice, and lora.dropout would drop out something else; set it to 0"
+            )
         if optim.bits not in ((32,) if optim.name == "muon" else (32, 8)):
             raise ValueError(f"optim.bits = {optim.bits}, but must be 32, or 8 with optim.name = adamw or adam")
         if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

@@ -102,7 +102,7 @@ def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
     tokens = recipe.rows * (recipe.train.segment or recipe.train.seq_len) // mesh.data_ranks
     activations = tokens * floats * (2 if recipe.train.dtype == "bfloat16" else 4) // (mesh.context * mesh.tensor)
     device, share = mesh.device, mesh.world // mesh.replicate
-    there = recipe.base is not None and device.type == "cpu"  # the weights are, then
+    there = recipe.base is not None and device.type == "cpu" and mesh.world == 1  # the weights are, then
     copied = 4 * weights + 8 * trained if device.type == "cpu" else 0
     needed = ((0 if there else 4 * weights) + 12 * trained + copied) // share + activations
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()

@@ -63,7 +63,8 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
         )
         fully_shard([blocks[n] for n in numbers], mesh=over, mp_policy=policy, reshard_after_forward=not last)
     fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    register_fsdp_forward_method(model, "hidden")  # where all weights are read, but the head's, which stay gathered
+    # All weights are read there but the head's, which stay gathered; `forward` and `loss` go through it.
+    register_fsdp_forward_method(model, "hidden")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum, which gloo can do only as such
