@@ -5,7 +5,7 @@
 
 Meshes not named are one process and all processes by each factor alone and, of four or more, by two of them.
 An error is ||gradient - gradient in float32 on one process|| / ||...||, the worst of all parameters, in bf16 autocast;
-beside it what one process itself is off by, of the same parameter. Writes benchmarks/results/meshes_<gpu>x<gpus>_<date>.json.
+beside it what one process itself is off by, of the same parameter. Writes benchmarks/results/<name>_<gpu>x<gpus>_<date>.json.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def all_reduce_speed(mesh: Mesh, size: int = 2**28) -> float:
 
 
 def errors(meshes: dict[str, Mesh], kinds: list[str]) -> Iterator[dict[str, Any]]:
+    alone = Mesh(next(iter(meshes.values())).device)
     for kind in kinds:
-        alone = meshes["one process"]
         config = ModelConfig.named("45m", num_hidden_layers=4, **KINDS[kind])
         true = gradients(config, alone, "float32")
         usual = distances(gradients(config, alone, "bfloat16"), true)

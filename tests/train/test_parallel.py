@@ -100,7 +100,7 @@ def test_every_mesh_equals_one_process(world: int, mesh: Parallel, tmp_path: Pat
             continue
         cases += [Case(mesh, model, *way, apart=number % 2 == 0) for number, way in enumerate(WAYS)]
         if mesh.context == 1 and config.mixer == "gla":
-            cases.append(Case(mesh, model, accumulate=2, segment=6))
+            cases.append(Case(mesh, model, accumulate=2, segment=12))
         if mesh.context * mesh.tensor == world:
             cases += [Case(mesh, model, packed=True), Case(mesh, model, "bfloat16", packed=True)]
     check_equals_one_process(cases, world, tmp_path)
