@@ -65,7 +65,7 @@ def main() -> None:
             "matmul_tflop_per_second": record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512) / 1e12,
             "rows": [],
         }  # fmt: skip
-        meshes = {name: named(name, mesh) for name in options.meshes or usual(mesh.world)}
+        meshes = {name: named(name, mesh) for name in options.meshes or default_names(mesh.world)}
         for row in itertools.chain(speeds(meshes, options, slug), errors(meshes, options.kinds)):
             result["rows"].append(row)
             if mesh.first:
@@ -74,7 +74,7 @@ def main() -> None:
         del meshes
 
 
-def usual(world: int) -> list[str]:
+def default_names(world: int) -> list[str]:
     factors = ("shard", "tensor", "context", "replicate")
     pairs = [f"{one} 2, {other} {world // 2}" for one, other in itertools.combinations(factors, 2)]
     return [

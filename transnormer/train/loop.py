@@ -162,10 +162,8 @@ def _model(
             whole = base.state_dict()
             for name, tensor in model.state_dict().items():
                 fill(tensor, whole[name].to(mesh.device))
-    if mesh.world > 1:
-        torch.manual_seed(
-            settings.seed + mesh.rank
-        )  # each drops out its own (lora.dropout, the one use of it from here)
+    if mesh.world > 1:  # each drops out its own: lora.dropout alone draws from here on
+        torch.manual_seed(settings.seed + mesh.rank)
     model.tokenizer = tokenizer
     return model, Origin(data=data.fingerprint, chat_template=template, adapter=adapter, base=under)
 

@@ -191,10 +191,11 @@ def learning_rate(recipe: Optim, step: int, steps: int) -> float:
 
 
 def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer remembers, by name, e.g. "exp_avg/layers.0.glu.up_proj.weight"; whole numbers as int64."""
-    names: dict[Tensor, str] = {
-        p: name for name, p in model.named_parameters()
-    }  # of sharded ones, else the optimizer knows others
+    """What the optimizer remembers, by name, e.g. "exp_avg/layers.0.glu.up_proj.weight"; whole numbers as int64.
+
+    KeyError where FSDP has gathered the model, whose parameters then are others: `state_dict` cuts it again.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{kind}/{names[p]}": value if isinstance(value, Tensor) else torch.tensor(value)
         for p, memory in optimizer.state.items()
