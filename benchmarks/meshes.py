@@ -34,11 +34,12 @@ from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, make_mesh, parallelize, start
 from transnormer.train.plan import GPUS, Layout, find_memory, find_speed
 from transnormer.train.plan import measure as measure_shape
-from transnormer.train.recipe import Optim, Parallel
+from transnormer.train.recipe import Optim, Parallel, Train
+from transnormer.train.step import Passes
 
 EVERYTHING = {"position_layers": "all", "norm": "rmsnorm", "bias": True, "gate_rank": 16, "tie_word_embeddings": False}
 KINDS: dict[str, dict[str, Any]] = {"transnormer": {}, "transnormer, everything": EVERYTHING, "softmax": TRANSFORMER}
-HOWS: list[dict[str, bool]] = [{}, {"compile": True}, {"recompute": True}, {"compile": True, "recompute": True}]
+HOWS = ("plain", "compile", "recompute", "compile, recompute", "compile, graph")
 
 
 def main() -> None:
@@ -46,8 +47,10 @@ def main() -> None:
     parser.add_argument("--size", default="385m", help="of the speeds; errors are of four layers of 45m")
     parser.add_argument("--shapes", nargs="*", default=["8x2048", "2x8192"], help="rows of a data rank x tokens")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="of the errors")
+    parser.add_argument("--hows", nargs="*", default=list(HOWS), help="of the errors")
     parser.add_argument("--meshes", nargs="+", help='of both, such as "one process" or "shard 2, tensor 2"')
     parser.add_argument("--recompute", action="store_true", help="of the speeds")
+    parser.add_argument("--graph", action="store_true", help="of the speeds: also with both passes as one CUDA graph")
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes, of the first rank")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--name", default="meshes", help="of the result: meshes, meshes_profile, meshes_errors")
@@ -66,7 +69,7 @@ def main() -> None:
             "rows": [],
         }  # fmt: skip
         meshes = {name: named(name, mesh) for name in options.meshes or default_names(mesh.world)}
-        for row in itertools.chain(speeds(meshes, options, slug), errors(meshes, options.kinds)):
+        for row in itertools.chain(speeds(meshes, options, slug), errors(meshes, options)):
             result["rows"].append(row)
             if mesh.first:
                 path.write_text(json.dumps(result, indent=1) + "\n")
@@ -100,16 +103,16 @@ def all_reduce_speed(mesh: Mesh, size: int = 2**28) -> float:
     return x.nbytes * 2 * (mesh.world - 1) / mesh.world / took / 1e6
 
 
-def errors(meshes: dict[str, Mesh], kinds: list[str]) -> Iterator[dict[str, Any]]:
+def errors(meshes: dict[str, Mesh], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     alone = Mesh(next(iter(meshes.values())).device)
-    for kind in kinds:
+    for kind in options.kinds:
         config = ModelConfig.named("45m", num_hidden_layers=4, **KINDS[kind])
         true = gradients(config, alone, "float32")
         usual = distances(gradients(config, alone, "bfloat16"), true)
         for name, mesh in meshes.items():
             if mesh.world == 1 or (kind == "softmax" and mesh.context > 1):
                 continue
-            for how in HOWS:
+            for how in (dict.fromkeys(set(each.split(", ")) - {"plain"}, True) for each in options.hows):
                 row = {"model": kind, "mesh": name, **how}
                 found = gpu.attempt(partial(gradients, config, mesh, "bfloat16", **how))
                 if isinstance(found, str):
@@ -140,14 +143,13 @@ def draw(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Batch:
     return mesh.split(Batch(mine[:, :-1], mine[:, 1:])).to(mesh.device)
 
 
-def gradients(config: ModelConfig, mesh: Mesh, dtype: str, **how: Any) -> dict[str, torch.Tensor]:
+def gradients(config: ModelConfig, mesh: Mesh, dtype: str, graph: bool = False, **how: Any) -> dict[str, torch.Tensor]:
     """Of four rows of 512 tokens: the loss, every gradient, their norm."""
     model = build(config, mesh, dtype, **how)
     batch = draw(config, mesh, 4, 512)
-    with torch.autocast(mesh.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = model.loss(batch.ids, batch.targets, reduction="sum") / (4 * 512)
-    loss.backward()
-    found = {"loss": mesh.total(loss.detach()).double().cpu()}
+    with Passes(model, mesh, Train(dtype=dtype, graph=graph)) as passes:
+        loss = passes(batch, torch.full((), 4.0 * 512, device=mesh.device)).clone()
+    found = {"loss": mesh.total(loss).double().cpu()}
     for name, p in model.named_parameters():
         gradient: Any = p.grad
         found[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).double().cpu()
@@ -166,17 +168,21 @@ def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> I
             row = {"model": "transnormer", "size": options.size, "mesh": name, "rows": rows, "seq_len": length}
             if options.recompute:
                 row["recompute"] = True
-            found = gpu.attempt(partial(speed, config, mesh, rows, length, options.profile, options.recompute))
-            yield (
-                row
-                | (found if isinstance(found, dict) else {"error": found})
-                | planned(config, mesh, rows, length, options.recompute, kind)
-            )
-            forget()
+            for graph in (False, True) if options.graph else (False,):
+                found = gpu.attempt(
+                    partial(speed, config, mesh, rows, length, options.profile, options.recompute, graph)
+                )
+                yield (
+                    row
+                    | ({"graph": True} if graph else {})
+                    | (found if isinstance(found, dict) else {"error": found})
+                    | planned(config, mesh, rows, length, options.recompute, kind)
+                )
+                forget()
 
 
 def speed(
-    config: ModelConfig, mesh: Mesh, rows: int, length: int, profile: bool, recompute: bool, steps: int = 8
+    config: ModelConfig, mesh: Mesh, rows: int, length: int, profile: bool, recompute: bool, graph: bool, steps: int = 8
 ) -> dict[str, Any]:
     """Steps with AdamW of the compiled model, `rows` on every data rank."""
     model = build(config, mesh, "bfloat16", compile=True, recompute=recompute)
@@ -184,10 +190,11 @@ def speed(
     batch = draw(config, mesh, rows * mesh.data_ranks, length)
     tokens = rows * mesh.data_ranks * length
 
+    passes = Passes(model, mesh, Train(dtype="bfloat16", graph=graph))
+    learned = torch.full((), float(tokens), device=mesh.device)
+
     def step() -> None:
-        with torch.autocast(mesh.device.type, torch.bfloat16):
-            loss = model.loss(batch.ids, batch.targets, reduction="sum") / tokens
-        loss.backward()
+        passes(batch, learned)
         clip(model, mesh, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -199,10 +206,12 @@ def speed(
     times = [record.time_ms(step, mesh.device.type)]
     first = time.perf_counter() - began
     times = [record.time_ms(step, mesh.device.type) for _ in range(steps + 2)][2:]
-    return {
-        "tokens_per_second": round(tokens / statistics.median(times) * 1e3), "first_step_seconds": round(first, 1),
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None, "times_ms": [round(t, 2) for t in times],
-    } | ({"profile": gpu.profiled(step)} if profile else {})  # fmt: skip
+    with passes:
+        return {
+            "tokens_per_second": round(tokens / statistics.median(times) * 1e3), "first_step_seconds": round(first, 1),
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "times_ms": [round(t, 2) for t in times],
+        } | ({"profile": gpu.profiled(step)} if profile else {})  # fmt: skip
 
 
 def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, recompute: bool, kind: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
+from transnormer.train.graph import Graph
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, parallelize
 from transnormer.train.recipe import Optim
@@ -28,28 +29,37 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 @dataclasses.dataclass
 class Trainer:
-    """A model and its loss; flops: of a token at a length, None where unknown; note: what sets it apart."""
+    """A model and its loss; flops: of a token at a length, None where unknown; note: what sets it apart; graph: whether
+    forward and backward are one CUDA graph."""
 
     model: nn.Module
     loss: Callable[[Tensor], Tensor]
     flops: Callable[[int], float | None]
     note: str = ""
     new_optimizer: Callable[[Any], torch.optim.Optimizer] = _adamw
+    graph: bool = False
 
     def step(self, ids: Tensor) -> Tensor:
         """Loss, backward, clip, optimizer."""
-        loss = self.loss(ids)
-        loss.backward()
+        loss = self.passes(ids)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
 
     def __post_init__(self) -> None:
         self.optimizer = self.new_optimizer(self.model)
+        self.passes = Graph(self.model, self._passes, adds=False) if self.graph else self._passes
+
+    def _passes(self, ids: Tensor) -> Tensor:
+        loss = self.loss(ids)
+        loss.backward()
+        return loss.detach()
 
 
-def _ours(config: ModelConfig, compile: bool, note: str = "", optimizer: Any = _adamw, **how: Any) -> Trainer:
+def _ours(
+    config: ModelConfig, compile: bool, note: str = "", optimizer: Any = _adamw, graph: bool = False, **how: Any
+) -> Trainer:
     with torch.device("cuda"):
         model = LanguageModel(config)
     parallelize(model, Mesh(torch.device("cuda")), compile=compile, dtype="bfloat16", **how)
@@ -58,7 +68,7 @@ def _ours(config: ModelConfig, compile: bool, note: str = "", optimizer: Any = _
         with torch.autocast("cuda", torch.bfloat16):
             return model.loss(ids[:, :-1], ids[:, 1:])
 
-    return Trainer(model, loss, model.flops_per_token, note, optimizer)
+    return Trainer(model, loss, model.flops_per_token, note, optimizer, graph)
 
 
 def _matched(size: str) -> ModelConfig:
@@ -134,6 +144,12 @@ CONTENDERS: dict[str, Callable[[str], Trainer]] = {
         ModelConfig.named(size, **TRANSFORMER), True, note="our LanguageModel in other words, blocks compiled, cuDNN"
     ),
     "retnet": _retnet,
+    "transnormer, one graph": lambda size: _ours(
+        ModelConfig.named(size), True, graph=True, note="blocks compiled, both passes as one CUDA graph"
+    ),
+    "softmax, one graph": lambda size: _ours(
+        ModelConfig.named(size, **TRANSFORMER), True, graph=True, note="blocks compiled, both passes as one CUDA graph"
+    ),
     "transnormer, eager": lambda size: _ours(ModelConfig.named(size), False, note="not compiled"),
     "transnormer, recomputed": lambda size: _ours(
         ModelConfig.named(size), True, recompute=True, note="blocks compiled and recomputed in the backward pass"

@@ -61,13 +61,13 @@ def spoiling(
 ) -> Callable[..., Tensor]:  # fmt: skip
     """`loop.gradients`, but the step that reads sample `stop_at` stops, and damage(model, loss) is done to those of `samples`."""
 
-    def spoiled(model: Any, share: Any, *rest: Any) -> Tensor:
-        loss = gradients(model, share, *rest)
+    def spoiled(passes: Any, share: Any, *rest: Any) -> Tensor:
+        loss = gradients(passes, share, *rest)
         if stop_at in range(*share.samples):
             if error is not None:
                 raise error("as if it had been killed")
             os.kill(os.getpid(), signal.SIGTERM)
-        return damage(model, loss) if any(sample in range(*share.samples) for sample in samples) else loss
+        return damage(passes.model, loss) if any(sample in range(*share.samples) for sample in samples) else loss
 
     return spoiled
 

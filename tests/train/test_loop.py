@@ -66,6 +66,11 @@ def test_accumulation_recomputation_and_segments_change_nothing_but_rounding(wor
     assert curves[0] == pytest.approx(curves[3], rel=1e-4)
 
 
+def test_a_cpu_records_no_graph(work: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.graph = true needs a GPU and train\.reset_state = false.*is cpu"):
+        train(tiny("run=graph", "train.graph=true", "train.device=cpu"))
+
+
 def test_bfloat16_keeps_float32_weights(work: Path) -> None:
     run = train(tiny("run=half", "train.dtype=bfloat16", "train.steps=20"))
     assert all(p.dtype == torch.float32 for p in transnormer.load(run).parameters())

@@ -28,7 +28,7 @@ from .optim import learning_rate, new_optimizer, step_unless
 from .parallel import Mesh, check, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
 from .setup import check_memory, check_same, check_tokenizer, describe, only_one, open_data
-from .step import STOPS, agree, evaluation, gradients, refusal
+from .step import STOPS, Passes, agree, evaluation, gradients, refusal
 
 RUNS = Path("runs")  # in the working directory
 RETURNS = 3  # to one checkpoint, then the run ends
@@ -98,6 +98,11 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
         raise ValueError(
             f"train.segment = {recipe.train.segment} needs linear attention (model.mixer = gla), whole rows "
             f"(parallel.context = 1) and train.reset_state = false"
+        )
+    if recipe.train.graph and (mesh.device.type != "cuda" or _resets(recipe, data)):
+        raise ValueError(
+            f"train.graph = true needs a GPU and train.reset_state = false, for all micro-batches to be of one shape; "
+            f"here the device is {mesh.device.type}"
         )
     if recipe.train.segment % mesh.tensor:
         raise ValueError(f"parallel.tensor = {mesh.tensor} does not divide train.segment = {recipe.train.segment}")
@@ -181,7 +186,8 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
     model.train()
     with (
         Checkpoints(run / "checkpoints", mesh, origin, recipe.checkpoint) as checkpoints,
-        Feed(loader, settings.accumulate, mesh) as feed, _stop_requests() as stop,
+        Feed(loader, settings.accumulate, mesh) as feed, Passes(model, mesh, settings) as passes,
+        _stop_requests() as stop,
     ):  # fmt: skip
         place = checkpoints.resume(model, optimizer)
         feed.seek(place.position)
@@ -193,7 +199,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
                 began, step, share = time.perf_counter(), place.step + 1, next(feed)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe.optim, step, steps)
-                loss = gradients(model, share, mesh, settings)
+                loss = gradients(passes, share, mesh)
                 bad, tell = agree(mesh, loss, clip(model, mesh, recipe.optim.clip), stop, checkpoints.flags)
                 unseen = not settings.spike and step_unless(optimizer, bad)  # queued before the device is waited for
                 told = tell()

@@ -289,12 +289,14 @@ def parallelize(
         # The compiler spares what nobody reads of a recomputation it sees, but saves a mesh as a tensor beside softmax
         # attention's (torch 2.13).
         seen = model.config.mixer != "softmax" or mesh.tensor == 1
+        draws = any(isinstance(module, nn.Dropout) and module.p for module in block.modules())
+        again = partial(recomputed, use_reentrant=False, preserve_rng_state=draws)  # a CUDA graph cannot read it
         if recompute and seen:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+            block.forward = partial(again, block.forward)
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True)
         if recompute and not seen:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+            block.forward = partial(again, block.forward)
     if mesh.ranks is not None:
         sharding.shard(model, mesh, torch.bfloat16 if dtype == "bfloat16" else None)
 
@@ -314,6 +316,14 @@ def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
     from . import sharding
 
     return sharding.clip(model, mesh, most)
+
+
+def reshard(model: nn.Module, mesh: Mesh) -> None:
+    """Let go of gathered weights that a forward pass kept for a backward pass, where there was none."""
+    if mesh.ranks is not None:
+        from . import sharding
+
+        sharding.reshard(model)
 
 
 def full_tensors(model: nn.Module) -> dict[str, Tensor]:

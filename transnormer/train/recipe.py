@@ -48,6 +48,7 @@ class Train:
     recompute: bool = False  # activations in the backward pass instead of storing them
     segment: int = 0  # tokens of a row held at a time, the others read twice: rows of any length; 0: whole rows
     compile: bool = False  # the blocks, by torch.compile
+    graph: bool = False  # a micro-batch's passes as one CUDA graph: for models too small to keep a GPU waiting
     reset_state: bool | None = None  # at the borders of documents; by default for conversations alone
     patience: int = 3  # refused steps in a row after which the run goes back to its last checkpoint
     spike: float = 0.0  # refuse a step whose loss is so many standard deviations above the last ones; 0: none for that

@@ -71,6 +71,13 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: nn.Module) -> None:
+    """See `parallel.reshard`."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
     """See `parallel.clip`."""

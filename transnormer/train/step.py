@@ -17,7 +17,8 @@ from ..model.language_model import LanguageModel
 from . import segments
 from .checkpoint import WINDOW
 from .feed import Share
-from .parallel import Mesh
+from .graph import Graph
+from .parallel import Mesh, reshard
 from .recipe import Train
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -32,7 +33,36 @@ class Told(NamedTuple):
     saving: tuple[int, int]
 
 
-def gradients(model: LanguageModel, share: Share, mesh: Mesh, settings: Train) -> Tensor:
+class Passes:
+    """Forward and backward of a micro-batch: called with it and with the scalar that its loss is divided by, it adds the
+    gradients to the model's and returns the loss."""
+
+    def __init__(self, model: LanguageModel, mesh: Mesh, settings: Train):
+        self.model, self._mesh, self._settings = model, mesh, settings
+        self._graph = Graph(model, self._both, adds=settings.accumulate > 1) if settings.graph else None
+
+    def __enter__(self) -> Passes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._graph is not None:
+            self._graph.close()
+
+    def __call__(self, batch: Batch, learned: Tensor) -> Tensor:
+        if self._graph is not None:
+            return self._graph(batch.ids, batch.targets, learned)
+        return self._both(*batch[:2], learned, batch.cu_seqlens)
+
+    def _both(self, ids: Tensor, targets: Tensor, learned: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        with autocast(self._mesh, self._settings.dtype):
+            if self._settings.segment:
+                return segments.backward(self.model, ids, targets, self._settings.segment, 1 / learned)
+            loss = summed_loss(self.model, Batch(ids, targets, cu_seqlens)) / learned
+        loss.backward()
+        return loss.detach()
+
+
+def gradients(passes: Passes, share: Share, mesh: Mesh) -> Tensor:
     """Leave the step's gradients in the model; returns this process' share of the loss, a sum over the processes.
 
     The loss is a mean over what is learned in the whole step, by all processes and micro-batches.
@@ -40,14 +70,7 @@ def gradients(model: LanguageModel, share: Share, mesh: Mesh, settings: Train) -
     learned = mesh.total(torch.full((), share.learned, dtype=torch.float64, device=mesh.device)).clamp(min=1).float()
     loss = torch.zeros((), device=mesh.device)
     for batch in share.batches:
-        batch = batch.to(mesh.device)
-        with autocast(mesh, settings.dtype):
-            if settings.segment:
-                loss += segments.backward(model, batch.ids, batch.targets, settings.segment, 1 / learned)
-                continue
-            part = summed_loss(model, batch) / learned
-        part.backward()
-        loss += part.detach()
+        loss += passes(batch.to(mesh.device), learned)
     return loss
 
 
@@ -113,6 +136,7 @@ def evaluation(model: LanguageModel, batches: list[Batch], mesh: Mesh, dtype: st
             with autocast(mesh, dtype):
                 nats += summed_loss(model, batch.to(mesh.device))
         model.train()
+        reshard(model, mesh)  # a recorded step would not
         total, count = mesh.total(torch.stack([nats, torch.full_like(nats, learned)])).tolist()
         return float(total / count)
 

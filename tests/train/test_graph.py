@@ -1,0 +1,108 @@
+"""Steps recorded as one CUDA graph: what the same steps are without it, to the bit, whatever happens to the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from transnormer.config import ModelConfig
+from transnormer.data.loader import Batch
+from transnormer.model.language_model import LanguageModel
+from transnormer.train.graph import Graph
+from transnormer.train.loop import Interrupted, train
+from transnormer.train.parallel import Mesh
+from transnormer.train.recipe import Train
+from transnormer.train.step import Passes
+
+from .runs import curve, tiny
+from .test_checkpoint import BAD, OFTEN, same, spoil, state  # noqa: F401
+
+pytestmark = pytest.mark.gpu
+SHORT = ("train.steps=12", "eval.every=5", "checkpoint.every=4")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (), ("train.accumulate=2",), ("train.recompute=true",), ("train.segment=16",),
+        ("train.compile=true", "train.dtype=bfloat16"), ("train.compile=true", "train.recompute=true"),
+        ("model.mixer=softmax", "model.position=rope", "model.position_layers=all"),
+    ],
+    ids=["plain", "accumulated", "recomputed", "segments", "compiled", "compiled and recomputed", "softmax"],
+)  # fmt: skip
+def test_a_recorded_run_is_the_same_run(work: Path, overrides: tuple[str, ...]) -> None:
+    for graph in ("false", "true"):
+        train(tiny(f"run=graph-{graph}", f"train.graph={graph}", *SHORT, *overrides))
+    assert curve("graph-true") == curve("graph-false")
+
+
+def test_every_replay_draws_anew() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 1)).cuda()
+    x = torch.randn(16, 64, device="cuda")
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def losses(function: Callable[[torch.Tensor], torch.Tensor]) -> list[float]:
+        torch.cuda.manual_seed(1)
+        return [function(x).item() for _ in range(4)]
+
+    graph = Graph(model, compute, adds=False)
+    found = losses(graph)
+    assert len(set(found)) == 4
+    assert losses(graph) == found
+    assert losses(compute) == found
+    graph.close()
+
+
+def test_a_recorded_run_goes_back_past_refused_steps(work: Path, spoil: Callable[..., None]) -> None:  # noqa: F811
+    spoil(*BAD)
+    for graph in ("false", "true"):
+        train(tiny(f"run=graph-{graph}", f"train.graph={graph}", *OFTEN))
+    assert curve("graph-true") == curve("graph-false")
+    assert same(state("graph-true", 24), state("graph-false", 24))
+
+
+def test_a_recorded_run_resumes_exactly(work: Path, spoil: Callable[..., None]) -> None:  # noqa: F811
+    train(tiny("run=whole", "train.graph=true", *OFTEN))
+    for run, error in (("stopped", None), ("killed", RuntimeError)):
+        spoil(stop_at=41, error=error)
+        with pytest.raises(error or Interrupted):
+            train(tiny(f"run={run}", "train.graph=true", *OFTEN))
+        spoil()
+        train(tiny(f"run={run}", "train.graph=true", *OFTEN))
+        assert curve(run) == curve("whole")
+        assert same(state(run, 24), state("whole", 24))
+
+
+def test_what_reads_on_the_host_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = LanguageModel.loss
+
+    def reading(model: LanguageModel, *inputs: torch.Tensor, **options: object) -> torch.Tensor:
+        found = loss(model, *inputs, **options)  # type: ignore[arg-type]
+        return found * float(found.isfinite())
+
+    monkeypatch.setattr(LanguageModel, "loss", reading)
+    with pytest.raises(ValueError, match=r"train\.graph = true, but this step cannot be recorded; write false"):
+        train(tiny("run=read", "train.graph=true"))
+
+
+def test_the_memory_is_let_go_of() -> None:
+    device = torch.device("cuda")
+    config = ModelConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    before = torch.cuda.memory_allocated()
+    model = LanguageModel(config).to(device)
+    ids = torch.randint(config.vocab_size, (2, 65), device=device)
+    with Passes(model, Mesh(device), Train(graph=True)) as passes:
+        for _ in range(3):
+            passes(Batch(ids[:, :-1], ids[:, 1:]), torch.full((), 128.0, device=device))
+    del model, passes, ids
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() - before < 2**16

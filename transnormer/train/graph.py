@@ -1,0 +1,81 @@
+"""The passes of a micro-batch as one CUDA graph: the host hands the GPU one thing to do instead of thousands.
+
+A GPU is through a small model, or its part of one, sooner than the host queues it; and where processes wait for each
+other in every block, all wait for the slowest host. What a graph does it does at the same addresses every time: so it
+keeps the memory of both passes while it lives, and micro-batches must be of one shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..model.layers import local
+
+WARM = 2  # passes before: they compile, tune, connect processes
+
+
+class Graph:
+    """`compute(*inputs)`, recorded when first called, then replayed. All ranks of a mesh call it alike.
+
+    compute: leaves gradients in the model's parameters and returns its loss, a scalar; reads nothing on the host.
+    inputs: tensors on the GPU, of the same shapes at every call. adds: gradients add up until they are set to None;
+    otherwise each call's replace the last one's, which saves a pass over them.
+    Raises ValueError where `compute` cannot be recorded.
+    """
+
+    def __init__(self, model: nn.Module, compute: Callable[..., Tensor], *, adds: bool):
+        self._model, self._compute, self._adds = model, compute, adds
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The loss, in memory that the next call writes to again."""
+        if self._graph is None:
+            self._graph = self._record(inputs)
+        for place, x in zip(self._inputs, inputs, strict=True):
+            place.copy_(x, non_blocking=True)
+        if self._adds and self._gradients[0][0].grad is None:
+            torch._foreach_zero_([local(gradient) for _, gradient in self._gradients])
+        self._graph.replay()
+        for p, gradient in self._gradients:
+            p.grad = gradient
+        return self._loss
+
+    def close(self) -> None:
+        """Let go of the memory. The process group that was recorded must still be there."""
+        self._gradients.clear()
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
+        self._inputs = [x.clone() for x in inputs]
+        device, parameters = inputs[0].device, [p for p in self._model.parameters() if p.requires_grad]
+        drawn = torch.cuda.get_rng_state(device)
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            for _ in range(WARM):
+                self._compute(*self._inputs)
+                if not self._adds:
+                    for p in parameters:
+                        p.grad = None
+        torch.cuda.current_stream(device).wait_stream(aside)
+        torch.cuda.set_rng_state(drawn, device)
+        graph = torch.cuda.CUDAGraph()
+        try:  # other threads may read ahead meanwhile, into memory of their own
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                self._loss = self._compute(*self._inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"train.graph = true, but this step cannot be recorded; write false ({why})") from error
+        self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+        if self._adds:
+            for p in parameters:
+                p.grad = None
+        return graph
