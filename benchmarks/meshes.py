@@ -205,11 +205,15 @@ def speed(
     began = time.perf_counter()
     times = [record.time_ms(step, mesh.device.type)]
     first = time.perf_counter() - began
+    if cuda:  # of what is reserved later on: a graph's memory is, but never allocated
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     times = [record.time_ms(step, mesh.device.type) for _ in range(steps + 2)][2:]
     with passes:
         return {
             "tokens_per_second": round(tokens / statistics.median(times) * 1e3), "first_step_seconds": round(first, 1),
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda and not graph else None,
+            "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
             "times_ms": [round(t, 2) for t in times],
         } | ({"profile": gpu.profiled(step)} if profile else {})  # fmt: skip
 

@@ -145,6 +145,8 @@ def measure(
     begin = time.perf_counter()
     first_loss = trainer.step(ids).item()
     first = time.perf_counter() - begin
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # which began with steps before the optimizer had its memory
     times = [_event_ms(partial(trainer.step, ids)) for _ in range(options.repeats + 2)][2:]
     energy = gpu.joules(partial(trainer.step, ids), each=4)
     tokens = rows * length / statistics.median(times) * 1e3
@@ -152,7 +154,8 @@ def measure(
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()), "tokens_per_second": round(tokens),
         "flop_share": flops and round(tokens * flops / ceiling, 3), "first_step_seconds": round(first, 1),
-        "peak_bytes": torch.cuda.max_memory_allocated(), "millijoules_per_token": energy / rows / length * 1e3,
+        "peak_bytes": None if trainer.graph else torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(), "millijoules_per_token": energy / rows / length * 1e3,
         "times_ms": [round(t, 2) for t in times],
         "losses": [first_loss, trainer.step(ids).item()], "note": trainer.note,
     } | ({"profile": gpu.profiled(partial(trainer.step, ids))} if options.profile else {})  # fmt: skip
