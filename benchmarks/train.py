@@ -140,7 +140,7 @@ def measure(
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
     trainer = CONTENDERS[name](size)
-    ids = torch.randint(64_000, (rows, length + 1), device="cuda")
+    ids = torch.randint(ModelConfig.named(size).vocab_size, (rows, length + 1), device="cuda")
     torch.cuda.synchronize()
     begin = time.perf_counter()
     first_loss = trainer.step(ids).item()
@@ -171,7 +171,7 @@ def measure_segments(size: str, tokens: int) -> dict[str, Any]:
     trainer = CONTENDERS["transnormer"](size)
     model = trainer.model
     assert isinstance(model, LanguageModel)
-    ids = torch.randint(64_000, (1, tokens + 1), device="cuda")
+    ids = torch.randint(model.config.vocab_size, (1, tokens + 1), device="cuda")
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):

@@ -19,13 +19,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import transnormer
+from transnormer.config import ModelConfig
+from transnormer.data.loader import Batch
 from transnormer.files import read_weights, sha256, step_folders, write_pieces
 from transnormer.formats.convert import export
+from transnormer.model.language_model import LanguageModel, init_weights
+from transnormer.model.layers import local
 from transnormer.train import checkpoint, loop
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
-from transnormer.train.parallel import Mesh, make_mesh
+from transnormer.train.parallel import Mesh, make_mesh, parallelize
 from transnormer.train.recipe import Lora, Parallel, Recipe
+from transnormer.train.step import evaluation
 
 from .runs import curve, spoiling, tiny, write_recipe
 
@@ -143,6 +148,29 @@ REFUSED = {
 }
 
 
+def evaluated(rank: int) -> list[float]:
+    """Before and after half of every weight is gone, as after a recorded step, which runs none of FSDP's hooks; and anew."""
+    config = ModelConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    ids = torch.arange(65).remainder(48).unsqueeze(0)
+    mesh = make_mesh(Parallel(), torch.device("cpu"))
+
+    def fresh() -> tuple[list[torch.nn.Parameter], Callable[[], float]]:
+        model = LanguageModel(config)
+        init_weights(model, 1)
+        parallelize(model, mesh)
+        measure = evaluation(model, [Batch(ids[:, :-1], ids[:, 1:])], mesh, "float32")
+        assert measure is not None
+        return list(model.parameters()), measure
+
+    (parameters, measure), (others, anew) = fresh(), fresh()
+    before = measure()
+    for p in (*parameters, *others):
+        local(p.detach()).mul_(0.5)
+    return [before, measure(), anew()]
+
+
 def refused(rank: int) -> list[str]:
     found = []
     for overrides in REFUSED:
@@ -158,7 +186,7 @@ def refused(rank: int) -> list[str]:
 
 TASKS: tuple[Callable[[int], Any], ...] = (
     on_every_mesh, on_another_mesh, from_a_model, in_two_parts, not_finite_on_the_second, again_and_again_on_the_second,
-    full_disk_of_the_second, signal_to_the_second, damage_to_the_second, wrong_data_on_the_second, refused,
+    full_disk_of_the_second, signal_to_the_second, damage_to_the_second, wrong_data_on_the_second, evaluated, refused,
 )  # fmt: skip
 
 
@@ -356,3 +384,8 @@ def test_an_error_of_one_process_is_said_by_it_alone(told: Any) -> None:
     first, second = told(wrong_data_on_the_second)
     assert first == "Elsewhere "
     assert second.startswith("ValueError nowhere: not a prepared folder")
+
+
+def test_an_evaluation_reads_the_weights_there_are(told: Any) -> None:
+    for before, after, anew in told(evaluated):
+        assert after == anew != before

@@ -8,6 +8,7 @@ keeps the memory of both passes while it lives, and micro-batches must be of one
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,12 @@ from torch import Tensor, nn
 from ..model.layers import local
 
 WARM = 2  # passes before: they compile, tune, connect processes
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """To record on, the same for all: cuBLAS keeps memory for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Graph:
@@ -55,7 +62,7 @@ class Graph:
         self._inputs = [x.clone() for x in inputs]
         device, parameters = inputs[0].device, [p for p in self._model.parameters() if p.requires_grad]
         drawn = torch.cuda.get_rng_state(device)
-        aside = torch.cuda.Stream(device)
+        aside = _stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM):
