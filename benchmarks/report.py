@@ -25,12 +25,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def link(result: dict[str, Any], name: str = "") -> str:
+    return f"[{name or result['file']}](../benchmarks/results/{result['file']})"
+
+
 def source(result: dict[str, Any]) -> str:
     named = ", ".join(
         f"{name} {result['versions'][name]}" for name in ("torch", "triton") if name in result["versions"]
     )
     return (f"{result['device']}; {named}; commit {result['commit'][:12]}{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
-            f"[{result['file']}](../benchmarks/results/{result['file']}).")  # fmt: skip
+            f"{link(result)}.")  # fmt: skip
 
 
 def training(result: dict[str, Any]) -> str:
@@ -235,7 +239,7 @@ def meshes(result: dict[str, Any]) -> str:
         apart = max(row["float32_off"] for row in found if "float32_off" in row)
         off = (
             f"Gradients of four layers of 45m, {len(found)} times a model, a mesh and a way (compiled, recomputed): in bf16 off by at most {ratio:.2f} times "
-            f"what one process in bf16 is off by, in float32 by at most {apart:.1e} ([result](../benchmarks/results/{exact['file']}); "
+            f"what one process in bf16 is off by, in float32 by at most {apart:.1e} ({link(exact, 'result')}; "
             f"{len(exact['rows']) - len(found)} failed). {exact.get('note', '')}\n\n"
         )
     return (f"## Two GPUs\n\n{off}Training steps of {result['rows'][0]['size']}, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
@@ -243,6 +247,53 @@ def meshes(result: dict[str, Any]) -> str:
             f"the fastest on several GPUs: a GPU has half the tokens under `context` and half of every product under `tensor`. "
             f"Both are for models and rows that do not fit; where they do, `shard` and `replicate` are faster.\n\n"
             f"{table(head, rows)}\n\n{source(result)}\n{meshes_profile(profile) if profile else ''}")  # fmt: skip
+
+
+def meshes_four(result: dict[str, Any]) -> str:
+    """Meshes of four GPUs, plain and recorded: 385m, and 7b from several runs."""
+    rows: list[list[str]] = []
+    sources = [
+        result,
+        *filter(
+            None, (newest(f"meshes_7b{more}", "h100x4") for more in ("", "_alone", "_graph", "_context", "_tensor"))
+        ),
+    ]
+    for each in sources:
+        for row in each["rows"]:
+            times, peak = row["times_ms"], row.get("peak_bytes")
+            rows.append([
+                row["size"], row["mesh"], "recorded" if row.get("graph") else "", f"{row['tokens_per_second']:,}",
+                f"{row['planned_tokens_per_second']:,}", f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})",
+                f"{row['profile']['computing_ms']:.0f}", f"{peak / 2**30:.1f}" if peak else "–", f"{row['planned_bytes'] / 2**30:.1f}",
+            ])  # fmt: skip
+    head = ["size", "mesh", "", "tokens/s", "planned", "a step, ms", "of which a GPU computes", "GiB a GPU", "planned"]
+    errors = [each for each in (newest("meshes_errors", "h100x4"), newest("meshes_graph_errors", "h100x4")) if each]
+    off = [row for each in errors for row in each["rows"]]
+    worst = max(row["off"] / max(row["one_process_off"], 2**-9) for row in off)
+    files = " and ".join(link(each, name) for name, each in zip(("plain", "recorded"), errors, strict=True))
+    notes = " ".join(f"{each['file']}: {each['note']}." for each in sources if "note" in each)
+    return (
+        f"## Four GPUs\n\nIn bf16 the gradients of {len(off)} rows (by two factors at once, by four of one; compiled, recomputed, recorded) are off by at most "
+        f"{worst:.2f} times what one process is off by ({files}).\n\nTraining steps as above, 385m with rows of 16 × 2,048 and 7b of 4 × 2,048 a data rank. "
+        f"*Recorded* is `train.graph`: the passes are one CUDA graph, so the host queues nothing in them. What `tensor` and `context` lose without it is the host's: "
+        f"a GPU computes as long either way. 7b's first rows were measured one after another in the same processes, "
+        f"and `shard 4`, which fills the GPU, is faster in processes of its own.\n\n"
+        f"{table(head, rows)}\n\n{source(result)} 7b: {', '.join(map(link, sources[1:]))}. {notes}\n{the_host()}"
+    )  # fmt: skip
+
+
+def the_host() -> str:
+    result = newest("host", "h100")
+    if result is None:
+        return ""
+    rows = [
+        [row["mesh"] if row["mesh"] == "one" else f"{row['mesh']} 2", *(f"{row[part]:.1f}" for part in ("forward", "backward", "clip", "optimizer", "whole"))]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return (
+        f"\nWhat the host needs to queue a step of 385m, in ms, with 512 tokens and other processes that are only pretended, so that it waits for nobody:\n\n"
+        f"{table(['mesh', 'forward', 'backward', 'clip', 'optimizer', 'whole'], rows)}\n\n{source(result)}\n"
+    )
 
 
 def meshes_profile(result: dict[str, Any]) -> str:
@@ -487,7 +538,7 @@ def check(result: dict[str, Any]) -> str:
     sanitized = newest("ops_memcheck", "h100")
     watched = (
         f"All again under compute-sanitizer's memcheck: {sanitized['right']} of {sanitized['configurations']} right, {sanitized['errors']} errors "
-        f"([result](../benchmarks/results/{sanitized['file']})). "
+        f"({link(sanitized, 'result')}). "
         if sanitized
         else ""
     )
@@ -569,6 +620,7 @@ def main() -> None:
         ("train_profile", "h100", training_profile),
         ("train_float8", "h100", training_float8),
         ("meshes", "h100x2", meshes),
+        ("meshes_385m", "h100x4", meshes_four),
         ("train", "cpu", training),
         ("inference", "cpu", decoding),
         ("attention", "cpu", attention),

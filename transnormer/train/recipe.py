@@ -18,7 +18,7 @@ from ..config import SIZES, ModelConfig, nearest
 from ..data.chat import FORMATS
 
 OPTIMIZERS = ("adamw", "adam", "muon")
-MOVABLE = re.compile(r"(parallel|checkpoint)\..*|train\.(accumulate|recompute|compile|device)")  # not what is learned
+MOVABLE = re.compile(r"(parallel|checkpoint)\..*|train\.(accumulate|recompute|compile|graph|device)")  # not what is learned
 SCHEDULES = ("cosine", "constant", "wsd")
 DTYPES = ("float32", "bfloat16")
 SCALINGS = ("", "tensorwise", "rowwise")
