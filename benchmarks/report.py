@@ -12,6 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from record import RESULTS
 
+from transnormer.config import ModelConfig
+from transnormer.train.plan import GPUS, Layout, find_memory, find_speed, measure
+
 DOCS = RESULTS.parent.parent / "docs"
 
 
@@ -217,6 +220,18 @@ def training_profile(result: dict[str, Any]) -> str:
             f"{table(['', *columns], rows)}\n\n{source(result)} That of 1b is of the runs above.\n")  # fmt: skip
 
 
+def planned(row: dict[str, Any]) -> tuple[str, str]:
+    """(tokens a second, GiB a GPU) by today's plan."""
+    factors: dict[str, Any] = {}
+    if row["mesh"] != "one process":
+        factors = {name: int(size) for name, size in map(str.split, row["mesh"].split(", "))}
+    layout = Layout(**factors)
+    shape = measure(ModelConfig.named(row["size"]), row["seq_len"])
+    speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
+    memory = find_memory(shape, layout, row["rows"], row["seq_len"])
+    return f"{speed:,.0f}", f"{memory.allocated / 2**30:.2f}"
+
+
 def meshes(result: dict[str, Any]) -> str:
     rows: list[list[str]] = []
     alone: dict[int, int] = {}
@@ -226,8 +241,8 @@ def meshes(result: dict[str, Any]) -> str:
         alone.setdefault(row["seq_len"], row["tokens_per_second"])
         rows.append([
             row["mesh"], f"{row['rows']} × {row['seq_len']:,}", f"{row['tokens_per_second']:,}",
-            f"{row['tokens_per_second'] / alone[row['seq_len']]:.2f}", f"{row['planned_tokens_per_second']:,}",
-            f"{row['peak_bytes'] / 2**30:.2f}", f"{row['planned_bytes'] / 2**30:.2f}",
+            f"{row['tokens_per_second'] / alone[row['seq_len']]:.2f}", planned(row)[0],
+            f"{row['peak_bytes'] / 2**30:.2f}", planned(row)[1],
         ])  # fmt: skip
     spread = max(max(row["times_ms"]) / min(row["times_ms"]) for row in result["rows"] if "times_ms" in row)
     head = ["mesh", "rows a data rank × tokens", "tokens/s", "of one process", "planned", "GiB a GPU", "planned"]
@@ -263,21 +278,23 @@ def meshes_four(result: dict[str, Any]) -> str:
             times, peak = row["times_ms"], row.get("peak_bytes")
             rows.append([
                 row["size"], row["mesh"], "recorded" if row.get("graph") else "", f"{row['tokens_per_second']:,}",
-                f"{row['planned_tokens_per_second']:,}", f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})",
-                f"{row['profile']['computing_ms']:.0f}", f"{peak / 2**30:.1f}" if peak else "–", f"{row['planned_bytes'] / 2**30:.1f}",
+                planned(row)[0], f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})",
+                f"{row['profile']['computing_ms']:.0f}", f"{peak / 2**30:.1f}" if peak else "–", planned(row)[1],
             ])  # fmt: skip
-    head = ["size", "mesh", "", "tokens/s", "planned", "a step, ms", "of which a GPU computes", "GiB a GPU", "planned"]
+    head = ["size", "mesh", "", "tokens/s", "planned", "a step, ms", "the GPU computes", "GiB a GPU", "planned"]
     errors = [each for each in (newest("meshes_errors", "h100x4"), newest("meshes_graph_errors", "h100x4")) if each]
     off = [row for each in errors for row in each["rows"]]
     worst = max(row["off"] / max(row["one_process_off"], 2**-9) for row in off)
     files = " and ".join(link(each, name) for name, each in zip(("plain", "recorded"), errors, strict=True))
-    notes = " ".join(f"{each['file']}: {each['note']}." for each in sources if "note" in each)
+    notes = " ".join(
+        f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(each["note"] for each in sources if "note" in each)
+    )
     return (
         f"## Four GPUs\n\nIn bf16 the gradients of {len(off)} rows (by two factors at once, by four of one; compiled, recomputed, recorded) are off by at most "
         f"{worst:.2f} times what one process is off by ({files}).\n\nTraining steps as above, 385m with rows of 16 × 2,048 and 7b of 4 × 2,048 a data rank. "
         f"*Recorded* is `train.graph`: the passes are one CUDA graph, so the host queues nothing in them. What `tensor` and `context` lose without it is the host's: "
-        f"a GPU computes as long either way. 7b's first rows were measured one after another in the same processes, "
-        f"and `shard 4`, which fills the GPU, is faster in processes of its own.\n\n"
+        f"a GPU computes as long either way. The first four rows of 7b were measured one after another in the same processes; "
+        f"`shard 4`, which fills the GPU, was faster in processes of its own (the row below). Planned is what today's plan says, part of which is fitted to these rows.\n\n"
         f"{table(head, rows)}\n\n{source(result)} 7b: {', '.join(map(link, sources[1:]))}. {notes}\n{the_host()}"
     )  # fmt: skip
 
@@ -313,7 +330,7 @@ def meshes_profile(result: dict[str, Any]) -> str:
             "launches"]  # fmt: skip
     return (
         f"\nWhere a step of {shape['size']}, {shape['rows']} × {shape['seq_len']:,}, goes, of the first GPU. A kernel of NCCL also waits for the other GPU, and the profiler "
-        f"slows the host. To queue one step took the host {queued}; under `tensor` and `context` it may be the limit.\n\n{table(head, rows)}\n\n{source(result)}\n"
+        f"slows the host. To queue one step took the host {queued}; under `tensor` and `context` it is the limit, as recorded steps show (four GPUs, below).\n\n{table(head, rows)}\n\n{source(result)}\n"
     )
 
 

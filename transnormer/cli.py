@@ -431,7 +431,7 @@ def plan(
     console.print(table(job, plans))
     print("Shares of weights, and so of gradients and optimizer, are checked against the real sharding code.")
     if any(each.layout.tensor * each.layout.context > 1 for each in plans):
-        print("Under tensor and context a small model took up to 1.7 times as long as planned (docs/planning.md).")
+        print("Speeds are those of GPUs that wait for no host: under tensor and context with train.graph = true.")
 
 
 @app.callback(invoke_without_command=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import ModelConfig
@@ -28,6 +29,7 @@ class Gpu:
     """One kind of GPU, as its vendor's data sheet has it (named beside each); links in one direction."""
 
     gib: float  # memory
+    tbps: float  # TB/s read from it or written
     tflops: float  # bfloat16, dense, sums in float32
     watts: float
     link: float  # GB/s of one GPU to the others of its node
@@ -36,23 +38,32 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu(80, 312.0, 400, 300, 25),  # NVIDIA A100 80GB SXM; 200 Gb/s adapters, as in DGX A100
-    "h100": Gpu(80, 989.4, 700, 450, 50),  # NVIDIA H100 SXM; 400 Gb/s adapters, as in DGX H100
-    "h200": Gpu(141, 989.4, 700, 450, 50),  # NVIDIA H200 SXM; as in DGX H200
-    "b200": Gpu(180, 2_250.0, 1_000, 900, 50),  # NVIDIA HGX B200; 400 Gb/s adapters, as in DGX B200
-    "l40s": Gpu(48, 362.0, 350, 32, 25),  # NVIDIA L40S, PCIe 4.0 x16
-    "rtx4090": Gpu(24, 165.2, 450, 32, 12.5),  # NVIDIA Ada whitepaper; PCIe 4.0 x16, 100 Gb/s a GPU
+    "a100": Gpu(80, 2.039, 312.0, 400, 300, 25),  # NVIDIA A100 80GB SXM; 200 Gb/s adapters, as in DGX A100
+    "h100": Gpu(80, 3.35, 989.4, 700, 450, 50),  # NVIDIA H100 SXM; 400 Gb/s adapters, as in DGX H100
+    "h200": Gpu(141, 4.8, 989.4, 700, 450, 50),  # NVIDIA H200 SXM; as in DGX H200
+    "b200": Gpu(180, 8.0, 2_250.0, 1_000, 900, 50),  # NVIDIA HGX B200; 400 Gb/s adapters, as in DGX B200
+    "l40s": Gpu(48, 0.864, 362.0, 350, 32, 25),  # NVIDIA L40S, PCIe 4.0 x16
+    "rtx4090": Gpu(24, 1.008, 165.2, 450, 32, 12.5),  # NVIDIA Ada whitepaper; PCIe 4.0 x16, 100 Gb/s a GPU
 }
 
 # Measured on an H100 (benchmarks/results/train_h100_2026-11-25.json): what matrix products alone reach of the data
-# sheet's rate, and what training reaches of that, by width D; between widths interpolated, beyond them held.
+# sheet's rate, what both passes reach of that, by width D (between widths interpolated, beyond them held), and what
+# copies reach of the memory's.
 MATMUL_SHARE = 724.64 / 989.4
-TRAINING_SHARE = {"gla": {1_024: 0.604, 2_048: 0.721}, "softmax": {1_024: 0.610, 2_048: 0.706}}
+PASSES_SHARE = {"gla": {1_024: 0.622, 2_048: 0.747, 4_096: 0.83}, "softmax": {1_024: 0.621, 2_048: 0.728}}
+COPY_SHARE = 3.032 / 3.35
+# On four H100 (meshes_7b_*_h100x4_2026-11-27.json; D = 4,096 above is of these too): what collectives reach of
+# a link's rate; how much longer a step is for weights that travel meanwhile, at its ends and because they slow the
+# products, as a share of their time; and how much longer than a plain copy FSDP's take.
+LINK_SHARE = 0.58
+EXPOSED = 0.4
+FSDP_COPIES = 1.75
 
+UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 4, to clip 8
 WORKSPACE_BYTES = 2**26  # cuBLAS's on the same H100: 32 MiB for forward's thread and for backward's
 
 # Assumed, not measured.
-LINK_SHARE = 0.75  # what collectives reach of a link's rate
+NETWORK_SHARE = 0.75  # what collectives reach of the rate between nodes
 USABLE = 0.95  # of a GPU's memory; the rest is lost between blocks of the allocator, and to ECC
 CONTEXT_BYTES = 2**30  # CUDA's context and the kernels
 GROUP_BYTES = 2**28  # buffers of NCCL, for every group of processes that a rank is in
@@ -274,11 +285,22 @@ def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory
 # Time.
 
 
-def training_share(config: ModelConfig) -> float:
-    """What a model of this width reaches of the rate of matrix products."""
-    (narrow, low), (wide, high) = TRAINING_SHARE[config.mixer].items()
-    place = (min(max(config.hidden_size, narrow), wide) - narrow) / (wide - narrow)
-    return low + place * (high - low)
+def passes_share(config: ModelConfig) -> float:
+    """What both passes of a model of this width reach of the rate of matrix products."""
+    shares = PASSES_SHARE[config.mixer]
+    return float(np.interp(config.hidden_size, list(shares), list(shares.values())))
+
+
+def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
+    """What one GPU reads and writes in a step to put in order what is gathered and summed. rows: as in `find_memory`."""
+    if layout.world == 1:
+        return 0.0
+    own, _ = shape.share(layout)
+    passes = 2  # the last blocks' weights, gathered once, are few
+    weights = passes * (6 * own + 4 * shape.blocks / layout.tensor) + 6 * shape.blocks / layout.tensor
+    tokens = rows * seq_len // layout.context
+    heads = 4 * shape.config.num_hidden_layers * 4 * tokens * shape.config.hidden_size if layout.tensor > 1 else 0
+    return layout.accumulate * (FSDP_COPIES * weights + heads)
 
 
 def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
@@ -305,23 +327,28 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
 
 
 def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) -> tuple[float, dict[str, int]]:
-    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed, all else waits."""
+    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed, all else waits.
+
+    No GPU waits for its host: under `tensor` and `context`, and of small models, that takes `train.graph = true`.
+    """
     config = shape.config
     flops = shape.flops_per_token
     if layout.recompute:
         flops += (flops - 6 * config.vocab_size * config.hidden_size) / 3
     tokens = rows * layout.accumulate * layout.replicate * layout.shard * seq_len
-    compute = tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * training_share(config))
+    memory = gpu.tbps * 1e12 * COPY_SHARE
+    passes = tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * passes_share(config))
+    passes += copied_bytes(shape, layout, rows, seq_len) / memory
+    update = shape.share(layout)[0] * UPDATE_BYTES / memory
     sent = sent_bytes(shape, layout, rows, seq_len)
     spans = {
         "tensor": layout.tensor, "context": layout.tensor * layout.context,
         "shard": layout.tensor * layout.context * layout.shard, "replicate": layout.world,
     }  # fmt: skip
-    wait = {
-        kind: sent[kind] / ((gpu.link if span <= gpu.node else gpu.network) * 1e9 * LINK_SHARE)
-        for kind, span in spans.items()
-    }
-    return tokens / (max(compute, wait["shard"]) + wait["tensor"] + wait["context"] + wait["replicate"]), sent
+    link, network = gpu.link * LINK_SHARE, gpu.network * NETWORK_SHARE
+    wait = {kind: sent[kind] / ((link if span <= gpu.node else network) * 1e9) for kind, span in spans.items()}
+    passes = max(passes + EXPOSED * wait["shard"], wait["shard"])
+    return tokens / (passes + update + wait["tensor"] + wait["context"] + wait["replicate"]), sent
 
 
 # The search.
