@@ -18,7 +18,8 @@ from ..config import SIZES, ModelConfig, nearest
 from ..data.chat import FORMATS
 
 OPTIMIZERS = ("adamw", "adam", "muon")
-MOVABLE = re.compile(r"(parallel|checkpoint)\..*|train\.(accumulate|recompute|compile|graph|device)")  # not what is learned
+# what is learned does not depend on these
+MOVABLE = re.compile(r"(parallel|checkpoint)\..*|train\.(accumulate|recompute|compile|graph|device)")
 SCHEDULES = ("cosine", "constant", "wsd")
 DTYPES = ("float32", "bfloat16")
 SCALINGS = ("", "tensorwise", "rowwise")
