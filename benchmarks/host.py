@@ -95,6 +95,7 @@ def milliseconds(kind: str, repeats: int, device: torch.device, profile: bool) -
         steps = [step() for _ in range(repeats + 4)][4:]
         functions = {"functions": called(step)} if profile else {}
     found = {part: statistics.median(times[n + 1] - times[n] for times in steps) * 1e3 for n, part in enumerate(PARTS)}
+    found["tokens"] = ids.numel() * mesh.context
     found["whole"] = statistics.median(times[-1] - times[0] for times in steps) * 1e3
     return {part: round(value, 1) for part, value in found.items()} | functions
 

@@ -15,7 +15,6 @@ import gc
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Iterator
 from datetime import date
 from functools import partial
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
+from transnormer.model.layers import local
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, make_mesh, parallelize, start
 from transnormer.train.plan import GPUS, Layout, find_memory, find_speed
@@ -112,7 +112,7 @@ def errors(meshes: dict[str, Mesh], options: argparse.Namespace) -> Iterator[dic
         for name, mesh in meshes.items():
             if mesh.world == 1 or (kind == "softmax" and mesh.context > 1):
                 continue
-            for how in (dict.fromkeys(set(each.split(", ")) - {"plain"}, True) for each in options.hows):
+            for how in ({word: True for word in each.split(", ") if word != "plain"} for each in options.hows):
                 row = {"model": kind, "mesh": name, **how}
                 found = gpu.attempt(partial(gradients, config, mesh, "bfloat16", **how))
                 if isinstance(found, str):
@@ -147,13 +147,24 @@ def gradients(config: ModelConfig, mesh: Mesh, dtype: str, graph: bool = False, 
     """Of four rows of 512 tokens: the loss, every gradient, their norm."""
     model = build(config, mesh, dtype, **how)
     batch = draw(config, mesh, 4, 512)
+    learned = torch.full((), 4.0 * 512, device=mesh.device)
     with Passes(model, mesh, Train(dtype=dtype, graph=graph)) as passes:
-        loss = passes(batch, torch.full((), 4.0 * 512, device=mesh.device)).clone()
+        if graph:  # recorded with other weights and tokens
+            _scale(model, 0.5)
+            passes(batch._replace(ids=batch.ids.flip(1)), learned)
+            _scale(model, 2.0)
+            model.zero_grad()
+        loss = passes(batch, learned).clone()
     found = {"loss": mesh.total(loss).double().cpu()}
     for name, p in model.named_parameters():
         gradient: Any = p.grad
         found[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).double().cpu()
     return found | {"norm": clip(model, mesh, 1.0).double().cpu()}
+
+
+def _scale(model: LanguageModel, factor: float) -> None:
+    for p in model.parameters():
+        local(p.detach()).mul_(factor)
 
 
 def distances(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -162,60 +173,48 @@ def distances(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> 
 
 def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> Iterator[dict[str, Any]]:
     config = ModelConfig.named(options.size)
-    for shape in options.shapes:
+    for shape, (name, mesh), graph in itertools.product(
+        options.shapes, meshes.items(), (False, True) if options.graph else (False,)
+    ):
         rows, length = map(int, shape.split("x"))
-        for name, mesh in meshes.items():
-            row = {"model": "transnormer", "size": options.size, "mesh": name, "rows": rows, "seq_len": length}
-            if options.recompute:
-                row["recompute"] = True
-            for graph in (False, True) if options.graph else (False,):
-                found = gpu.attempt(
-                    partial(speed, config, mesh, rows, length, options.profile, options.recompute, graph)
-                )
-                yield (
-                    row
-                    | ({"graph": True} if graph else {})
-                    | (found if isinstance(found, dict) else {"error": found})
-                    | planned(config, mesh, rows, length, options.recompute, kind)
-                )
-                forget()
+        row = {"model": "transnormer", "size": options.size, "mesh": name, "rows": rows, "seq_len": length}
+        row |= {"recompute": True} if options.recompute else {}
+        row |= {"graph": True} if graph else {}
+        found = gpu.attempt(partial(speed, config, mesh, rows, length, options, graph))
+        plan = planned(config, mesh, rows, length, options.recompute, kind)
+        yield row | (found if isinstance(found, dict) else {"error": found}) | plan
+        forget()
 
 
 def speed(
-    config: ModelConfig, mesh: Mesh, rows: int, length: int, profile: bool, recompute: bool, graph: bool, steps: int = 8
+    config: ModelConfig, mesh: Mesh, rows: int, length: int, options: argparse.Namespace, graph: bool, steps: int = 8
 ) -> dict[str, Any]:
     """Steps with AdamW of the compiled model, `rows` on every data rank."""
-    model = build(config, mesh, "bfloat16", compile=True, recompute=recompute)
+    model = build(config, mesh, "bfloat16", compile=True, recompute=options.recompute)
     optimizer = new_optimizer(model, Optim())
     batch = draw(config, mesh, rows * mesh.data_ranks, length)
-    tokens = rows * mesh.data_ranks * length
-
-    passes = Passes(model, mesh, Train(dtype="bfloat16", graph=graph))
+    tokens, kind = rows * mesh.data_ranks * length, mesh.device.type
     learned = torch.full((), float(tokens), device=mesh.device)
+    with Passes(model, mesh, Train(dtype="bfloat16", graph=graph)) as passes:
 
-    def step() -> None:
-        passes(batch, learned)
-        clip(model, mesh, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        def step() -> torch.Tensor:
+            loss = passes(batch, learned)
+            clip(model, mesh, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
 
-    cuda = mesh.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    times = [record.time_ms(step, mesh.device.type)]
-    first = time.perf_counter() - began
-    if cuda:  # of what is reserved later on: a graph's memory is, but never allocated
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    times = [record.time_ms(step, mesh.device.type) for _ in range(steps + 2)][2:]
-    with passes:
+        first = record.time_ms(step, kind) / 1e3
+        if kind == "cuda":  # of what is reserved from here on: a graph's memory is, but never allocated
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = [record.time_ms(step, kind) for _ in range(steps + 2)][2:]
         return {
             "tokens_per_second": round(tokens / statistics.median(times) * 1e3), "first_step_seconds": round(first, 1),
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda and not graph else None,
-            "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
-            "times_ms": [round(t, 2) for t in times],
-        } | ({"profile": gpu.profiled(step)} if profile else {})  # fmt: skip
+            "peak_bytes": torch.cuda.max_memory_allocated() if kind == "cuda" and not graph else None,
+            "reserved_bytes": torch.cuda.max_memory_reserved() if kind == "cuda" else None,
+            "loss": mesh.total(step()).item(), "times_ms": [round(t, 2) for t in times],
+        } | ({"profile": gpu.profiled(step)} if options.profile else {})  # fmt: skip
 
 
 def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, recompute: bool, kind: str) -> dict[str, Any]:

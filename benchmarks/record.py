@@ -113,3 +113,28 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     before = status("VmRSS")
     call()
     return max(0, status("VmHWM") - before)
+
+
+# For the report.
+
+
+def newest(subject: str, device: str) -> dict[str, Any] | None:
+    found = sorted(RESULTS.glob(f"{subject}_{device}_*.json"))
+    return json.loads(found[-1].read_text()) | {"file": found[-1].name} if found else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def link(result: dict[str, Any], name: str = "") -> str:
+    return f"[{name or result['file']}](../benchmarks/results/{result['file']})"
+
+
+def source(result: dict[str, Any]) -> str:
+    named = ", ".join(
+        f"{name} {result['versions'][name]}" for name in ("torch", "triton") if name in result["versions"]
+    )
+    return (f"{result['device']}; {named}; commit {result['commit'][:12]}{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
+            f"{link(result)}.")  # fmt: skip

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from record import RESULTS
-
-from transnormer.config import ModelConfig
-from transnormer.train.plan import GPUS, Layout, find_memory, find_speed, measure
+from record import RESULTS, link, newest, source, table
+from report_meshes import four, two
 
 DOCS = RESULTS.parent.parent / "docs"
-
-
-def newest(subject: str, device: str) -> dict[str, Any] | None:
-    found = sorted(RESULTS.glob(f"{subject}_{device}_*.json"))
-    return json.loads(found[-1].read_text()) | {"file": found[-1].name} if found else None
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def link(result: dict[str, Any], name: str = "") -> str:
-    return f"[{name or result['file']}](../benchmarks/results/{result['file']})"
-
-
-def source(result: dict[str, Any]) -> str:
-    named = ", ".join(
-        f"{name} {result['versions'][name]}" for name in ("torch", "triton") if name in result["versions"]
-    )
-    return (f"{result['device']}; {named}; commit {result['commit'][:12]}{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
-            f"{link(result)}.")  # fmt: skip
 
 
 def training(result: dict[str, Any]) -> str:
@@ -218,120 +192,6 @@ def training_profile(result: dict[str, Any]) -> str:
     rows = [[name, *(column[n] for column in columns.values())] for n, name in enumerate(names)]
     return (f"### Where a step goes\n\nms of one step of {result['rows'][0]['rows']} × {result['rows'][0]['seq_len']:,} tokens, kernels by torch.profiler.\n\n"
             f"{table(['', *columns], rows)}\n\n{source(result)} That of 1b is of the runs above.\n")  # fmt: skip
-
-
-def planned(row: dict[str, Any]) -> tuple[str, str]:
-    """(tokens a second, GiB a GPU) by today's plan."""
-    factors: dict[str, Any] = {}
-    if row["mesh"] != "one process":
-        factors = {name: int(size) for name, size in map(str.split, row["mesh"].split(", "))}
-    layout = Layout(**factors)
-    shape = measure(ModelConfig.named(row["size"]), row["seq_len"])
-    speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
-    memory = find_memory(shape, layout, row["rows"], row["seq_len"])
-    return f"{speed:,.0f}", f"{memory.allocated / 2**30:.2f}"
-
-
-def meshes(result: dict[str, Any]) -> str:
-    rows: list[list[str]] = []
-    alone: dict[int, int] = {}
-    for row in result["rows"]:
-        if "tokens_per_second" not in row:
-            continue
-        alone.setdefault(row["seq_len"], row["tokens_per_second"])
-        rows.append([
-            row["mesh"], f"{row['rows']} × {row['seq_len']:,}", f"{row['tokens_per_second']:,}",
-            f"{row['tokens_per_second'] / alone[row['seq_len']]:.2f}", planned(row)[0],
-            f"{row['peak_bytes'] / 2**30:.2f}", planned(row)[1],
-        ])  # fmt: skip
-    spread = max(max(row["times_ms"]) / min(row["times_ms"]) for row in result["rows"] if "times_ms" in row)
-    head = ["mesh", "rows a data rank × tokens", "tokens/s", "of one process", "planned", "GiB a GPU", "planned"]
-    profile = newest("meshes_profile", "h100x2")
-    exact, off = newest("meshes_errors", "h100x2"), ""
-    if exact:
-        found = [row for row in exact["rows"] if "off" in row]
-        ratio = max(row["off"] / max(row["one_process_off"], 2**-9) for row in found)
-        apart = max(row["float32_off"] for row in found if "float32_off" in row)
-        off = (
-            f"Gradients of four layers of 45m, {len(found)} times a model, a mesh and a way (compiled, recomputed): in bf16 off by at most {ratio:.2f} times "
-            f"what one process in bf16 is off by, in float32 by at most {apart:.1e} ({link(exact, 'result')}; "
-            f"{len(exact['rows']) - len(found)} failed). {exact.get('note', '')}\n\n"
-        )
-    return (f"## Two GPUs\n\n{off}Training steps of {result['rows'][0]['size']}, bf16, compiled, AdamW; all-reduce {result['all_reduce_gb_per_second']:.0f} GB/s a GPU, "
-            f"bf16 matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s. Medians of 8 steps, of which the slowest takes up to {spread:.1f} times "
-            f"the fastest on several GPUs: a GPU has half the tokens under `context` and half of every product under `tensor`. "
-            f"Both are for models and rows that do not fit; where they do, `shard` and `replicate` are faster.\n\n"
-            f"{table(head, rows)}\n\n{source(result)}\n{meshes_profile(profile) if profile else ''}")  # fmt: skip
-
-
-def meshes_four(result: dict[str, Any]) -> str:
-    """Meshes of four GPUs, plain and recorded: 385m, and 7b from several runs."""
-    rows: list[list[str]] = []
-    sources = [
-        result,
-        *filter(
-            None, (newest(f"meshes_7b{more}", "h100x4") for more in ("", "_alone", "_graph", "_context", "_tensor"))
-        ),
-    ]
-    for each in sources:
-        for row in each["rows"]:
-            times, peak = row["times_ms"], row.get("peak_bytes")
-            rows.append([
-                row["size"], row["mesh"], "recorded" if row.get("graph") else "", f"{row['tokens_per_second']:,}",
-                planned(row)[0], f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})",
-                f"{row['profile']['computing_ms']:.0f}", f"{peak / 2**30:.1f}" if peak else "–", planned(row)[1],
-            ])  # fmt: skip
-    head = ["size", "mesh", "", "tokens/s", "planned", "a step, ms", "the GPU computes", "GiB a GPU", "planned"]
-    errors = [each for each in (newest("meshes_errors", "h100x4"), newest("meshes_graph_errors", "h100x4")) if each]
-    off = [row for each in errors for row in each["rows"]]
-    worst = max(row["off"] / max(row["one_process_off"], 2**-9) for row in off)
-    files = " and ".join(link(each, name) for name, each in zip(("plain", "recorded"), errors, strict=True))
-    notes = " ".join(
-        f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(each["note"] for each in sources if "note" in each)
-    )
-    return (
-        f"## Four GPUs\n\nIn bf16 the gradients of {len(off)} rows (by two factors at once, by four of one; compiled, recomputed, recorded) are off by at most "
-        f"{worst:.2f} times what one process is off by ({files}).\n\nTraining steps as above, 385m with rows of 16 × 2,048 and 7b of 4 × 2,048 a data rank. "
-        f"*Recorded* is `train.graph`: the passes are one CUDA graph, so the host queues nothing in them. What `tensor` and `context` lose without it is the host's: "
-        f"a GPU computes as long either way. The first four rows of 7b were measured one after another in the same processes; "
-        f"`shard 4`, which fills the GPU, was faster in processes of its own (the row below). Planned is what today's plan says, part of which is fitted to these rows.\n\n"
-        f"{table(head, rows)}\n\n{source(result)} 7b: {', '.join(map(link, sources[1:]))}. {notes}\n{the_host()}"
-    )  # fmt: skip
-
-
-def the_host() -> str:
-    result = newest("host", "h100")
-    if result is None:
-        return ""
-    rows = [
-        [row["mesh"] if row["mesh"] == "one" else f"{row['mesh']} 2", *(f"{row[part]:.1f}" for part in ("forward", "backward", "clip", "optimizer", "whole"))]
-        for row in result["rows"]
-    ]  # fmt: skip
-    return (
-        f"\nWhat the host needs to queue a step of 385m, in ms, with 512 tokens and other processes that are only pretended, so that it waits for nobody:\n\n"
-        f"{table(['mesh', 'forward', 'backward', 'clip', 'optimizer', 'whole'], rows)}\n\n{source(result)}\n"
-    )
-
-
-def meshes_profile(result: dict[str, Any]) -> str:
-    found = [row for row in result["rows"] if "profile" in row]
-    rows = [
-        [row["mesh"], f"{statistics.median(row['times_ms']):.0f}",
-         *(f"{row['profile'][f'{what}_ms']:.0f}" for what in ("whole", "queued", "computing", "busy")),
-         f"{row['profile']['launches']:,}"]
-        for row in found
-    ]  # fmt: skip
-    queued = ", ".join(
-        f"{row['profile']['queued_ms'] / statistics.median(row['times_ms']):.0%} of the median step with {row['mesh']}"
-        for row in found if not row["mesh"].startswith(("shard", "replicate"))
-    )  # fmt: skip
-    shape = found[0]
-    head = ["mesh", "median step, ms", "one step", "queued after", "under the profiler: the GPU computes", "computes or communicates",
-            "launches"]  # fmt: skip
-    return (
-        f"\nWhere a step of {shape['size']}, {shape['rows']} × {shape['seq_len']:,}, goes, of the first GPU. A kernel of NCCL also waits for the other GPU, and the profiler "
-        f"slows the host. To queue one step took the host {queued}; under `tensor` and `context` it is the limit, as recorded steps show (four GPUs, below).\n\n{table(head, rows)}\n\n{source(result)}\n"
-    )
 
 
 def decoding(result: dict[str, Any]) -> str:
@@ -636,8 +496,8 @@ def main() -> None:
         ("train", "h100", training_gpu),
         ("train_profile", "h100", training_profile),
         ("train_float8", "h100", training_float8),
-        ("meshes", "h100x2", meshes),
-        ("meshes_385m", "h100x4", meshes_four),
+        ("meshes", "h100x2", two),
+        ("meshes_385m", "h100x4", four),
         ("train", "cpu", training),
         ("inference", "cpu", decoding),
         ("attention", "cpu", attention),

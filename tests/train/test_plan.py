@@ -96,7 +96,7 @@ def of_the_passes(row: dict[str, Any]) -> float:
 def meshes() -> Iterator[tuple[str, dict[str, Any]]]:
     """Steps for which no GPU waited for its host, and was not filled by what ran before in the same process."""
     for name in ("meshes_h100x2_2026-11-26", "meshes_385m_h100x4_2026-11-27", "meshes_7b_alone_h100x4_2026-11-27",
-                 "meshes_7b_graph_h100x4_2026-11-27", "meshes_7b_context_h100x4_2026-11-27"):  # fmt: skip
+                 "meshes_7b_graph_h100x4_2026-11-27", "meshes_7b_d_h100x4_2026-11-27"):  # fmt: skip
         for row in json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]:
             mesh = row["mesh"].split()[0]
             if mesh in ("shard", "replicate") or (row.get("graph") and mesh != "one"):
@@ -112,7 +112,9 @@ def test_meshes_as_measured(row: dict[str, Any]) -> None:
         assert memory.allocated == pytest.approx(row["peak_bytes"], rel=0.01)
     speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
     small = row["size"] == "385m" and max(layout.tensor, layout.context) > 1  # its kernels are short
-    assert speed == pytest.approx(row["tokens_per_second"], rel=0.16 if small else 0.06)
+    assert speed == pytest.approx(
+        row["tokens_per_second"], rel=0.16 if small else 0.06 if layout.tensor * layout.context > 1 else 0.04
+    )
 
 
 BLOCKS: list[dict[str, Any]] = [{}, {"position_layers": "all"}, {"gate_rank": 8}, {"gate": False}, TRANSFORMER]
@@ -314,10 +316,18 @@ def test_tensor_parallelism_saves_what_the_page_says() -> None:
     ours, theirs = (compare_tensor(config) for config in models)
     assert saving(ours) > 0.623  # the paper's, from 1 to 8
     assert saving(ours) > saving(theirs)
+    rows = json.loads((ROOT / "benchmarks/results/plan_tensor_h100_2026-11-27.json").read_text())["rows"]
+    found = {(row["model"], row["tensor"]): row["measured_bytes"] for row in rows}
+    line = ["saved"]
+    for plans, model in ((ours, "transnormer"), (theirs, "softmax")):
+        for each in plans:
+            assert each.memory.allocated == pytest.approx(found[model, each.layout.tensor], rel=0.01)
+        line += [f"{saving(plans):.1%}", f"{1 - found[model, 8] / found[model, 1]:.1%}"]
+    assert f"| {' | '.join(line)} |".replace("%", " %") in page
     for a, b in zip(ours, theirs, strict=True):
-        cells = [f"{x.memory.allocated / 1e9:.1f}" for x in (a, b)]
-        assert re.search(rf"\| {a.layout.tensor} \| {cells[0]} \| {cells[1]} \|", page), cells
-    assert f"| saved | {saving(ours):.1%} | {saving(theirs):.1%} |".replace("%", " %") in page
+        each = a.layout.tensor
+        cells = (a.memory.allocated, found["transnormer", each], b.memory.allocated, found["softmax", each])
+        assert f"| {each} | {' | '.join(f'{x / 1e9:.1f}' for x in cells)} |" in page
 
 
 def test_more_of_everything_costs_what_it_must() -> None:

@@ -131,9 +131,12 @@ class LanguageModel(nn.Module):
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         if self.embed_positions is not None:
-            if place.positions.numel() and int(place.positions.max()) >= self.embed_positions.num_embeddings:
+            last = first + ids.shape[1] - 1
+            if seen is not None or cu_seqlens is not None:
+                last = int(place.positions.max()) if place.positions.numel() else -1
+            if last >= self.embed_positions.num_embeddings:
                 raise ValueError(
-                    f"position {int(place.positions.max())} is past the learned table of "
+                    f"position {last} is past the learned table of "
                     f"{self.embed_positions.num_embeddings} (max_position_embeddings)"
                 )
             x = x + self.embed_positions(place.positions)

@@ -112,7 +112,7 @@ class Checkpoints:
         mesh, origin = self._mesh, self._origin
         self._partial = self._parent / f".step-{place.step:07d}.partial"
         self._prune = place.refused == 0  # else the last one before the refused steps must stay
-        tensors = model.state_dict()  # first: it cuts again what an evaluation left gathered, under other parameters
+        tensors = model.state_dict()
         weights = tensors.items() if origin.adapter is None else lora.merged(model, tensors)
         memory = optimizer_tensors(model, optimizer) | {f"torch{storage.RANDOM}{mesh.rank}": torch.get_rng_state()}
         if mesh.device.type == "cuda":

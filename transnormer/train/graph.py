@@ -25,24 +25,31 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Graph:
-    """`compute(*inputs)`, recorded when first called, then replayed. All ranks of a mesh call it alike.
+    """`compute(*inputs)`, recorded once, then replayed. All ranks of a mesh call it alike.
 
     compute: leaves gradients in the model's parameters and returns its loss, a scalar; reads nothing on the host.
-    inputs: tensors on the GPU, of the same shapes at every call. adds: gradients add up until they are set to None;
-    otherwise each call's replace the last one's, which saves a pass over them.
-    Raises ValueError where `compute` cannot be recorded.
+    adds: gradients add up until they are set to None; otherwise each call's replace the last one's, which saves a pass
+    over them.
     """
 
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor], *, adds: bool):
         self._model, self._compute, self._adds = model, compute, adds
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
+    @property
+    def recorded(self) -> bool:
+        return self._graph is not None
+
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The loss, in memory that the next call writes to again."""
+        """The loss, in memory that the next call writes to again. inputs: tensors on the GPU, of those recorded' shapes."""
         if self._graph is None:
-            self._graph = self._record(inputs)
+            self.record(*inputs)
+        assert self._graph is not None
         for place, x in zip(self._inputs, inputs, strict=True):
+            if x.shape != place.shape:
+                raise ValueError(f"an input of shape {tuple(x.shape)}, where {tuple(place.shape)} was recorded")
             place.copy_(x, non_blocking=True)
         if self._adds and self._gradients[0][0].grad is None:
             torch._foreach_zero_([local(gradient) for _, gradient in self._gradients])
@@ -51,14 +58,11 @@ class Graph:
             p.grad = gradient
         return self._loss
 
-    def close(self) -> None:
-        """Let go of the memory. The process group that was recorded must still be there."""
-        self._gradients.clear()
-        if self._graph is not None:
-            self._graph.reset()
-            self._graph = None
+    def record(self, *inputs: Tensor) -> None:
+        """Compute a few times, then once more to record it. Leaves no gradients.
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
+        Raises ValueError with the reason where `compute` cannot be recorded; the process should then end.
+        """
         self._inputs = [x.clone() for x in inputs]
         device, parameters = inputs[0].device, [p for p in self._model.parameters() if p.requires_grad]
         drawn = torch.cuda.get_rng_state(device)
@@ -68,21 +72,31 @@ class Graph:
             for _ in range(WARM):
                 self._compute(*self._inputs)
                 if not self._adds:
-                    for p in parameters:
-                        p.grad = None
+                    _forget(parameters)
         torch.cuda.current_stream(device).wait_stream(aside)
         torch.cuda.set_rng_state(drawn, device)
         graph = torch.cuda.CUDAGraph()
         try:  # other threads may read ahead meanwhile, into memory of their own
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 self._loss = self._compute(*self._inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"train.graph = true, but this step cannot be recorded; write false ({why})") from error
+            cause = error.__context__ or error  # the recording's end fails too, and says nothing of why
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise ValueError(str(cause).splitlines()[0]) from cause
         self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-        if self._adds:
-            for p in parameters:
-                p.grad = None
-        return graph
+        _forget(parameters)
+        self._graph = graph
+
+    def close(self) -> None:
+        """Let go of the memory. The process group that was recorded must still be there."""
+        self._inputs, self._gradients = [], []
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+            del self._loss
+
+
+def _forget(parameters: list[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None

@@ -99,11 +99,12 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
             f"train.segment = {recipe.train.segment} needs linear attention (model.mixer = gla), whole rows "
             f"(parallel.context = 1) and train.reset_state = false"
         )
-    if recipe.train.graph and (mesh.device.type != "cuda" or _resets(recipe, data)):
+    if recipe.train.graph and _resets(recipe, data):
         raise ValueError(
-            f"train.graph = true needs a GPU and train.reset_state = false, for all micro-batches to be of one shape; "
-            f"here the device is {mesh.device.type}"
+            "train.graph = true needs micro-batches of one shape, which conversations and train.reset_state = true are not"
         )
+    if recipe.train.graph and mesh.device.type != "cuda":
+        raise ValueError(f"train.graph = true needs a GPU, and the device is {mesh.device.type}; write false")
     if recipe.train.segment % mesh.tensor:
         raise ValueError(f"parallel.tensor = {mesh.tensor} does not divide train.segment = {recipe.train.segment}")
     if config.eos_token_id is None and data.end_of_text is not None:

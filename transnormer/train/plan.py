@@ -50,11 +50,12 @@ GPUS = {
 # sheet's rate, what both passes reach of that, by width D (between widths interpolated, beyond them held), and what
 # copies reach of the memory's.
 MATMUL_SHARE = 724.64 / 989.4
-PASSES_SHARE = {"gla": {1_024: 0.622, 2_048: 0.747, 4_096: 0.83}, "softmax": {1_024: 0.621, 2_048: 0.728}}
+PASSES_SHARE = {"gla": {1_024: 0.622, 2_048: 0.747, 4_096: 0.83}, "softmax": {1_024: 0.621, 2_048: 0.728, 4_096: 0.81}}
 COPY_SHARE = 3.032 / 3.35
-# On four H100 (meshes_7b_*_h100x4_2026-11-27.json; D = 4,096 above is of these too): what collectives reach of
-# a link's rate; how much longer a step is for weights that travel meanwhile, at its ends and because they slow the
-# products, as a share of their time; and how much longer than a plain copy FSDP's take.
+# Fitted to steps of four H100 (meshes_7b_*_h100x4_2026-11-27.json), as the share at 4,096 above is (softmax's from its own
+# at 2,048 alike): what collectives, starting and waiting included, reach of a link's rate; the share of their time by
+# which weights that travel meanwhile make a step longer, at its ends and as they slow the products; how much longer than
+# a plain copy FSDP's take.
 LINK_SHARE = 0.58
 EXPOSED = 0.4
 FSDP_COPIES = 1.75
@@ -292,15 +293,19 @@ def passes_share(config: ModelConfig) -> float:
 
 
 def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
-    """What one GPU reads and writes in a step to put in order what is gathered and summed. rows: as in `find_memory`."""
+    """What one GPU reads and writes in a step to put in order what is gathered and summed. rows: as in `find_memory`.
+
+    Of each weight in each pass: its own 4 bytes to 2, and 2 out of what was gathered to where they are multiplied; of
+    each gradient 2 to 4. Under `tensor` the tokens of two rows or more, 2 bytes to 2, four times a block.
+    """
     if layout.world == 1:
         return 0.0
     own, _ = shape.share(layout)
-    passes = 2  # the last blocks' weights, gathered once, are few
-    weights = passes * (6 * own + 4 * shape.blocks / layout.tensor) + 6 * shape.blocks / layout.tensor
-    tokens = rows * seq_len // layout.context
-    heads = 4 * shape.config.num_hidden_layers * 4 * tokens * shape.config.hidden_size if layout.tensor > 1 else 0
-    return layout.accumulate * (FSDP_COPIES * weights + heads)
+    weights = 2 * (6 * own + 4 * shape.blocks / layout.tensor) + 6 * shape.blocks / layout.tensor
+    tokens = rows * seq_len // layout.context * (layout.tensor > 1)
+    return layout.accumulate * (
+        FSDP_COPIES * weights + 16 * shape.config.num_hidden_layers * tokens * shape.config.hidden_size
+    )
 
 
 def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
@@ -327,7 +332,7 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
 
 
 def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) -> tuple[float, dict[str, int]]:
-    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed, all else waits.
+    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed (`EXPOSED`), all else waits.
 
     No GPU waits for its host: under `tensor` and `context`, and of small models, that takes `train.graph = true`.
     """

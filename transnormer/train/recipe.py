@@ -217,6 +217,10 @@ class Recipe:
             raise ValueError(
                 "train.segment reads rows twice, and lora.dropout would drop out something else; set it to 0"
             )
+        if train.graph and train.recompute and lora.dropout:
+            raise ValueError(
+                "train.graph cannot recompute what lora.dropout dropped out; set one of the three to 0 or false"
+            )
         if optim.bits not in ((32,) if optim.name == "muon" else (32, 8)):
             raise ValueError(f"optim.bits = {optim.bits}, but must be 32, or 8 with optim.name = adamw or adam")
         if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

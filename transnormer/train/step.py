@@ -6,6 +6,7 @@ import math
 import signal
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,8 +35,8 @@ class Told(NamedTuple):
 
 
 class Passes:
-    """Forward and backward of a micro-batch: called with it and with the scalar that its loss is divided by, it adds the
-    gradients to the model's and returns the loss."""
+    """Forward and backward of a micro-batch, plain or recorded. Called with it and with the scalar that its loss is
+    divided by, it leaves the gradients in the model, added to what earlier micro-batches of the step left there."""
 
     def __init__(self, model: LanguageModel, mesh: Mesh, settings: Train):
         self.model, self._mesh, self._settings = model, mesh, settings
@@ -47,11 +48,24 @@ class Passes:
     def __exit__(self, *error: object) -> None:
         if self._graph is not None:
             self._graph.close()
+            self._graph = None  # which holds on to this, and so to the model
 
     def __call__(self, batch: Batch, learned: Tensor) -> Tensor:
-        if self._graph is not None:
-            return self._graph(batch.ids, batch.targets, learned)
-        return self._both(*batch[:2], learned, batch.cu_seqlens)
+        """The loss. ValueError, on one process and Elsewhere on the others, where the passes cannot be recorded."""
+        ids, targets, cu_seqlens = batch
+        if self._graph is None:
+            return self._both(ids, targets, learned, cu_seqlens)
+        assert cu_seqlens is None, "a recorded step has whole rows"
+        if not self._graph.recorded:
+            self._mesh.together(partial(self._record, ids, targets, learned))
+        return self._graph(ids, targets, learned)
+
+    def _record(self, *inputs: Tensor) -> None:
+        assert self._graph is not None
+        try:
+            self._graph.record(*inputs)
+        except ValueError as error:
+            raise ValueError(f"train.graph = true, but this step cannot be recorded ({error}); write false") from error
 
     def _both(self, ids: Tensor, targets: Tensor, learned: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         with autocast(self._mesh, self._settings.dtype):
@@ -136,7 +150,7 @@ def evaluation(model: LanguageModel, batches: list[Batch], mesh: Mesh, dtype: st
             with autocast(mesh, dtype):
                 nats += summed_loss(model, batch.to(mesh.device))
         model.train()
-        reshard(model, mesh)  # a recorded step would not
+        reshard(model, mesh)  # a recorded step gathers for itself, and would leave the next evaluation these weights
         total, count = mesh.total(torch.stack([nats, torch.full_like(nats, learned)])).tolist()
         return float(total / count)
 
