@@ -65,6 +65,8 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
     fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     # All weights are read there but the head's, which stay gathered; `forward` and `loss` go through it.
     register_fsdp_forward_method(model, "hidden")
+    if over.size() == 1:
+        return  # nothing is summed, but FSDP would divide by a factor all the same
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum, which gloo can do only as such
