@@ -1,14 +1,18 @@
-"""A folder with a recipe for a tiny model, and one thread for what must not depend on their number."""
+"""A folder with a recipe for a tiny model, one thread for what must not depend on their number, steps that go wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from .runs import write_recipe
+from transnormer.train import loop
+
+from .runs import spoiling, write_recipe
 
 
 @pytest.fixture
@@ -25,3 +29,21 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that makes loss and gradients of the steps that read the given samples NaN, or a multiple."""
+    gradients = loop.gradients
+
+    def choose(
+        *samples: int, factor: float = float("nan"), stop_at: int = -1, error: type[Exception] | None = None
+    ) -> None:
+        def damage(model: Any, loss: Tensor) -> Tensor:
+            for p in model.parameters():
+                p.grad *= factor
+            return loss * factor
+
+        monkeypatch.setattr(loop, "gradients", spoiling(gradients, damage, *samples, stop_at=stop_at, error=error))
+
+    return choose

@@ -23,7 +23,7 @@ from transnormer.train.feed import Share
 from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 
-from .runs import curve, spoiling, tiny
+from .runs import curve, tiny
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 OFTEN = ("train.steps=24", "checkpoint.every=4", "checkpoint.keep=9")
@@ -181,24 +181,6 @@ def test_a_failed_write_is_named_and_earlier_checkpoints_are_untouched(
 
 
 # Steps that are refused.
-
-
-@pytest.fixture
-def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that makes loss and gradients of the steps that read the given samples NaN, or a multiple."""
-    gradients = loop.gradients
-
-    def choose(
-        *samples: int, factor: float = float("nan"), stop_at: int = -1, error: type[Exception] | None = None
-    ) -> None:
-        def damage(model: Any, loss: Tensor) -> Tensor:
-            for p in model.parameters():
-                p.grad *= factor
-            return loss * factor
-
-        monkeypatch.setattr(loop, "gradients", spoiling(gradients, damage, *samples, stop_at=stop_at, error=error))
-
-    return choose
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(

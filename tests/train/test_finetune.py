@@ -386,6 +386,7 @@ def test_data_must_be_encoded_with_the_models_tokenizer(work: Path, prepared: Pa
         (["model.from=nowhere"], "nowhere: no such folder"),
         (["model.from=3"], r"model\.from = 3, but must be a model's folder"),
         (["lora.dropout=0.1", "train.segment=8"], r"train\.segment reads rows twice"),
+        (["lora.dropout=0.1", "train.graph=true", "train.recompute=true"], r"train\.graph cannot recompute what lora\.dropout"),
         (["lora.rnak=3"], r"unknown key lora\.rnak; did you mean lora\.rank\?"),
         (["lora.rank=0"], r"lora\.rank = 0, but must be positive"),
         (["lora.targets=qkv_proj"], r"no linear map of the blocks is called 'qkv_proj'; did you mean qkvu_proj\?"),

@@ -20,7 +20,7 @@ from transnormer.train.recipe import Train
 from transnormer.train.step import Passes
 
 from .runs import curve, tiny
-from .test_checkpoint import BAD, OFTEN, same, spoil, state  # noqa: F401
+from .test_checkpoint import BAD, OFTEN, same, state
 
 pytestmark = pytest.mark.gpu
 SHORT = ("train.steps=12", "eval.every=5", "checkpoint.every=4")
@@ -76,7 +76,7 @@ def test_every_replay_draws_anew() -> None:
     graph.close()
 
 
-def test_a_recorded_run_goes_back_past_refused_steps(work: Path, spoil: Callable[..., None]) -> None:  # noqa: F811
+def test_a_recorded_run_goes_back_past_refused_steps(work: Path, spoil: Callable[..., None]) -> None:
     spoil(*BAD)
     for graph in ("false", "true"):
         train(tiny(f"run=graph-{graph}", f"train.graph={graph}", *OFTEN))
@@ -84,7 +84,7 @@ def test_a_recorded_run_goes_back_past_refused_steps(work: Path, spoil: Callable
     assert same(state("graph-true", 24), state("graph-false", 24))
 
 
-def test_a_recorded_run_resumes_exactly(work: Path, spoil: Callable[..., None]) -> None:  # noqa: F811
+def test_a_recorded_run_resumes_exactly(work: Path, spoil: Callable[..., None]) -> None:
     train(tiny("run=whole", "train.graph=true", *OFTEN))
     for run, error in (("stopped", None), ("killed", RuntimeError)):
         spoil(stop_at=41, error=error)

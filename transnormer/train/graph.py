@@ -28,6 +28,7 @@ class Graph:
     """`compute(*inputs)`, recorded once, then replayed. All ranks of a mesh call it alike.
 
     compute: leaves gradients in the model's parameters and returns its loss, a scalar; reads nothing on the host.
+    inputs: tensors on the GPU.
     adds: gradients add up until they are set to None; otherwise each call's replace the last one's, which saves a pass
     over them.
     """
@@ -43,7 +44,7 @@ class Graph:
         return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The loss, in memory that the next call writes to again. inputs: tensors on the GPU, of those recorded' shapes."""
+        """The loss, in memory that the next call writes to again. ValueError for inputs of other shapes than recorded."""
         if self._graph is None:
             self.record(*inputs)
         assert self._graph is not None

@@ -290,7 +290,7 @@ def parallelize(
         # attention's (torch 2.13).
         seen = model.config.mixer != "softmax" or mesh.tensor == 1
         draws = any(isinstance(module, nn.Dropout) and module.p for module in block.modules())
-        again = partial(recomputed, use_reentrant=False, preserve_rng_state=draws)  # which no CUDA graph can
+        again = partial(recomputed, use_reentrant=False, preserve_rng_state=draws)  # read on the host: no graph can
         if recompute and seen:
             block.forward = partial(again, block.forward)
         if compile:

@@ -296,7 +296,7 @@ def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float
     """What one GPU reads and writes in a step to put in order what is gathered and summed. rows: as in `find_memory`.
 
     Of each weight in each pass: its own 4 bytes to 2, and 2 out of what was gathered to where they are multiplied; of
-    each gradient 2 to 4. Under `tensor` the tokens of two rows or more, 2 bytes to 2, four times a block.
+    each gradient 2 to 4. Under `tensor` all tokens, 2 bytes to 2, four times a block.
     """
     if layout.world == 1:
         return 0.0
