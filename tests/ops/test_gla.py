@@ -48,10 +48,11 @@ def triton(qkvu, log_decay, **options):
     return gated_linear_attention(qkvu, log_decay, backend="triton", **options)
 
 
-def check(T, V, dtype, *, B=2, lengths=None, state=True):
+def check(T, V, dtype, *, B=2, lengths=None, state=True, scale=1.0):
     """At most twice as far from the parts in float64 as plain torch is (interpreted bfloat16 truncates: four times)."""
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
-    tensors = draw(B, T, V, dtype, B if lengths is None else len(lengths), state)
+    qkvu, *others = draw(B, T, V, dtype, B if lengths is None else len(lengths), state)
+    tensors = (qkvu * scale, *others)
     ours = run(triton, dtype, torch.float32, tensors, cu_seqlens)
     yardstick = run(plain, dtype, dtype, tensors, cu_seqlens)
     true = run(plain, torch.float64, torch.float64, tensors, cu_seqlens)
@@ -64,6 +65,11 @@ def check(T, V, dtype, *, B=2, lengths=None, state=True):
 @pytest.mark.parametrize(("T", "V"), [(2, 16), (65, 32), (130, 16)])
 def test_error_is_at_most_twice_that_of_plain_torch(T, V, dtype):
     check(T, V, dtype, state=T != 65)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swish_where_it_saturates(dtype):
+    check(65, 32, dtype, state=False, scale=100.0)
 
 
 def test_packed():

@@ -27,12 +27,14 @@ alone and nothing about cu_seqlens is read on the host.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from .launch_triton import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 _PRECISION = tl.constexpr("ieee")  # of float32 products
 _UNSPECIALIZED = ["T", "H", "N", "segment", "segments"]
 
@@ -51,6 +53,23 @@ def _dot(a, b, added=None):
         # difference, for the compiler makes of a sum one product that adds its terms to `added`.
         return added - tl.dot(-a, b, input_precision=_PRECISION)
     return tl.dot(a, b, added, input_precision=_PRECISION)
+
+
+@triton.jit
+def _sigmoid(x):
+    """Of float32, to a few of its last bits: an instruction for the exponential, one for the division (Triton's: 15)."""
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, 0f3F800000;"
+            " rcp.approx.ftz.f32 $0, t; }",  # 1 / (1 + 2^(-x log2 e))
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.sigmoid(x)
 
 
 @triton.jit
@@ -120,7 +139,7 @@ def _walk(
     q, k, v, output, raw, state, rate, row, head, start, stop, column,
     q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, o_t, r_t,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, SWISHED: tl.constexpr,
+    REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, SWISHED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walks tokens start … stop - 1 of one row and head, writes their output, returns the state at the far end.
 
@@ -136,26 +155,29 @@ def _walk(
     distance = along[:, None] - (C - 1 - i if REVERSE else i)[None, :]
     inside = tl.where(distance >= 0, tl.exp(rate * tl.maximum(distance, 0)), 0.0)  # [C, C]
     before = tl.exp(rate * (along if REVERSE else along + 1))  # what a token sees of the incoming state
-    for n in range(tl.cdiv(stop - start, C)):
+    # Said here, the pipeline loads raw too; else only what products read.
+    for n in tl.range(tl.cdiv(stop - start, C), num_stages=STAGES if SWISHED else None):
         first = stop - (n + 1) * C if REVERSE else start + n * C
         count = tl.minimum(stop - start - n * C, C)
         qc = _load(q, row, head, first, start, stop, 0, q_t, q_c, C, K, BK, REVERSE, DESCRIBED)
         kc = _load(k, row, head, first, start, stop, 0, k_t, k_c, C, K, BK, REVERSE, DESCRIBED)
         vc = _load(v, row, head, first, start, stop, column, v_t, v_c, C, V, BV, REVERSE, DESCRIBED)
-        columns = column + tl.arange(0, BV)
-        mask = (along < count)[:, None] & (columns < V)[None, :]
-        if SWISHED:  # asked for before the products, to be there after them
-            offsets = i.to(tl.int64)[:, None] * r_t + columns[None, :]
-            xc = tl.load(raw + first.to(tl.int64) * r_t + offsets, mask=mask, other=0.0)
         scores = (_dot(qc, tl.trans(kc)) * inside).to(vc.dtype)
         result = _dot(scores, vc, _read(qc, state) * before[:, None])
         state = _absorb(state, kc, vc, rate, along, count, REVERSE)
+        PARTS: tl.constexpr = 2 if SWISHED else 1  # by halves of the columns: all at once spills registers
         if SWISHED:
-            x = xc.to(tl.float32)
-            share = tl.sigmoid(x)
-            result *= share * (1 + x * (1 - share))
-        offsets = i.to(tl.int64)[:, None] * o_t + columns[None, :]
-        tl.store(output + first.to(tl.int64) * o_t + offsets, result.to(output.dtype.element_ty), mask=mask)
+            left, right = tl.split(result.reshape(C, 2, BV // 2).permute(0, 2, 1))
+        for part in tl.static_range(PARTS):
+            columns = column + tl.arange(0, BV // PARTS) + part * (BV // PARTS)
+            mask = (along < count)[:, None] & (columns < V)[None, :]
+            if SWISHED:
+                at = raw + first.to(tl.int64) * r_t + i.to(tl.int64)[:, None] * r_t + columns[None, :]
+                x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                share = _sigmoid(x)
+                result = (left if part == 0 else right) * (share + share * (x - x * share))
+            at = output + first.to(tl.int64) * o_t + i.to(tl.int64)[:, None] * o_t + columns[None, :]
+            tl.store(at, result.to(output.dtype.element_ty), mask=mask)
     return state
 
 
@@ -187,6 +209,7 @@ def _program(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, SWISHED: tl.constexpr,
     PACKED: tl.constexpr, HAS_STATE: tl.constexpr, STORE_STATE: tl.constexpr, SEGMENTED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """All sequences, or parts of them, in segment s of one row, for one head and slice.
 
@@ -236,7 +259,7 @@ def _program(
         state = _walk(
             q, k, v, output, raw, state, rate, row, head, start, stop, column,
             q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, o_t, r_t,
-            K, V, BK, BV, C, REVERSE, DESCRIBED, SWISHED,
+            K, V, BK, BV, C, REVERSE, DESCRIBED, SWISHED, STAGES,
         )  # fmt: skip
         if STORE_STATE:
             offsets, mask = _state_offsets(column, out_k, out_v, K, V, BK, BV)
@@ -313,7 +336,7 @@ def forward_kernel(
         rest // segments // H, rest // segments % H, rest % segments, column,
         q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, T * o_t, o_t, V, 0, 0, 0,
         s_n, s_h, s_k, s_v, V, 1, T, H, N, segment, segments,
-        K, V, BK, BV, C, False, DESCRIBED, False, PACKED, HAS_STATE, True, SEGMENTED,
+        K, V, BK, BV, C, False, DESCRIBED, False, PACKED, HAS_STATE, True, SEGMENTED, 1,
     )  # fmt: skip
 
 
@@ -326,7 +349,7 @@ def backward_kernel(
     T, H, N, segment, segments,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SK: tl.constexpr, SV: tl.constexpr,
     C: tl.constexpr, DESCRIBED: tl.constexpr, SWISHED: tl.constexpr, PACKED: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_LAST: tl.constexpr, SEGMENTED: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_LAST: tl.constexpr, SEGMENTED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dq in slices of K, SK wide, dv in slices of V, SV wide. g is d_output; s and e are state and d_last.
 
@@ -344,14 +367,14 @@ def backward_kernel(
             v, g, q_slice, dk, k_raw, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, part * SK,
             v_b, v_t, v_h, v_c, g_b, g_t, g_h, g_c, q_b, q_t, q_h, q_c, dk_b, dk_t, dk_h, r_b, r_t, r_h,
             e_n, e_h, e_v, e_k, 1, V, T, H, N, segment, segments,
-            V, K, BV, SK, C, True, DESCRIBED, SWISHED, PACKED, HAS_LAST, False, SEGMENTED,
+            V, K, BV, SK, C, True, DESCRIBED, SWISHED, PACKED, HAS_LAST, False, SEGMENTED, STAGES,
         )  # fmt: skip
     elif part < OF_K + OF_V:
         _program(
             k, q, g_slice, dv, dv, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, (part - OF_K) * SV,
             k_b, k_t, k_h, k_c, q_b, q_t, q_h, q_c, g_b, g_t, g_h, g_c, dv_b, dv_t, dv_h, 0, 0, 0,
             e_n, e_h, e_k, e_v, V, 1, T, H, N, segment, segments,
-            K, V, BK, SV, C, True, DESCRIBED, False, PACKED, HAS_LAST, HAS_STATE, SEGMENTED,
+            K, V, BK, SV, C, True, DESCRIBED, False, PACKED, HAS_LAST, HAS_STATE, SEGMENTED, STAGES,
         )  # fmt: skip
     else:
         _program(
@@ -359,7 +382,7 @@ def backward_kernel(
             (part - OF_K - OF_V) * SK,
             g_b, g_t, g_h, g_c, v_b, v_t, v_h, v_c, k_b, k_t, k_h, k_c, dk_b, dk_t, dk_h, r_b, r_t, r_h,
             s_n, s_h, s_v, s_k, 1, V, T, H, N, segment, segments,
-            V, K, BV, SK, C, False, DESCRIBED, SWISHED, PACKED, HAS_STATE, False, SEGMENTED,
+            V, K, BV, SK, C, False, DESCRIBED, SWISHED, PACKED, HAS_STATE, False, SEGMENTED, STAGES,
         )  # fmt: skip
 
 
