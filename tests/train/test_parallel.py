@@ -55,6 +55,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(CP, EVERYTHING, packed=True), Case(CP, compile="aot_eager", recompute=True),
         Case(FSDP, segment=6), Case(HSDP, EVERYTHING, accumulate=2, segment=5, apart=True),
         Case(FSDP, dtype="bfloat16", compile="aot_eager", segment=8), Case(TP, EVERYTHING, recompute=True, segment=6),
+        Case(FSDP, dtype="bfloat16", segment=6), Case(FSDP, dtype="bfloat16", recompute=True, segment=6),
     ]  # fmt: skip
     check_equals_one_process(cases, 2, tmp_path)
 
@@ -100,7 +101,7 @@ def test_every_mesh_equals_one_process(world: int, mesh: Parallel, tmp_path: Pat
             continue
         cases += [Case(mesh, model, *way, apart=number % 2 == 0) for number, way in enumerate(WAYS)]
         if mesh.context == 1 and config.mixer == "gla":
-            cases.append(Case(mesh, model, accumulate=2, segment=12))
+            cases += [Case(mesh, model, dtype, accumulate=2, segment=12) for dtype in ("float64", "bfloat16")]
         if mesh.context * mesh.tensor == world:
             cases += [Case(mesh, model, packed=True), Case(mesh, model, "bfloat16", packed=True)]
     check_equals_one_process(cases, world, tmp_path)

@@ -38,6 +38,9 @@ def backward(model: LanguageModel, ids: Tensor, targets: Tensor, segment: int, w
             for leaf in _parts(before.layers):
                 leaf.requires_grad_()
         part = slice(start, start + segment)
+        # A weight's cast made for an earlier segment is older than this one's forward pass, and backward would come to
+        # it last: after FSDP has summed the gradients of the weight's block, which then lack it.
+        torch.clear_autocast_cache()
         x, after = model.hidden(ids[:, part], before)
         loss = linear_cross_entropy(x, model.head_weight, targets[:, part], reduction="sum") * weight
         left = _parts(after.layers) if d_state else []
