@@ -59,7 +59,8 @@ def _energy() -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid  # NVML counts GPUs that are hidden too
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
 

@@ -118,9 +118,15 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 # For the report.
 
 
-def newest(subject: str, device: str) -> dict[str, Any] | None:
+def every(subject: str, device: str) -> list[dict[str, Any]]:
+    """The results of a subject, the oldest first."""
     found = sorted(RESULTS.glob(f"{subject}_{device}_*.json"))
-    return json.loads(found[-1].read_text()) | {"file": found[-1].name} if found else None
+    return [json.loads(path.read_text()) | {"file": path.name} for path in found]
+
+
+def newest(subject: str, device: str) -> dict[str, Any] | None:
+    found = every(subject, device)
+    return found[-1] if found else None
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from record import RESULTS, link, newest, source, table
+from record import RESULTS, every, link, newest, source, table
 from report_meshes import four, two
 
 DOCS = RESULTS.parent.parent / "docs"
@@ -36,27 +36,26 @@ NAMES = {
 
 
 def training_gpu(result: dict[str, Any]) -> str:
-    others = [newest(subject, "h100") for subject in ("train_long", "train_retnet", "train_1b")]
-    sources = sorted([result, *filter(None, others)], key=lambda each: each["date"])
+    subjects = ("train_long", "train_retnet", "train_1b", "train_385m", "train_8k")
+    others = [each for subject in subjects for each in every(subject, "h100")]
+    sources = sorted([result, *others], key=lambda each: each["date"])
     found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
+    beside = {  # the same run's of ours
+        id(row): ours for each in sources for ours in each["rows"] if ours["model"] == "transnormer"
+        for row in each["rows"] if [row[key] for key in ("size", "seq_len")] == [ours[key] for key in ("size", "seq_len")]
+    }  # fmt: skip
     latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
-    bits = []
-    for each in sources:
-        usual_of = {
-            (row.get("run"), row["size"], row["seq_len"]): row for row in each["rows"] if row["model"] == "transnormer"
-        }
-        bits += [(row, usual_of[row.get("run"), row["size"], row["seq_len"]]) for row in each["rows"]
-                 if "8 bits" in row["model"] and "tokens_per_second" in row]  # fmt: skip
+    eights = {(row["size"], row["seq_len"]): row for row in found if row["model"] == "transnormer, 8 bits"}
     order = list(dict.fromkeys(row["size"] for row in found))
     usual = sorted(latest.values(), key=lambda row: (order.index(row["size"]), row["seq_len"]))
     speed = {(row["size"], row["seq_len"], row["model"]): row["tokens_per_second"] for row in usual}
     rows = []
     for row in usual:
-        ours = speed[row["size"], row["seq_len"], "transnormer"]
+        ours = beside[id(row)]["tokens_per_second"]
         rows.append([
             row["size"], f"{row['rows']} × {row['seq_len']:,}", NAMES[row["model"]], f"{row['parameters'] / 1e6:,.1f}",
             f"{row['tokens_per_second']:,}", "" if row["model"] == "transnormer" else f"{ours / row['tokens_per_second']:.2f}",
-            f"{row['flop_share']:.0%}" if row["flop_share"] else "–", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['millijoules_per_token']:.1f}",
+            f"{row['flop_share']:.0%}" if row["flop_share"] else "–", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['millijoules_per_token']:.1f}" if row["millijoules_per_token"] else "–",
             f"{row['first_step_seconds']:.0f}",
         ])  # fmt: skip
     head = ["size", "B × T", "model", "M parameters", "tokens/s", "ours is times faster", "share of the ceiling", "peak, GiB",
@@ -107,18 +106,66 @@ def training_gpu(result: dict[str, Any]) -> str:
     ceilings = ", ".join(f"{each['matmul_tflop_per_second']:,.0f}" for each in sources)
     eight = "".join(
         f"`optim.bits = 8` (bitsandbytes), {row['size']}, {row['rows']} × {row['seq_len']:,}: {row['tokens_per_second']:,} tokens/s in "
-        f"{row['peak_bytes'] / 2**30:.1f} GiB; with 32 in the same run {ours['tokens_per_second']:,} in {ours['peak_bytes'] / 2**30:.1f}.\n\n"
-        for row, ours in bits
+        f"{row['peak_bytes'] / 2**30:.1f} GiB; with 32 in the same run {beside[id(row)]['tokens_per_second']:,} in {beside[id(row)]['peak_bytes'] / 2**30:.1f}.\n\n"
+        for row in eights.values()
     )
     return (
         f"## Training on a GPU\n\nA step is loss, backward, clip and AdamW on random ids; bf16 autocast over float32 weights, vocabulary "
         f"64,000, SDPA's cuDNN kernels, blocks compiled. Contenders have the GPU to themselves, one after another. The ceiling is a "
-        f"square matrix product of the same run, {ceilings} TFLOP/s.\n\n{table(head, rows)}\n\n![training](training.png)\n\n{million}{eight}{why}"
+        f"square matrix product of the same run, {ceilings} TFLOP/s. Each row is the newest measured; ours is times faster than the row in the row's own run.\n\n"
+        f"{table(head, rows)}\n\n![training](training.png)\n\n{repeated(sources)}{million}{eight}{why}"
         + "".join(notes)
         + " ".join(each["note"] for each in sources if "note" in each)
         + "\n\n"
         + "\n\n".join(map(source, sources))
         + "\n"
+    )
+
+
+def repeated(sources: list[dict[str, Any]]) -> str:
+    """All runs of today's kernels beside the LLaMA at 2,048 tokens, for one says little to two digits."""
+    runs = [
+        each
+        for each in (*sources, *every("train_profile", "h100"), *every("train_graph", "h100"))
+        if each["date"] >= "2026-11-27"
+    ]
+    found = []
+    for each in runs:
+        speed = {
+            row["model"]: row.get("tokens_per_second")
+            for row in each["rows"]
+            if (row["size"], row["seq_len"]) == ("385m", 2_048)
+        }
+        if speed.get("llama"):
+            found.append((speed["transnormer"] / speed["llama"], speed["transnormer"] / speed["softmax"]))
+    llama, softmax = (", ".join(f"{ratio[n]:.2f}" for ratio in sorted(found)) for n in (0, 1))
+    return (
+        f"385m, 16 × 2,048, in {len(found)} runs on as many GPUs: {llama} times the LLaMA, {softmax} times our softmax Transformer "
+        f"(runs of 2026-11-27, of them the table has one).\n\n"
+    )
+
+
+def training_graph(result: dict[str, Any]) -> str:
+    """Both passes as one CUDA graph, on one GPU."""
+    speed = {(row["size"], row["model"]): row["tokens_per_second"] for row in result["rows"]}
+    rows = []
+    for size in dict.fromkeys(size for size, _ in speed):
+        for model in ("transnormer", "softmax"):
+            plain, recorded = speed[size, model], speed[size, f"{model}, one graph"]
+            rows.append(
+                [
+                    size,
+                    NAMES[model],
+                    f"{plain:,}",
+                    f"{recorded:,}",
+                    f"{recorded / plain:.2f}",
+                    f"{recorded / speed[size, 'llama']:.2f}",
+                ]
+            )
+    head = ["size", "model", "tokens/s", "recorded", "times", "recorded, times the LLaMA"]
+    return (
+        f"### One CUDA graph\n\n`train.graph` on one GPU, 16 × 2,048 tokens: it gains what the host loses, much where the model is small, nothing where "
+        f"the GPU is busy anyway.\n\n{table(head, rows)}\n\n{source(result)}\n"
     )
 
 
@@ -177,7 +224,7 @@ def training_profile(result: dict[str, Any]) -> str:
         "optimizer and clip": ("multi_tensor",), "soft-max of the loss": ("softmax_loss", "liger", "cross_entropy"),
         "element-wise": ("triton_", "elementwise", "CUDAFunctor", "layer_norm", "swiglu", "rotary"),
     }  # fmt: skip
-    sources = [result, *filter(None, [newest("train_1b", "h100")])]
+    sources = [result, *every("train_1b", "h100")]
     columns: dict[str, list[str]] = {}
     for row in [row for each in sources for row in each["rows"] if "profile" in row and row["model"] in NAMES]:
         profile, of = row["profile"], dict.fromkeys(kinds, 0.0)
@@ -428,6 +475,7 @@ def check(result: dict[str, Any]) -> str:
 
 
 def limits(result: dict[str, Any]) -> str:
+    swish = newest("ops_swish", "h100")
     return (
         f"## What limits the backward\n\nNsight Compute, B, H, T = 4, 32, 8,192: {result['duration_ms']} ms, memory at "
         f"{result['dram_throughput_percent']:.0f} % and L2 at {result['l2_throughput_percent']:.0f} % of their peak, {result['dram_read_bytes'] / 1e9:.2f} GB read "
@@ -436,8 +484,29 @@ def limits(result: dict[str, Any]) -> str:
         f"instead (one program for dk and dv with the whole state; results and state transposed, 128 wide): "
         f"[ops_variants_h100_2026-11-25.json](../benchmarks/results/ops_variants_h100_2026-11-25.json). None is faster by 8 % at both 2,048 and 8,192 "
         f"tokens; the transposed form with today's tiles gains 6 and 8 % in backward, half a percent of a training step, for a second form of the walk; in forward it loses 7 % at 8,192 tokens and nothing at 2,048.\n\n"
+        f"{through_swish(swish) if swish else ''}"
         f"{result['device']}; [{result['file']}](../benchmarks/results/{result['file']}).\n"
         + (long_limits(long) if (long := newest("ops_profile_long", "h100")) else "")
+    )
+
+
+def through_swish(result: dict[str, Any]) -> str:
+    """The backward of Gated Linear Attention, whose gradients of q and k go on through the swish."""
+    at = {row["variant"]: row for row in result["rows"] if (row["B"], row["T"], row["H"]) == (16, 2_048, 8)}
+    long = {row["variant"]: row for row in result["rows"] if (row["B"], row["T"], row["H"]) == (4, 8_192, 8)}
+    few = newest("ops_descriptors", "h100")
+    tried = "; ".join(
+        f"{at[name]['what']} {at[name]['with_swish_ms']:.2f}" for name in ("sig", "half", "halfi32", "halfall")
+    )
+    return (
+        f"Inside Gated Linear Attention the backward also turns gradients of swish(q) and swish(k) into those of q and k. B, T, H = 16, 2,048, 8: without "
+        f"{at['base']['without_swish_ms']:.2f} ms, with it {at['base']['with_swish_ms']:.2f} ms as it was, {at['halfpipe']['with_swish_ms']:.2f} as it is: a "
+        f"sigmoid of two approximate instructions, the columns in two halves so that registers suffice, and what is read for it through the pipeline of the other "
+        f"loads. In between: {tried}; the swish as a pass of its own {at['base']['swish_as_a_pass_of_its_own_ms']:.2f} more. Tensor descriptors, used from 2^26 numbers on, "
+        f"would gain at 2^25 ({long['halfpipe']['with_swish_ms']:.2f} to {long['desc']['with_swish_ms']:.2f} at 4, 8,192, 8) what making them costs the host of an "
+        f"eager call ({link(few, 'forward and backward, both ways')}). {link(result)}.\n\n"
+        if few
+        else ""
     )
 
 
@@ -495,6 +564,7 @@ def main() -> None:
     for subject, device, section in (
         ("train", "h100", training_gpu),
         ("train_profile", "h100", training_profile),
+        ("train_graph", "h100", training_graph),
         ("train_float8", "h100", training_float8),
         ("meshes", "h100x2", two),
         ("meshes_385m", "h100x4", four),

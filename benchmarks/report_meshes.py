@@ -59,8 +59,8 @@ def two(result: dict[str, Any]) -> str:
 
 def four(result: dict[str, Any]) -> str:
     """Meshes of four GPUs, plain and recorded: 385m, and 7b from several runs."""
-    more = (newest(f"meshes_7b{name}", "h100x4") for name in ("", "_alone", "_graph", "_c", "_d"))
-    runs = dict(zip("abcdef", [result, *filter(None, more)], strict=False))
+    more = (newest(f"meshes_7b{name}", "h100x4") for name in ("", "_alone", "_graph", "_c", "_d", "_e"))
+    runs = dict(zip("abcdefg", [result, *filter(None, more)], strict=False))
     rows: list[list[str]] = []
     for run, each in runs.items():
         for row in each["rows"]:
@@ -92,10 +92,21 @@ def four(result: dict[str, Any]) -> str:
         f"{worst:.2f} times what one process is off by ({files}).\n\nTraining steps as above, 385m with rows of 16 × 2,048 and 7b of 4 × 2,048 a data rank. "
         f"*Recorded* is `train.graph`: the passes are one CUDA graph, so the host queues nothing in them. What `tensor` and `context` lose without it is the host's: "
         f"a GPU computes as long either way. In run b meshes followed one another in the same processes; `shard 4`, which fills the GPU, was faster in "
-        f"processes of its own (c). Runs e and f were on a machine with a slower host. A recorded step reserves what a plain one does: {reserved[True]:.1f} GiB for "
-        f"{reserved[False]:.1f} in f. {FITTED}\n\n{table(head, rows)}\n\n{source(result)} The other runs: "
+        f"processes of its own (c). Runs e, f and g were on machines with a slower host. A recorded step reserves what a plain one does: {reserved[True]:.1f} GiB for "
+        f"{reserved[False]:.1f} in f. {million()}{FITTED}\n\n{table(head, rows)}\n\n{source(result)} The other runs: "
         f"{', '.join(f'{run} {link(each)}' for run, each in runs.items() if run != 'a')}.\n{the_host()}"
     )  # fmt: skip
+
+
+def million() -> str:
+    result = newest("meshes_million", "h100x4")
+    if result is None:
+        return ""
+    (row,) = result["rows"]
+    return (
+        f"One row of {row['seq_len']:,} tokens over all four (385m, `{row['mesh']}`, recomputed) trains at {row['tokens_per_second']:,} tokens/s in "
+        f"{row['peak_bytes'] / 2**30:.1f} GiB a GPU ({link(result, 'result')}). "
+    )
 
 
 def the_host() -> str:
