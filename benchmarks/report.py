@@ -36,14 +36,15 @@ NAMES = {
 
 
 def training_gpu(result: dict[str, Any]) -> str:
-    subjects = ("train_long", "train_retnet", "train_1b", "train_385m", "train_8k")
-    others = [each for subject in subjects for each in every(subject, "h100")]
+    others = [each for subject in ("train_long", "train_retnet", "train_1b") for each in every(subject, "h100")]
     sources = sorted([result, *others], key=lambda each: each["date"])
     found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
-    beside = {  # the same run's of ours
-        id(row): ours for each in sources for ours in each["rows"] if ours["model"] == "transnormer"
-        for row in each["rows"] if [row[key] for key in ("size", "seq_len")] == [ours[key] for key in ("size", "seq_len")]
-    }  # fmt: skip
+    beside = {}  # ours of the same run
+    for each in sources:
+        of = {
+            (row.get("run"), row["size"], row["seq_len"]): row for row in each["rows"] if row["model"] == "transnormer"
+        }
+        beside |= {id(row): of.get((row.get("run"), row["size"], row["seq_len"])) for row in each["rows"]}
     latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
     eights = {(row["size"], row["seq_len"]): row for row in found if row["model"] == "transnormer, 8 bits"}
     order = list(dict.fromkeys(row["size"] for row in found))
@@ -103,7 +104,11 @@ def training_gpu(result: dict[str, Any]) -> str:
         f"At 2,048 tokens attention is a small part of either, so that operations a token are nearly the same ({costs}), and "
         f"our softmax Transformer of equal width, which has fewer parameters, keeps the matrix units as busy: there is little to win.\n\n"
     )
-    ceilings = ", ".join(f"{each['matmul_tflop_per_second']:,.0f}" for each in sources)
+    commit = next(each["commit"] for each in sources if latest["385m", 2_048, "transnormer"] in each["rows"])
+    told = (
+        f"{source(each)} Ceiling {each['matmul_tflop_per_second']:,.0f} TFLOP/s. {each.get('note', '')}"
+        for each in sources
+    )
     eight = "".join(
         f"`optim.bits = 8` (bitsandbytes), {row['size']}, {row['rows']} × {row['seq_len']:,}: {row['tokens_per_second']:,} tokens/s in "
         f"{row['peak_bytes'] / 2**30:.1f} GiB; with 32 in the same run {beside[id(row)]['tokens_per_second']:,} in {beside[id(row)]['peak_bytes'] / 2**30:.1f}.\n\n"
@@ -112,36 +117,28 @@ def training_gpu(result: dict[str, Any]) -> str:
     return (
         f"## Training on a GPU\n\nA step is loss, backward, clip and AdamW on random ids; bf16 autocast over float32 weights, vocabulary "
         f"64,000, SDPA's cuDNN kernels, blocks compiled. Contenders have the GPU to themselves, one after another. The ceiling is a "
-        f"square matrix product of the same run, {ceilings} TFLOP/s. Each row is the newest measured; ours is times faster than the row in the row's own run.\n\n"
-        f"{table(head, rows)}\n\n![training](training.png)\n\n{repeated(sources)}{million}{eight}{why}"
+        f"square matrix product of the same run. Each row is the newest measured; *ours is times faster* compares it with ours of its own run.\n\n"
+        f"{table(head, rows)}\n\n![training](training.png)\n\n{repeated(sources, commit)}{million}{eight}{why}"
         + "".join(notes)
-        + " ".join(each["note"] for each in sources if "note" in each)
         + "\n\n"
-        + "\n\n".join(map(source, sources))
+        + "\n\n".join(map(str.rstrip, told))
         + "\n"
     )
 
 
-def repeated(sources: list[dict[str, Any]]) -> str:
-    """All runs of today's kernels beside the LLaMA at 2,048 tokens, for one says little to two digits."""
-    runs = [
-        each
-        for each in (*sources, *every("train_profile", "h100"), *every("train_graph", "h100"))
-        if each["date"] >= "2026-11-27"
-    ]
-    found = []
-    for each in runs:
+def repeated(sources: list[dict[str, Any]], commit: str) -> str:
+    """Every run beside the LLaMA at 2,048 tokens, of this commit and before: one run does not settle the second digit."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for each in (*sources, *every("train_profile", "h100"), *every("train_graph", "h100")):
         speed = {
-            row["model"]: row.get("tokens_per_second")
-            for row in each["rows"]
+            row["model"]: row.get("tokens_per_second") for row in each["rows"]
             if (row["size"], row["seq_len"]) == ("385m", 2_048)
-        }
+        }  # fmt: skip
         if speed.get("llama"):
-            found.append((speed["transnormer"] / speed["llama"], speed["transnormer"] / speed["softmax"]))
-    llama, softmax = (", ".join(f"{ratio[n]:.2f}" for ratio in sorted(found)) for n in (0, 1))
+            ratios[each["commit"] == commit].append(speed["transnormer"] / speed["llama"])
+    now, before = (", ".join(f"{ratio:.2f}" for ratio in sorted(ratios[which])) for which in (True, False))
     return (
-        f"385m, 16 × 2,048, in {len(found)} runs on as many GPUs: {llama} times the LLaMA, {softmax} times our softmax Transformer "
-        f"(runs of 2026-11-27, of them the table has one).\n\n"
+        f"385m, 16 × 2,048, in every run: {now} times the LLaMA; before the faster backward of attention {before}.\n\n"
     )
 
 
@@ -152,16 +149,10 @@ def training_graph(result: dict[str, Any]) -> str:
     for size in dict.fromkeys(size for size, _ in speed):
         for model in ("transnormer", "softmax"):
             plain, recorded = speed[size, model], speed[size, f"{model}, one graph"]
-            rows.append(
-                [
-                    size,
-                    NAMES[model],
-                    f"{plain:,}",
-                    f"{recorded:,}",
-                    f"{recorded / plain:.2f}",
-                    f"{recorded / speed[size, 'llama']:.2f}",
-                ]
-            )
+            rows.append([
+                size, NAMES[model], f"{plain:,}", f"{recorded:,}", f"{recorded / plain:.2f}",
+                f"{recorded / speed[size, 'llama']:.2f}",
+            ])  # fmt: skip
     head = ["size", "model", "tokens/s", "recorded", "times", "recorded, times the LLaMA"]
     return (
         f"### One CUDA graph\n\n`train.graph` on one GPU, 16 × 2,048 tokens: it gains what the host loses, much where the model is small, nothing where "
@@ -475,7 +466,7 @@ def check(result: dict[str, Any]) -> str:
 
 
 def limits(result: dict[str, Any]) -> str:
-    swish = newest("ops_swish", "h100")
+    swish, eager = newest("ops_swish", "h100"), newest("ops_descriptors", "h100")
     return (
         f"## What limits the backward\n\nNsight Compute, B, H, T = 4, 32, 8,192: {result['duration_ms']} ms, memory at "
         f"{result['dram_throughput_percent']:.0f} % and L2 at {result['l2_throughput_percent']:.0f} % of their peak, {result['dram_read_bytes'] / 1e9:.2f} GB read "
@@ -484,29 +475,40 @@ def limits(result: dict[str, Any]) -> str:
         f"instead (one program for dk and dv with the whole state; results and state transposed, 128 wide): "
         f"[ops_variants_h100_2026-11-25.json](../benchmarks/results/ops_variants_h100_2026-11-25.json). None is faster by 8 % at both 2,048 and 8,192 "
         f"tokens; the transposed form with today's tiles gains 6 and 8 % in backward, half a percent of a training step, for a second form of the walk; in forward it loses 7 % at 8,192 tokens and nothing at 2,048.\n\n"
-        f"{through_swish(swish) if swish else ''}"
         f"{result['device']}; [{result['file']}](../benchmarks/results/{result['file']}).\n"
+        + (through_swish(swish, eager) if swish and eager else "")
         + (long_limits(long) if (long := newest("ops_profile_long", "h100")) else "")
     )
 
 
-def through_swish(result: dict[str, Any]) -> str:
+def through_swish(result: dict[str, Any], eager: dict[str, Any]) -> str:
     """The backward of Gated Linear Attention, whose gradients of q and k go on through the swish."""
-    at = {row["variant"]: row for row in result["rows"] if (row["B"], row["T"], row["H"]) == (16, 2_048, 8)}
-    long = {row["variant"]: row for row in result["rows"] if (row["B"], row["T"], row["H"]) == (4, 8_192, 8)}
-    few = newest("ops_descriptors", "h100")
-    tried = "; ".join(
-        f"{at[name]['what']} {at[name]['with_swish_ms']:.2f}" for name in ("sig", "half", "halfi32", "halfall")
-    )
+    of: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        of.setdefault((row["B"], row["T"], row["H"]), {})[row["variant"]] = row
+    rows = [
+        [", ".join(f"{n:,}" for n in shape), f"{at['base']['without_swish_ms']:.2f}",
+         *(f"{at[name]['with_swish_ms']:.2f}" for name in ("base", "sig", "half", "halfpipe", "desc"))]
+        for shape, at in of.items()
+    ]  # fmt: skip
+    head = [
+        "B, T, H",
+        "without the swish",
+        "as it was",
+        "another sigmoid",
+        "and in halves",
+        "and the pipeline: as it is",
+        "and descriptors",
+    ]
+    apart = of[16, 2_048, 8]["base"]["swish_as_a_pass_of_its_own_ms"]
     return (
-        f"Inside Gated Linear Attention the backward also turns gradients of swish(q) and swish(k) into those of q and k. B, T, H = 16, 2,048, 8: without "
-        f"{at['base']['without_swish_ms']:.2f} ms, with it {at['base']['with_swish_ms']:.2f} ms as it was, {at['halfpipe']['with_swish_ms']:.2f} as it is: a "
-        f"sigmoid of two approximate instructions, the columns in two halves so that registers suffice, and what is read for it through the pipeline of the other "
-        f"loads. In between: {tried}; the swish as a pass of its own {at['base']['swish_as_a_pass_of_its_own_ms']:.2f} more. Tensor descriptors, used from 2^26 numbers on, "
-        f"would gain at 2^25 ({long['halfpipe']['with_swish_ms']:.2f} to {long['desc']['with_swish_ms']:.2f} at 4, 8,192, 8) what making them costs the host of an "
-        f"eager call ({link(few, 'forward and backward, both ways')}). {link(result)}.\n\n"
-        if few
-        else ""
+        f"\nInside Gated Linear Attention the backward also turns gradients of swish(q) and swish(k) into those of q and k. The sigmoid is now two approximate "
+        f"instructions; the columns go through it in two halves, for which registers suffice; and what is read for it comes through the pipeline of the other "
+        f"loads. In ms, V = 128:\n\n{table(head, rows)}\n\nThe swish as a pass of its own would take {apart:.2f} more. With a pipeline of one stage, which only GPUs "
+        f"with little shared memory use, today's form is slower than the one before on the H100 ({of[16, 2_048, 8]['halfpipe']['with_swish_by_tiles_ms']['64x64 w4 s1']:.2f} "
+        f"for {of[16, 2_048, 8]['base']['with_swish_by_tiles_ms']['64x64 w4 s1']:.2f}). Descriptors are used from 2^26 numbers on, the last of these shapes; below, "
+        f"making them takes the host of an eager call longer than they gain ({link(eager, 'forward and backward, both ways')}; in the last column the third shape has "
+        f"two stages for three). An experiment outside the repository: {link(result)}.\n"
     )
 
 

@@ -59,7 +59,7 @@ def two(result: dict[str, Any]) -> str:
 
 def four(result: dict[str, Any]) -> str:
     """Meshes of four GPUs, plain and recorded: 385m, and 7b from several runs."""
-    more = (newest(f"meshes_7b{name}", "h100x4") for name in ("", "_alone", "_graph", "_c", "_d", "_e"))
+    more = (newest(f"meshes_7b{name}", "h100x4") for name in ("", "_alone", "_graph", "_c", "_d", "_tensor"))
     runs = dict(zip("abcdefg", [result, *filter(None, more)], strict=False))
     rows: list[list[str]] = []
     for run, each in runs.items():

@@ -143,7 +143,8 @@ def _walk(
 ):  # fmt: skip
     """Walks tokens start … stop - 1 of one row and head, writes their output, returns the state at the far end.
 
-    SWISHED: the output is a gradient of swish(raw), and becomes that of raw.
+    SWISHED: the output is a gradient of swish(raw), and becomes that of raw. STAGES: of the loop's loads, raw's too;
+    with None the launch's, of what products read alone.
 
     The last chunk of a walk may be short. What lies beyond it is read by no token of it, being later along the walk.
     """
@@ -155,8 +156,7 @@ def _walk(
     distance = along[:, None] - (C - 1 - i if REVERSE else i)[None, :]
     inside = tl.where(distance >= 0, tl.exp(rate * tl.maximum(distance, 0)), 0.0)  # [C, C]
     before = tl.exp(rate * (along if REVERSE else along + 1))  # what a token sees of the incoming state
-    # Said here, the pipeline loads raw too; else only what products read.
-    for n in tl.range(tl.cdiv(stop - start, C), num_stages=STAGES if SWISHED else None):
+    for n in tl.range(tl.cdiv(stop - start, C), num_stages=STAGES):
         first = stop - (n + 1) * C if REVERSE else start + n * C
         count = tl.minimum(stop - start - n * C, C)
         qc = _load(q, row, head, first, start, stop, 0, q_t, q_c, C, K, BK, REVERSE, DESCRIBED)
@@ -171,7 +171,7 @@ def _walk(
         for part in tl.static_range(PARTS):
             columns = column + tl.arange(0, BV // PARTS) + part * (BV // PARTS)
             mask = (along < count)[:, None] & (columns < V)[None, :]
-            if SWISHED:
+            if SWISHED:  # added to the pointer one by one: offsets summed first take more registers
                 at = raw + first.to(tl.int64) * r_t + i.to(tl.int64)[:, None] * r_t + columns[None, :]
                 x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
                 share = _sigmoid(x)
@@ -336,7 +336,7 @@ def forward_kernel(
         rest // segments // H, rest // segments % H, rest % segments, column,
         q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, v_b, v_t, v_h, v_c, T * o_t, o_t, V, 0, 0, 0,
         s_n, s_h, s_k, s_v, V, 1, T, H, N, segment, segments,
-        K, V, BK, BV, C, False, DESCRIBED, False, PACKED, HAS_STATE, True, SEGMENTED, 1,
+        K, V, BK, BV, C, False, DESCRIBED, False, PACKED, HAS_STATE, True, SEGMENTED, None,
     )  # fmt: skip
 
 
@@ -374,7 +374,7 @@ def backward_kernel(
             k, q, g_slice, dv, dv, d_last, d_state, d_local, cu_seqlens, log_decay, row, head, s, (part - OF_K) * SV,
             k_b, k_t, k_h, k_c, q_b, q_t, q_h, q_c, g_b, g_t, g_h, g_c, dv_b, dv_t, dv_h, 0, 0, 0,
             e_n, e_h, e_k, e_v, V, 1, T, H, N, segment, segments,
-            K, V, BK, SV, C, True, DESCRIBED, False, PACKED, HAS_LAST, HAS_STATE, SEGMENTED, STAGES,
+            K, V, BK, SV, C, True, DESCRIBED, False, PACKED, HAS_LAST, HAS_STATE, SEGMENTED, None,
         )  # fmt: skip
     else:
         _program(
