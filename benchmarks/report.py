@@ -39,12 +39,14 @@ def training_gpu(result: dict[str, Any]) -> str:
     others = [each for subject in ("train_long", "train_retnet", "train_1b") for each in every(subject, "h100")]
     sources = sorted([result, *others], key=lambda each: each["date"])
     found = [row for each in sources for row in each["rows"] if "tokens_per_second" in row]
-    beside = {}  # ours of the same run
+    beside: dict[int, dict[str, Any]] = {}  # of a row: ours of the same run
     for each in sources:
         of = {
             (row.get("run"), row["size"], row["seq_len"]): row for row in each["rows"] if row["model"] == "transnormer"
         }
-        beside |= {id(row): of.get((row.get("run"), row["size"], row["seq_len"])) for row in each["rows"]}
+        for row in each["rows"]:
+            if ours := of.get((row.get("run"), row["size"], row["seq_len"])):
+                beside[id(row)] = ours
     latest = {(row["size"], row["seq_len"], row["model"]): row for row in found if row["model"] in NAMES}
     eights = {(row["size"], row["seq_len"]): row for row in found if row["model"] == "transnormer, 8 bits"}
     order = list(dict.fromkeys(row["size"] for row in found))
