@@ -493,15 +493,7 @@ def through_swish(result: dict[str, Any], eager: dict[str, Any]) -> str:
          *(f"{at[name]['with_swish_ms']:.2f}" for name in ("base", "sig", "half", "halfpipe", "desc"))]
         for shape, at in of.items()
     ]  # fmt: skip
-    head = [
-        "B, T, H",
-        "without the swish",
-        "as it was",
-        "another sigmoid",
-        "and in halves",
-        "and the pipeline: as it is",
-        "and descriptors",
-    ]
+    head = ["B, T, H", "without the swish", "as it was", "another sigmoid", "and in halves", "and the pipeline: as it is", "and descriptors"]  # fmt: skip
     apart = of[16, 2_048, 8]["base"]["swish_as_a_pass_of_its_own_ms"]
     return (
         f"\nInside Gated Linear Attention the backward also turns gradients of swish(q) and swish(k) into those of q and k. The sigmoid is now two approximate "

@@ -70,18 +70,7 @@ def four(result: dict[str, Any]) -> str:
                 f"{statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f})", f"{row['profile']['computing_ms']:.0f}",
                 f"{peak / 2**30:.1f}" if peak else "", planned(row)[1] if peak else "",
             ])  # fmt: skip
-    head = [
-        "run",
-        "size",
-        "mesh",
-        "recorded",
-        "tokens/s",
-        "planned",
-        "a step, ms",
-        "the GPU computes",
-        "GiB a GPU",
-        "planned",
-    ]
+    head = ["run", "size", "mesh", "recorded", "tokens/s", "planned", "a step, ms", "the GPU computes", "GiB a GPU", "planned"]  # fmt: skip
     errors = [each for each in (newest("meshes_errors", "h100x4"), newest("meshes_graph_errors", "h100x4")) if each]
     off = [row for each in errors for row in each["rows"]]
     worst = max(row["off"] / max(row["one_process_off"], 2**-9) for row in off)

@@ -95,8 +95,10 @@ def of_the_passes(row: dict[str, Any]) -> float:
 
 def meshes() -> Iterator[tuple[str, dict[str, Any]]]:
     """Steps for which no GPU waited for its host, and was not filled by what ran before in the same process."""
-    for name in ("meshes_h100x2_2026-11-26", "meshes_385m_h100x4_2026-11-27", "meshes_7b_alone_h100x4_2026-11-27",
-                 "meshes_7b_graph_h100x4_2026-11-27", "meshes_7b_d_h100x4_2026-11-27", "meshes_7b_tensor_h100x4_2026-11-27"):  # fmt: skip
+    for name in (
+        "meshes_h100x2_2026-11-26", "meshes_385m_h100x4_2026-11-27", "meshes_7b_alone_h100x4_2026-11-27",
+        "meshes_7b_graph_h100x4_2026-11-27", "meshes_7b_d_h100x4_2026-11-27", "meshes_7b_tensor_h100x4_2026-11-27",
+    ):  # fmt: skip
         for row in json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]:
             mesh = row["mesh"].split()[0]
             if mesh in ("shard", "replicate") or (row.get("graph") and mesh != "one"):

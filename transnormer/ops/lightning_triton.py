@@ -277,8 +277,7 @@ def backward(
             *dk.stride()[:3], *dv.stride()[:3], *q_raw.stride()[:3],
             *(_NO_STRIDES if state is None else state.stride()), *(_NO_STRIDES if d_last is None else d_last.stride()),
             call.T, call.H, call.N, *cut, call.K, call.V, BK, BV, SK, SV, tiles.chunk, described, bool(raw),
-            cu_seqlens is not None, state is not None, d_last is not None, cut[1] > 1,
-            tiles.stages if raw else None,
+            cu_seqlens is not None, state is not None, d_last is not None, cut[1] > 1, tiles.stages if raw else None,
         )  # fmt: skip
         call.launch(backward_kernel, rows * cut[1] * programs, tiles, tiles.stages, arguments)
 
