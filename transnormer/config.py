@@ -16,7 +16,7 @@ MIXERS = ("gla", "softmax")
 POSITIONS = ("lrpe", "rope", "ape", "none")
 DECAYS = ("alibi", "paper", "none")
 NORMS = ("srmsnorm", "rmsnorm", "layernorm")
-GLUS = ("sglu", "swiglu")
+GLUS = ("sglu", "swiglu", "mlp")
 ACTIVATIONS = (
     "swish", "none", "1+elu", "2+elu", "elu", "relu", "leaky_relu", "gelu", "sigmoid", "sine", "exp",
 )  # fmt: skip
@@ -52,7 +52,7 @@ class ModelConfig:
     gate: bool = True
     gate_rank: int | None = None  # None: a full gate projection; r: two thin ones, D -> r -> heads
     activation: str = "swish"  # on q and k
-    glu: str = "sglu"
+    glu: str = "sglu"  # "mlp": no gate, two matrices with GELU between them, as in a plain Transformer
     norm: str = "srmsnorm"  # in the blocks, over the heads' output, and before the head
     norm_eps: float = 1e-6
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
@@ -148,7 +148,7 @@ class ModelConfig:
         d, inner, f, layers = self.hidden_size, self.inner_size, self.intermediate_size, self.num_hidden_layers
         full_gate = self.gate and self.gate_rank is None
         fused = (4 if full_gate else 3) * inner
-        linears = [(d, fused), (inner, d), (d, f), (d, f), (f, d)]
+        linears = [(d, fused), (inner, d), *[(d, f)] * (1 if self.glu == "mlp" else 2), (f, d)]
         if self.gate_rank is not None:
             linears += [(d, self.gate_rank), (self.gate_rank, inner)]
         block = sum(i * o + (o if self.bias else 0) for i, o in linears)

@@ -65,6 +65,16 @@ def tokenizer(prepared):
 # Preparing.
 
 
+def test_documents_of_their_own_are_the_validation_split(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("one two three four\n")
+    (tmp_path / "held.jsonl").write_text('{"text": "five six"}\n{"text": "seven"}\n')
+    record = prepare([tmp_path / "train.txt"], tmp_path / "out", vocab_size=260, valid=[tmp_path / "held.jsonl"])
+    assert [record["splits"][name]["documents"] for name in ("train", "valid")] == [1, 2]
+    valid = TokenData(tmp_path / "out", "valid")
+    text = load_tokenizer(tmp_path / "out").decode(valid.window(0, valid.tokens).tolist(), skip_special_tokens=False)
+    assert text == "five six<|endoftext|>seven<|endoftext|>"
+
+
 def test_both_splits_hold_every_document_once_in_order(prepared, texts):
     train, valid = (read_documents(prepared, split) for split in ("train", "valid"))
     assert Counter(train) + Counter(valid) == Counter(texts)

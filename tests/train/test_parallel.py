@@ -24,7 +24,7 @@ EVERYTHING = {  # that a model of ours may have beside the defaults
     "num_attention_heads": 6, "hidden_size": 36, "norm": "rmsnorm", "bias": True, "position_layers": "all",
     "gate_rank": 3, "tie_word_embeddings": False, "pad_token_id": 30, "embed_scale": True,
 }  # fmt: skip
-OTHER = {"norm": "layernorm", "position": "ape", "decay": "paper", "glu": "swiglu", "activation": "1+elu"}
+OTHER = {"norm": "layernorm", "position": "ape", "decay": "paper", "glu": "mlp", "activation": "1+elu"}
 BASELINE = {**TRANSFORMER, "num_attention_heads": 6, "hidden_size": 36}
 DECAYED_BASELINE = {**TRANSFORMER, "position": "none", "decay": "alibi"}
 

@@ -58,7 +58,7 @@ EVERYTHING = {
     "num_attention_heads": 6, "hidden_size": 36, "norm": "rmsnorm", "bias": True, "position_layers": "all",
     "gate_rank": 3, "tie_word_embeddings": False,
 }  # fmt: skip
-OTHER = {"norm": "layernorm", "position": "ape", "glu": "swiglu", "vocab_size": 44}
+OTHER = {"norm": "layernorm", "position": "ape", "glu": "mlp", "vocab_size": 44}
 BASELINE = {**TRANSFORMER, "num_attention_heads": 6, "hidden_size": 36}
 
 

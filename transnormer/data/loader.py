@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,6 +58,7 @@ def prepare(
     format: str = "text",
     chat_template: str | Path | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    valid: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Tokenize documents into the prepared folder `out`; returns what its data.json holds.
@@ -69,6 +71,7 @@ def prepare(
     tokenizer: the path of one to load. Exactly one of the two.
     split: share of the documents held out as `valid`, chosen by a hash of `seed` and the document's number: at least
         one and never all. Of a single document the tail is held out, from the line end nearest to that share.
+    valid: files or folders whose documents are the split `valid`; then all documents of `inputs` are for training.
     shard_tokens: tokens a file. progress: called now and then, see `Progress`; by default `progress_bar`'s.
 
     The folder is written under another name and renamed at the end, so that it is whole or absent.
@@ -88,20 +91,22 @@ def prepare(
     if not flags and chat_template is not None:
         raise ValueError(f"a chat template needs a format of conversations: {', '.join(chat.FORMATS)}")
 
-    def read() -> Iterator[str]:
-        return chat.conversations(inputs, format) if flags else documents(inputs, text_field=text_field)
+    def read(sources: Sequence[str | Path]) -> Iterator[str]:
+        return chat.conversations(sources, format) if flags else documents(sources, text_field=text_field)
 
-    texts = read()  # looks the inputs up before anything is written
+    texts = [read(sources) for sources in (inputs, valid) if sources]  # looks them up before anything is written
     if flags and tokenizer is None:
         raise ValueError(f"format {format!r} needs the tokenizer of the model that is to be tuned")
     source = chat.choose_template(bpe, format, Path(str(tokenizer)), chat_template) if flags else ""
 
     with new_folder(Path(out)) as folder, nullcontext(progress) if progress else progress_bar() as report:
         count, total_bytes, fingerprint = _survey(texts, report)
-        held_out = _held_out(seed, split, count)
+        held_out = _held_out(seed, 0.0 if valid else split, count)
 
         def labelled() -> Iterator[tuple[str, str]]:
-            return _label(read(), held_out, split if count == 1 and not flags else 0.0)
+            yield from _label(read(inputs), held_out, split if count == 1 and not flags else 0.0)
+            if valid:
+                yield from (("valid", text) for text in read(valid))
 
         if vocab_size is not None:
             train_texts = (text for name, text in labelled() if name == "train")
@@ -129,6 +134,7 @@ def prepare(
             "tokenizer_sha256": sha256(folder / "tokenizer.json"),
             "source": {
                 "inputs": [str(given) for given in inputs],
+                **({"valid": [str(given) for given in valid]} if valid else {}),
                 "text_field": text_field,
                 "documents_sha256": fingerprint,
                 "vocab_size": vocab_size,
@@ -178,10 +184,10 @@ def progress_bar() -> Iterator[Progress]:
         bars.stop()
 
 
-def _survey(texts: Iterable[str], report: Progress) -> tuple[int, int, str]:
+def _survey(texts: Sequence[Iterable[str]], report: Progress) -> tuple[int, int, str]:
     """How many documents, how many bytes in UTF-8, and a SHA-256 over the documents' contents."""
     count, total, digest = 0, 0, hashlib.sha256()
-    for text in texts:
+    for text in chain.from_iterable(texts):
         content = text.encode()
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)

@@ -180,6 +180,20 @@ class SwiGLU(SimpleGLU):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MLP(nn.Module):
+    """O = GELU(X W_u) W_o: no gate, as in a plain Transformer. D -> F -> D."""
+
+    SHARDS: ClassVar[dict[str, str]] = {"up_proj": "columns", "down_proj": "rows"}
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "srmsnorm": SimpleRMSNorm, "rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm,
 }  # fmt: skip
@@ -197,4 +211,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": _shifted_exp,
 }
 POSITIONS: dict[str, Callable[[ModelConfig], nn.Module]] = {"lrpe": LRPE, "rope": RoPE}
-GLUS: dict[str, Callable[[ModelConfig], nn.Module]] = {"sglu": SimpleGLU, "swiglu": SwiGLU}
+GLUS: dict[str, Callable[[ModelConfig], nn.Module]] = {"sglu": SimpleGLU, "swiglu": SwiGLU, "mlp": MLP}

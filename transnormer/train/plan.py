@@ -211,7 +211,8 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
             mixer += 2 * inner
     if rank:
         mixer += 2 * inner
-    glu = 3 * (2 * f)  # both branches and their product
+    kept = 2 if config.glu == "mlp" else 3  # before and after GELU; or both branches and their product
+    glu = kept * 2 * f
     return whole + (stream + mixer + glu) / tensor
 
 
