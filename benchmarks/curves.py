@@ -9,9 +9,7 @@ much of a difference is chance. Writes benchmarks/results/curves_<gpu>_<date>.js
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import record
-import torch
 
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
@@ -59,7 +56,6 @@ def main() -> None:
         result["rows"].append(row)
         (out / f"curves_{slug}_{date.today()}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(variant, seed, row["valid"], f"{row['seconds']} s", flush=True)
-        torch.compiler.reset()
 
 
 def one_run(options: argparse.Namespace, data: Path, changes: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -73,16 +69,13 @@ def one_run(options: argparse.Namespace, data: Path, changes: dict[str, Any], se
     }  # fmt: skip
     for table, change in changes.items():
         values[table] |= change
-    folder = tempfile.mkdtemp()
-    began = time.perf_counter()
-    try:
-        with contextlib.chdir(folder):
-            train(Recipe.from_dict({"run": "curve", **values}))
-            lines = read_metrics(Path("runs/curve/metrics.jsonl"))
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as runs:
+        began = time.perf_counter()
+        summary = train(Recipe.from_dict({"run": "curve", **values}), runs=runs)
+        seconds = time.perf_counter() - began
+        lines = read_metrics(summary.folder / "metrics.jsonl")
     return {
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[len(lines) // 2 :]),
         "losses": [round(line["loss"], 4) for line in lines if line["loss"] is not None],
         "valid": [[line["step"], round(line["valid_loss"], 4)] for line in lines if "valid_loss" in line],

@@ -70,7 +70,7 @@ def test_the_newest_good_checkpoint_is_used_and_nothing_deleted(
     spoil, message = DAMAGES[damage]
     settings = ("train.steps=9", "checkpoint.keep=9")
     train(tiny("run=whole", *settings))
-    run = train(tiny("run=hurt", *settings))
+    run = train(tiny("run=hurt", *settings)).folder
     newest = step_folders(run / "checkpoints")[0]
     spoil(newest)
     left = {path.name: path.read_bytes() for path in newest.iterdir()}
@@ -85,7 +85,7 @@ def test_the_newest_good_checkpoint_is_used_and_nothing_deleted(
 
 
 def test_a_model_is_loaded_from_the_newest_good_checkpoint(work: Path) -> None:
-    run = train(tiny("run=hurt", "train.steps=9", "checkpoint.keep=9"))
+    run = train(tiny("run=hurt", "train.steps=9", "checkpoint.keep=9")).folder
     newest, older, oldest = step_folders(run / "checkpoints")
     flip(newest / "model.safetensors")
     (older / "config.json").unlink()
@@ -106,7 +106,7 @@ def test_a_model_is_loaded_from_the_newest_good_checkpoint(work: Path) -> None:
 
 
 def test_what_is_damaged_again_is_set_aside_beside_the_first(work: Path) -> None:
-    run = train(tiny("run=hurt", "train.steps=6"))
+    run = train(tiny("run=hurt", "train.steps=6")).folder
     for _ in range(2):
         flip(run / "checkpoints/step-0000006/model.safetensors")
         train(tiny("run=hurt", "train.steps=6"))
@@ -115,7 +115,7 @@ def test_what_is_damaged_again_is_set_aside_beside_the_first(work: Path) -> None
 
 
 def test_a_checkpoint_of_another_model_names_the_first_difference(work: Path) -> None:
-    run = train(tiny("run=tall", "train.steps=3"))
+    run = train(tiny("run=tall", "train.steps=3")).folder
     train(tiny("run=flat", "train.steps=2", "model.num_hidden_layers=3"))
     shutil.rmtree(run / "checkpoints")
     shutil.copytree("runs/flat/checkpoints", run / "checkpoints")
@@ -127,9 +127,8 @@ def test_a_checkpoint_of_another_model_names_the_first_difference(work: Path) ->
 
 
 def test_the_newest_are_kept_and_those_of_every_so_many_steps(work: Path) -> None:
-    run = train(
-        tiny("run=aged", "train.steps=22", "checkpoint.every=5", "checkpoint.keep=2", "checkpoint.keep_every=8")
-    )
+    settings = ("train.steps=22", "checkpoint.every=5", "checkpoint.keep=2", "checkpoint.keep_every=8")
+    run = train(tiny("run=aged", *settings)).folder
     assert [int(folder.name[5:]) for folder in step_folders(run / "checkpoints")] == [22, 20, 16, 8]
     assert not list((run / "checkpoints").glob(".*"))
 
@@ -206,9 +205,10 @@ def test_refused_again_and_again_the_run_goes_back_past_the_samples(
     work: Path, spoil: Callable[..., None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     spoil(*BAD)
-    run = train(tiny("run=back", *OFTEN))
+    summary = train(tiny("run=back", *OFTEN))
     assert "going back to step 8; samples 32 to 44 are passed over" in capfd.readouterr().err
-    lines = read_metrics(run / "metrics.jsonl")
+    assert summary.refused == 3
+    lines = read_metrics(summary.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert [line["step"] for line in lines if "went_back" in line] == [9]
     assert lines[8]["went_back"]["after_step"] == 11
@@ -272,7 +272,7 @@ def test_a_loss_spike_is_refused_on_request(work: Path, spoil: Callable[..., Non
     spoil(4 * 35, factor=1.5)
     train(tiny("run=taken", *settings))
     assert not any("refused" in line for line in read_metrics(Path("runs/taken/metrics.jsonl")))
-    run = train(tiny("run=refused", *settings, "train.spike=4"))
+    run = train(tiny("run=refused", *settings, "train.spike=4")).folder
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines if "refused" in line] == [36]
     assert lines[35]["loss"] > 1.3 * lines[34]["loss"]

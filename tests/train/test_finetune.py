@@ -200,8 +200,8 @@ def test_what_was_learned_is_said_in_a_chat(work: Path, prepared: Path) -> None:
     path.write_text(Path("tune.toml").read_text().replace('from = "base"', "num_hidden_layers = 2\nhidden_size = 64"))
     sizes = ("model.num_attention_heads=2", "model.intermediate_size=128", "model.embed_scale=true")
     text = ("data.text=[]", "data.format=text", f"data.path={prepared}", "train.steps=100")
-    base = train(Recipe.load(path, [*sizes, *options, *text]))
-    run = train(tune("run=say", f"model.from={base}", "train.steps=120", "data.split=0", *options))
+    base = train(Recipe.load(path, [*sizes, *options, *text])).folder
+    run = train(tune("run=say", f"model.from={base}", "train.steps=120", "data.split=0", *options)).folder
     losses = [loss for _, loss, _ in curve("say")]
     assert losses[0] > 4
     assert losses[-1] < 0.05
@@ -211,7 +211,7 @@ def test_what_was_learned_is_said_in_a_chat(work: Path, prepared: Path) -> None:
     moved = dict(zip(PLACES, [*list(PLACES.values())[7:], *PLACES.values()], strict=False))
     write_records(Path("moved.jsonl"), moved)
     data = ("data.path=moved", "data.text=moved.jsonl", "data.split=0")
-    adapted = train(tune("run=moved", f"model.from={run}", "train.steps=60", *data, *options, "lora.rank=16"))
+    adapted = train(tune("run=moved", f"model.from={run}", "train.steps=60", *data, *options, "lora.rank=16")).folder
     losses = [loss for _, loss, _ in curve("moved")]
     assert losses[0] > 2
     assert losses[-1] < 0.1
@@ -230,7 +230,8 @@ def test_what_was_learned_is_said_in_a_chat(work: Path, prepared: Path) -> None:
 
 def test_an_adapter_is_trained_merged_and_read_by_peft(work: Path) -> None:
     before = weights("base")
-    run = train(tune("run=adapt", "lora.rank=4", 'lora.targets=["qkvu_proj", "glu.down_proj"]', "train.dtype=bfloat16"))
+    targets = 'lora.targets=["qkvu_proj", "glu.down_proj"]'
+    run = train(tune("run=adapt", "lora.rank=4", targets, "train.dtype=bfloat16")).folder
     newest = step_folders(run / "checkpoints")[0]
     changed = {name for name, tensor in weights(run).items() if not torch.equal(tensor, before[name])}
     assert changed == {f"layers.{n}.{name}.weight" for n in (0, 1) for name in ("mixer.qkvu_proj", "glu.down_proj")}
@@ -345,7 +346,7 @@ def test_a_run_of_all_weights_resumes_exactly(work: Path) -> None:
 def test_damage_to_an_adapter_and_another_base_are_named(
     work: Path, prepared: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(tune("run=hurt", "lora.rank=2"))
+    run = train(tune("run=hurt", "lora.rank=2")).folder
     newest, older = step_folders(run / "checkpoints")
     file = newest / lora.FOLDER / lora.WEIGHTS
     content = file.read_bytes()

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import math
 import resource
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import transnormer
 from transnormer.files import step_folders
+from transnormer.train import loop, metrics
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Recipe
+from transnormer.train.step import STOPS
 
 from .runs import STEPS, curve, start, tiny
 
 
 def test_a_run_leaves_what_it_promises(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run = train(tiny("run=one"))
+    run = train(tiny("run=one")).folder
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
@@ -42,16 +48,57 @@ def test_a_run_leaves_what_it_promises(work: Path, capfd: pytest.CaptureFixture[
     text = "".join(transnormer.generate(model, "To be", max_tokens=20))
     assert text
 
-    metrics = (run / "metrics.jsonl").read_bytes()
+    written = (run / "metrics.jsonl").read_bytes()
     train(tiny("run=one"))
     assert "run one is finished" in capfd.readouterr().err
-    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert (run / "metrics.jsonl").read_bytes() == written
     with pytest.raises(ValueError, match=r"started with other settings: optim\.lr was 0\.01 and is now 0\.02"):
         train(tiny("run=one", "optim.lr=0.02"))
     (work / "runs" / "mine").mkdir()
     (work / "runs" / "mine" / "notes.txt").write_text("precious")
     with pytest.raises(ValueError, match="not a run of ours"):
         train(tiny("run=mine"))
+
+
+def test_a_run_is_summed_up_and_so_is_one_that_was_finished_before(work: Path) -> None:
+    recipe = tiny("run=one", "train.steps=4", "eval.every=2")
+    summary = train(recipe, runs=work / "elsewhere")
+    lines = read_metrics(work / "elsewhere/one/metrics.jsonl")
+    assert (summary.folder, summary.steps, summary.tokens) == (work / "elsewhere/one", 4, 4 * 128)
+    assert (summary.final_loss, summary.valid_loss) == (lines[-1]["loss"], lines[-1]["valid_loss"])
+    assert summary.valid_bits_per_byte == lines[-1]["valid_bits_per_byte"]
+    assert summary.refused == 0
+    assert summary.seconds > 0
+    assert (summary.peak_memory_bytes is None) == (not torch.cuda.is_available())
+    again = train(recipe, runs=work / "elsewhere")
+    assert again == dataclasses.replace(summary, seconds=0.0, peak_memory_bytes=None)
+
+
+def test_a_process_is_left_as_it_was(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref[torch.nn.Module]] = []
+    resets: list[str] = []
+
+    def watched(*inputs: Any) -> Any:
+        model, origin = build(*inputs)
+        models.append(weakref.ref(model))
+        return model, origin
+
+    build = loop._model
+    monkeypatch.setattr(loop, "_model", watched)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append("reset"))
+    monkeypatch.setattr(metrics.console, "quiet", True)
+    handlers, state = [signal.getsignal(number) for number in STOPS], torch.get_rng_state()
+    for number in range(2):
+        train(tiny(f"run=r{number}", "train.steps=2", "train.compile=true"))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        train(tiny("run=r2", "data.path=nowhere"))
+    assert [signal.getsignal(number) for number in STOPS] == handlers
+    assert torch.equal(torch.get_rng_state(), state)
+    assert metrics.console.quiet
+    assert resets == ["reset", "reset"]
+    gc.collect()
+    assert [model() for model in models] == [None, None]
 
 
 def test_accumulation_recomputation_and_segments_change_nothing_but_rounding(work: Path, single_thread: None) -> None:
@@ -74,7 +121,7 @@ def test_a_cpu_records_no_graph(work: Path) -> None:
 
 
 def test_bfloat16_keeps_float32_weights(work: Path) -> None:
-    run = train(tiny("run=half", "train.dtype=bfloat16", "train.steps=20"))
+    run = train(tiny("run=half", "train.dtype=bfloat16", "train.steps=20")).folder
     assert all(p.dtype == torch.float32 for p in transnormer.load(run).parameters())
     losses = [loss for _, loss, _ in curve("half")]
     assert losses[-1] < losses[0] - 0.2
@@ -82,14 +129,14 @@ def test_bfloat16_keeps_float32_weights(work: Path) -> None:
 
 def test_the_curve_is_drawn_without_a_validation_split(work: Path, text_file: Path) -> None:
     options = ("data.path=whole", f"data.text={text_file}", "data.vocab_size=300", "data.split=0")
-    run = train(tiny("run=whole", "train.steps=3", *options))
+    run = train(tiny("run=whole", "train.steps=3", *options)).folder
     assert (run / "loss.png").exists()
     assert not any("valid_loss" in line for line in read_metrics(run / "metrics.jsonl"))
 
 
 def test_tensorboard_on_request(work: Path) -> None:
     pytest.importorskip("tensorboard")
-    run = train(tiny("run=board", "train.tensorboard=true", "train.steps=5"))
+    run = train(tiny("run=board", "train.tensorboard=true", "train.steps=5")).folder
     assert list((run / "tensorboard").glob("events.*"))
 
 
@@ -168,7 +215,7 @@ def test_a_run_goes_on_with_its_own_data_only(work: Path, text_file: Path) -> No
 
     prepare([text_file], work / "changing", vocab_size=300, split=0.1)
     recipe = tiny("run=tied", "train.steps=6", "data.path=changing")
-    run = train(recipe)
+    run = train(recipe).folder
     for folder in step_folders(run / "checkpoints")[:1]:
         shutil.rmtree(folder)  # back to step 3
     shutil.rmtree(work / "changing")
@@ -181,7 +228,7 @@ def test_without_git_and_with_a_picture_that_cannot_be_drawn(work: Path, monkeyp
     monkeypatch.setenv("PATH", "/nowhere")
     (work / "runs/bare/loss.png").mkdir(parents=True)  # a folder where the picture should go
     monkeypatch.setattr("transnormer.train.loop.check_same", lambda *_: None)
-    run = train(tiny("run=bare", "train.steps=3"))
+    run = train(tiny("run=bare", "train.steps=3")).folder
     assert json.loads((run / "run.json").read_text())["starts"][0]["commit"] is None
     assert step_folders(run / "checkpoints")[0].name == "step-0000003"
 

@@ -28,7 +28,7 @@ from transnormer.model.layers import local
 from transnormer.train import checkpoint, loop
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
-from transnormer.train.parallel import Mesh, make_mesh, parallelize
+from transnormer.train.parallel import make_mesh, parallelize, start
 from transnormer.train.recipe import Lora, Parallel, Recipe
 from transnormer.train.step import evaluation
 
@@ -228,11 +228,7 @@ def work_through(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 
-    @contextmanager
-    def start(parallel: Parallel, device: str) -> Iterator[Mesh]:
-        yield make_mesh(parallel, torch.device("cpu"))
-
-    loop.start = start  # type: ignore[attr-defined]
+    loop.start = lambda parallel, device: start(parallel, "cpu")  # type: ignore[attr-defined]
     for task in TASKS:
         try:
             found: dict[str, Any] = {"result": task(rank)}

@@ -220,7 +220,7 @@ def steps(name: str, parallel: Parallel, mesh: Mesh) -> tuple[dict[str, torch.Te
 @pytest.mark.parametrize("setting", ["optim.name=muon", "optim.name=adam", "optim.bits=8"])
 def test_a_run_goes_on_with_what_its_optimizer_remembered(work: Path, setting: str) -> None:
     recipe = tiny("run=kept", "train.steps=6", "model.hidden_size=64", setting)  # wide enough for 8 bits
-    run = train(recipe)
+    run = train(recipe).folder
     whole = curve("kept")
     shutil.rmtree(run / "checkpoints" / "step-0000006")
     train(recipe)

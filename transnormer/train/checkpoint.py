@@ -57,12 +57,14 @@ class Place:
     """Where a run is, beside its weights and its optimizer's memory.
 
     position: samples taken so far, by refused steps too; refused: steps in a row, up to the last, that were refused;
-    losses: of the last steps that were not; skipped: samples (from, to) that a return passed over.
+    refused_in_all: with those before which the run went back; losses: of the last steps that were not refused; skipped:
+    samples (from, to) that a return passed over.
     """
 
     step: int = 0
     position: int = 0
     refused: int = 0
+    refused_in_all: int = 0
     losses: list[float] = field(default_factory=list)
     skipped: list[list[int]] = field(default_factory=list)
 
@@ -70,6 +72,7 @@ class Place:
         """A step took samples up to `position`, and was refused or not. losses: its own, where losses are watched."""
         self.step, self.position = self.step + 1, position
         self.refused = self.refused + 1 if refused else 0
+        self.refused_in_all += refused
         if not refused:
             self.losses = [*self.losses, *losses][-WINDOW:]
 
@@ -274,8 +277,13 @@ class Checkpoints:
                 torch.set_rng_state(state)
             elif mesh.device.type == "cuda":
                 torch.cuda.set_rng_state(state)
-        known = {name: record[name] for name in asdict(Place()) if name in record}
-        return Place(**known)
+        return read_place(folder)
+
+
+def read_place(folder: Path) -> Place:
+    """Where the run was when it wrote a checkpoint."""
+    record = _record(folder)
+    return Place(**{name: record[name] for name in asdict(Place()) if name in record})
 
 
 def damaged(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,15 @@ from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
 from . import checkpoint, float8, lora
-from .checkpoint import Checkpoints, Origin, Place
+from .checkpoint import Checkpoints, Origin, Place, read_place
 from .feed import Feed, validation
-from .metrics import Metrics, console, plot, progress, say
+from .metrics import Metrics, console, plot, progress, read_metrics, say
 from .optim import learning_rate, new_optimizer, step_unless
 from .parallel import Mesh, check, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
 from .setup import check_memory, check_same, check_tokenizer, describe, only_one, open_data
 from .step import STOPS, Passes, agree, evaluation, gradients, refusal
 
-RUNS = Path("runs")  # in the working directory
 RETURNS = 3  # to one checkpoint, then the run ends
 
 
@@ -42,18 +43,47 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def train(recipe: Recipe) -> Path:
-    """Run a recipe to its end, or on from where it was stopped; returns the run's folder, runs/<run>.
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a run ended. The last two fields describe the call that returned the summary, all others the whole run.
+
+    final_loss: the training loss of the last step that was applied, in nats per token; NaN where metrics.jsonl is lost.
+    valid_loss, valid_bits_per_byte: the last evaluation, None where there was none.
+    tokens: how many all steps read together.
+    refused: how many steps were refused, including those before which the run went back to a checkpoint.
+    seconds: the time this call spent on steps, evaluations and checkpoints; 0 where the run was finished before.
+    peak_memory_bytes: the most that tensors took on one GPU in this call; None on a CPU, or where nothing was trained.
+    """
+
+    folder: Path
+    steps: int
+    tokens: int
+    final_loss: float
+    valid_loss: float | None
+    valid_bits_per_byte: float | None
+    refused: int
+    seconds: float
+    peak_memory_bytes: int | None
+
+
+def train(recipe: Recipe, runs: str | Path = "runs") -> RunSummary:
+    """Run a recipe to its end, or on from where it was stopped, in the folder `runs`/<run>.
+
+    It may be called many times in one process: a call leaves no compiled code, GPU memory, signal handlers or random
+    state behind. In a process group that the caller has started it trains on all ranks, and leaves the group to the caller.
 
     Raises ValueError or OSError (one line: what is wrong and what to do), on one process, and Elsewhere on the others;
     and Interrupted on all after SIGINT, SIGTERM or SIGHUP on any.
     """
-    with start(recipe.parallel, recipe.train.device) as mesh, ExitStack() as held:
-        console.quiet = not mesh.first
-        run = RUNS / recipe.run
+    with start(recipe.parallel, recipe.train.device) as mesh, _restored(recipe, mesh):
+        return _run(recipe, Path(runs) / recipe.run, mesh)
+
+
+def _run(recipe: Recipe, run: Path, mesh: Mesh) -> RunSummary:
+    with ExitStack() as held:
         if mesh.gather(mesh.together(lambda: _finished(run, recipe), first=True))[0]:
             say(f"run {recipe.run} is finished: {recipe.train.steps} steps, in {run}")
-            return run
+            return _summary(recipe, run, mesh, seconds=0.0, peak_memory_bytes=None)
         base = mesh.together(lambda: None if recipe.base is None else load(recipe.base, dtype=torch.float32))
         mesh.together(lambda: _prepare(recipe, base), first=True)
         data = mesh.together(lambda: TokenData(recipe.data.path, "train"))
@@ -63,7 +93,53 @@ def train(recipe: Recipe) -> Path:
         mesh.together(lambda: held.enter_context(_opened(run, recipe)), first=True)
         model, origin = _model(recipe, config, data, mesh, base)
         base = None  # of which each of several processes has a whole one
-        return _train(recipe, run, model, origin, data, mesh)
+        began = time.perf_counter()
+        _train(recipe, run, model, origin, data, mesh)
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated(mesh.device) if mesh.device.type == "cuda" else None
+        return _summary(recipe, run, mesh, seconds=seconds, peak_memory_bytes=peak)
+
+
+@contextmanager
+def _restored(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
+    """Give the process back as it was: its random state, the console, compiled code, the GPU's memory."""
+    quiet, gpus = console.quiet, [mesh.device] if mesh.device.type == "cuda" else []
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    console.quiet = not mesh.first
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        console.quiet = quiet
+        if recipe.train.compile:
+            torch.compiler.reset()
+        if gpus:
+            gc.collect()  # a model whose forward is wrapped refers to itself
+            torch.cuda.empty_cache()
+
+
+def _summary(recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memory_bytes: int | None) -> RunSummary:
+    """Read from the run's folder by the first process, and the same on all but for their own `seconds`."""
+
+    def read() -> dict[str, Any]:
+        metrics = run / "metrics.jsonl"
+        lines = read_metrics(metrics) if metrics.exists() else []
+        applied = [line["loss"] for line in lines if "refused" not in line and line.get("loss") is not None]
+        valid: dict[str, Any] = next((line for line in reversed(lines) if "valid_loss" in line), {})
+        place = read_place(step_folders(run / "checkpoints")[0])
+        return {
+            "steps": place.step, "refused": place.refused_in_all, "final_loss": applied[-1] if applied else math.nan,
+            "valid_loss": valid.get("valid_loss"), "valid_bits_per_byte": valid.get("valid_bits_per_byte"),
+        }  # fmt: skip
+
+    found = mesh.gather(mesh.together(read, first=True))[0]
+    assert found is not None
+    peaks = [peak for peak in mesh.gather(peak_memory_bytes) if peak is not None]
+    return RunSummary(
+        folder=run, tokens=found["steps"] * recipe.train.batch_tokens, seconds=seconds,
+        peak_memory_bytes=max(peaks, default=None), **found,
+    )  # fmt: skip
 
 
 def _finished(run: Path, recipe: Recipe) -> bool:
@@ -174,7 +250,7 @@ def _model(
     return model, Origin(data=data.fingerprint, chat_template=template, adapter=adapter, base=under)
 
 
-def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data: TokenData, mesh: Mesh) -> Path:
+def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data: TokenData, mesh: Mesh) -> None:
     settings, steps = recipe.train, recipe.train.steps
     loader = Loader(
         data, seq_len=settings.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=settings.seed,
@@ -242,7 +318,6 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
         checkpoints.settle()
         metrics.close()
     say(f"finished: model in {run}, curve in {run / 'loss.png'}")
-    return run
 
 
 def _due(step: int, recipe: Checkpoint) -> bool:
@@ -268,6 +343,7 @@ def _go_back(
             f"{why}; the run went back to step {back.step} {RETURNS} times, with other samples; {advice}"
         )
     returns.append(back.step)
+    back.refused_in_all = place.refused_in_all
     say(f"going back to step {back.step}; samples {back.position:,} to {place.position:,} are passed over")
     back.skipped.append([back.position, place.position])
     back.position = place.position

@@ -130,11 +130,9 @@ def progress(steps: int, done: int) -> Iterator[Any]:
 
 def plot(metrics: Path, picture: Path, title: str) -> None:
     """The loss curve of a metrics.jsonl as a PNG: training loss, its running mean, validation loss; nats a token."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.figure import Figure  # not pyplot, which chooses how all figures of the process are drawn
+    from matplotlib.ticker import EngFormatter
 
     lines = read_metrics(metrics)
     if not lines:
@@ -145,7 +143,8 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
     known = np.where(np.isnan(loss), np.nanmean(loss) if np.isfinite(loss).any() else 0, loss)
     mean = np.convolve(known, np.ones(window) / window, mode="valid")
     valid = [(line["tokens"], line["valid_loss"]) for line in lines if "valid_loss" in line]
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(tokens[window - 1 :], mean, color="tab:blue", label="training")
     if valid:
@@ -154,11 +153,10 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
             f"{valid[-1][1]:.3f}", valid[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="tab:orange"
         )
     axes.set(xlabel="tokens read", ylabel="loss (nats per token)", title=title)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     try:
         replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))
     except OSError as error:  # a picture must not cost a run
         say(f"warning: {error}")
-    plt.close(figure)

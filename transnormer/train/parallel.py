@@ -144,31 +144,35 @@ class Mesh:
 def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
     """This process' place among those that torchrun started, or alone; ends the process group afterwards.
 
+    A process group that the caller has started is used as it is, with the caller's current GPU, and is left standing.
     device: as in `find_device`; of several GPUs each process takes the one of its LOCAL_RANK.
     Raises ValueError where the mesh does not fit the processes, or there are too few GPUs for them.
     """
-    found, world = find_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    found, given = find_device(device), dist.is_initialized()
+    world = dist.get_world_size() if given else int(os.environ.get("WORLD_SIZE", 1))
     sizes(parallel, world)
     if world == 1:
         yield Mesh(found)
         return
     if found.type == "cuda":
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local = torch.cuda.current_device() if given else int(os.environ["LOCAL_RANK"])
+        there = torch.cuda.device_count()
         if found.index is not None:
             raise ValueError(f"train.device = {device} names one GPU, and there are {world} processes; write cuda")
         if local >= there:
             raise ValueError(f"{there} GPUs are here for more processes; start torchrun with --nproc-per-node={there}")
         found = torch.device("cuda", local)
         torch.cuda.set_device(found)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=found)
-    else:
-        dist.init_process_group("gloo")
+    if not given:
+        backend, gpu = ("cpu:gloo,cuda:nccl", found) if found.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=gpu)
     try:
         yield make_mesh(parallel, found)
         dist.barrier()
     finally:
         gc.collect()  # what still holds a group's buffers would outlive it and abort the process at its exit
-        dist.destroy_process_group()
+        if not given:
+            dist.destroy_process_group()
 
 
 def make_mesh(parallel: Parallel, device: torch.device) -> Mesh:
