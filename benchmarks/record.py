@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
-import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from transnormer.provenance import device_name, provenance
+
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = (
-    "triton", "transformers", "torchao", "bitsandbytes", "flash-linear-attention", "lightning-attn", "liger-kernel",
-    "cut-cross-entropy",
-)  # fmt: skip
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    )
-    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def slug(device: str) -> str:
@@ -40,32 +25,15 @@ def slug(device: str) -> str:
     return next((kind for kind in ("h200", "h100", "a100") if kind in device.lower()), device.lower().replace(" ", "-"))
 
 
-def commit() -> str | None:
-    """The checkout's commit, "-dirty" where tracked files were changed; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=RESULTS.parent.parent, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
-
-
 def head(subject: str, device: str, of: str | None = None, launcher: tuple[str, ...] = ("python",)) -> dict[str, Any]:
-    """What every result begins with: device, versions of what is installed, commit (`of`, or git's), command, date."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    if torch.version.cuda:
-        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    """What every result begins with: subject, device, versions of what is installed, commit (`of`, or git's), command, date."""
     arguments = list(sys.argv[1:])
     if "--out" in arguments:  # where it lay says nothing
         place = arguments.index("--out")
         del arguments[place : place + 2]
-    return {
-        "subject": subject, "device": device, "versions": versions, "commit": of or commit(),
-        "command": shlex.join([*launcher, f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
-        "date": date.today().isoformat(),
-    }  # fmt: skip
+    command = shlex.join([*launcher, f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+    found = provenance("cuda" if torch.cuda.is_available() else "cpu", command=command, of=of)
+    return {"subject": subject, **found, "device": device}
 
 
 def save(subject: str, device: str, rows: list[dict[str, Any]], **facts: Any) -> Path:

@@ -1,0 +1,136 @@
+"""What experiments/tables.toml describes, as runs with complete recipes."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transnormer.config import ModelConfig, nearest
+from transnormer.train.recipe import Recipe
+
+HERE = Path(__file__).parent
+TABLES: dict[str, Any] = tomllib.loads((HERE / "tables.toml").read_text(encoding="utf-8"))
+REFERENCE = "published"  # the arm whose parameters all others match
+TOLERANCE = 0.005  # in parameters, as a share of the reference's
+TUNING_SEED = 0  # of the runs that choose learning rates; tables begin at seed 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of one arm. `name` is what its result and its folder are called."""
+
+    table: str
+    arm: str
+    seed: int
+    size: str
+    tokens: int
+    optimizer: str
+    lr: float
+
+    @property
+    def name(self) -> str:
+        arm = self.arm.replace("/", "_")
+        return f"{self.size}-{self.tokens // 1000}k-{self.optimizer}-{self.lr:g}-{arm}-{self.seed}"
+
+    @property
+    def family(self) -> str:
+        return str(TABLES["arms"][self.arm]["family"])
+
+
+def number(text: str | int) -> int:
+    """An amount such as 100M, 2.5G or 32768. Raises ValueError for anything else."""
+    units = {"k": 1e3, "M": 1e6, "G": 1e9}
+    text = str(text)
+    return round(float(text[:-1]) * units[text[-1]]) if text[-1:] in units else int(text)
+
+
+def known(kind: str, name: str) -> dict[str, Any]:
+    """An entry of the file. Raises ValueError naming those that there are."""
+    if name not in TABLES[kind]:
+        raise ValueError(f"{name!r} is not among the {kind} of tables.toml{nearest(name, list(TABLES[kind]), ' ')}")
+    return dict(TABLES[kind][name])
+
+
+def runs(
+    table: str,
+    size: str,
+    *,
+    arms: list[str] | None = None,
+    seeds: int | None = None,
+    tokens: int | None = None,
+    optimizers: list[str] | None = None,
+) -> Iterator[Run]:
+    """The runs of a table, seed by seed, so that a table that is cut short has whole seeds.
+
+    Raises ValueError for a name that the file does not know, or an arm whose family has no learning rate yet.
+    """
+    entry = known("tables", table)
+    chosen = arms or entry["arms"]
+    length = tokens or number(entry["tokens"])
+    for arm in chosen:
+        known("arms", arm)
+    count = entry["seeds"] if seeds is None else seeds
+    for seed in range(1, count + 1) if count else (TUNING_SEED,):
+        for optimizer in optimizers or entry.get("optimizers", ["adamw"]):
+            for arm in chosen:
+                for lr in _rates(entry, size, optimizer, TABLES["arms"][arm]["family"]):
+                    yield Run(table, arm, seed, size, length, optimizer, lr)
+
+
+def _rates(entry: dict[str, Any], size: str, optimizer: str, family: str) -> list[float]:
+    if "grid" in entry:
+        return list(entry["grid"].get(optimizer, {}).get(family, []))
+    try:
+        return [float(TABLES["rates"][size][optimizer][family])]
+    except KeyError:
+        raise ValueError(
+            f"tables.toml has no learning rate for {size}, {optimizer}, {family}; run the table `rates` and add the best"
+        ) from None
+
+
+def model_of(arm: str, size: str, vocab_size: int) -> dict[str, Any]:
+    """The [model] table of an arm's recipe, its F chosen so that its parameters are the reference's."""
+    words = known("arms", arm)
+    fewer = words.pop("fewer", False)
+    del words["family"]
+    shape = {key: value for key, value in known("sizes", size).items() if key != "recipe"}
+    model = {**shape, **words, "vocab_size": vocab_size}
+    if fewer:
+        return model
+    wanted = _config({**shape, "vocab_size": vocab_size}).parameter_count()
+    step = 8  # tensor cores want rows of 16 bytes
+    first = _config({**model, "intermediate_size": step}).parameter_count()
+    per_step = _config({**model, "intermediate_size": 2 * step}).parameter_count() - first
+    model["intermediate_size"] = step * max(1, 1 + round((wanted - first) / per_step))
+    found = _config(model).parameter_count()
+    if abs(found - wanted) > TOLERANCE * wanted:
+        raise ValueError(f"{arm} at {size} has {found:,} parameters, and {REFERENCE} {wanted:,}")
+    return model
+
+
+def _config(model: dict[str, Any]) -> ModelConfig:
+    fields = {key: value for key, value in model.items() if key != "size"}
+    return ModelConfig.named(model["size"], **fields) if "size" in model else ModelConfig(**fields)
+
+
+def recipe(run: Run, data: Path, vocab_size: int, *, cuda: bool) -> Recipe:
+    """The complete recipe of a run. On a GPU it trains in bfloat16, compiled and recorded; on a CPU in float32."""
+    settings = TABLES["recipe"] | known("sizes", run.size).get("recipe", {})
+    batch, length = settings["train.batch_tokens"], settings["train.seq_len"]
+    steps = max(1, run.tokens // batch)
+    settings |= {
+        "train.steps": steps, "train.seed": run.seed, "optim.name": run.optimizer, "optim.lr": run.lr,
+        "optim.warmup_steps": min(settings["optim.warmup_steps"], steps // 10),
+        "eval.every": max(1, steps // 10), "eval.tokens": 256 * length, "checkpoint.every": 0, "checkpoint.keep": 1,
+    }  # fmt: skip
+    if cuda:
+        settings |= {"train.dtype": "bfloat16", "train.compile": True, "train.graph": True}
+    values: dict[str, Any] = {"run": run.name, "data": {"path": str(data)}}
+    values["model"] = model_of(run.arm, run.size, vocab_size)
+    for key, value in settings.items():
+        table, _, field = key.partition(".")
+        values.setdefault(table, {})[field] = value
+    return Recipe.from_dict(values)

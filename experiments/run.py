@@ -1,0 +1,162 @@
+"""Run what is missing of a table of experiments/tables.toml, several runs at a time, and go on after a kill.
+
+    python experiments/run.py T4 --size 10m --tokens 5M --dry          # which runs, which are there already
+    python experiments/run.py T4 --size 10m --tokens 5M                # on a laptop: an honest, smaller table
+    python experiments/run.py rates spread ladder --size 45m --side-by-side 2 --until 540
+
+The corpus comes from experiments/corpus.py. Each run is a process of its own and ends as one JSON in --out. With
+--until SECONDS every run is stopped at a checkpoint before so many seconds have passed since the start; the same
+command goes on with it. --archive FILE packs all results for another machine, where --merge FILE unpacks them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import arms
+import torch
+from arms import Run
+
+from transnormer.provenance import commit
+
+HERE = Path(__file__).parent
+SAVE_SECONDS = 25  # that a run may take from being asked to stop until its checkpoint is on the disk
+
+
+class Queue:
+    """Starts runs in processes of their own, at most `width` on each GPU at a time."""
+
+    def __init__(self, options: argparse.Namespace, command: str):
+        self._options, self._command = options, command
+        self.gpus = list(range(torch.cuda.device_count())) or [-1]
+        self._running: dict[subprocess.Popen[bytes], tuple[Run, int, float]] = {}
+        self.failed: list[Run] = []
+
+    def free(self) -> int | None:
+        """The GPU with the fewest runs, None where all have as many as they may."""
+        counts = {gpu: sum(gpu == used for _, used, _ in self._running.values()) for gpu in self.gpus}
+        gpu = min(counts, key=lambda one: counts[one])
+        return gpu if counts[gpu] < self._options.side_by_side else None
+
+    def start(self, run: Run, gpu: int) -> None:
+        options = self._options
+        given = {
+            "run": dataclasses.asdict(run), "corpus": str(options.corpus), "work": str(options.work), "out": str(options.out),
+            "side_by_side": options.side_by_side, "commit": options.commit or commit(), "command": self._command,
+        }  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+        if gpu >= 0:
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        options.work.mkdir(parents=True, exist_ok=True)
+        with (options.work / f"{run.name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / "one.py"), json.dumps(given)], env=environment, stdout=log, stderr=log
+            )
+        self._running[process] = (run, gpu, time.monotonic())
+
+    def collect(self) -> None:
+        """Take the runs that have ended out of the queue, and say how each ended."""
+        for process in [process for process in self._running if process.poll() is not None]:
+            run, _, began = self._running.pop(process)
+            seconds = time.monotonic() - began
+            if process.returncode == 0:
+                found = json.loads((self._options.out / f"{run.name}.json").read_text())
+                print(
+                    f"{run.name}: validation loss {found['valid_loss']:.4f}, {found['tokens_per_second']:,.0f} tokens/s, "
+                    f"{seconds:.0f} s", flush=True,
+                )  # fmt: skip
+            elif process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
+                print(f"{run.name}: stopped after {seconds:.0f} s; the same command goes on with it", flush=True)
+            else:
+                self.failed.append(run)
+                tail = (self._options.work / f"{run.name}.log").read_text(errors="replace").strip().splitlines()[-3:]
+                print(f"{run.name}: FAILED ({process.returncode}): {' | '.join(tail)}", flush=True)
+
+    def stop(self) -> None:
+        """Ask all to save themselves and end, and wait for it."""
+        for process in self._running:
+            process.send_signal(signal.SIGTERM)
+        for process in self._running:
+            process.wait()
+        self.collect()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+
+def execute(queue: Queue, missing: list[Run], until: float | None) -> int:
+    """Run them all, or stop before `until` (by time.monotonic). Returns how many are left."""
+    waiting = list(missing)
+    try:
+        while waiting or queue.busy:
+            queue.collect()
+            if until is not None and time.monotonic() > until - SAVE_SECONDS:
+                break
+            while waiting and (gpu := queue.free()) is not None:
+                queue.start(waiting.pop(0), gpu)
+            time.sleep(0.2)
+    finally:
+        queue.stop()
+    return len(waiting)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", help=f"of tables.toml: {', '.join(arms.TABLES['tables'])}")
+    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, help="how many; by default the table's")
+    parser.add_argument("--size", default="10m", help=f"{', '.join(arms.TABLES['sizes'])}; by default 10m")
+    parser.add_argument("--tokens", type=arms.number, help="a run, e.g. 5M; by default the table's")
+    parser.add_argument("--optimizers", nargs="+", help="adamw, muon; by default the table's")
+    parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time on each GPU")
+    parser.add_argument("--corpus", type=Path, default=Path("build/corpus"), help="made by experiments/corpus.py")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/experiments"), help="the folder for runs and their logs"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for results")
+    parser.add_argument("--until", type=float, help="stop, everything saved, within so many seconds")
+    parser.add_argument("--commit", help="of this code, where it has no git with it")
+    parser.add_argument("--archive", type=Path, help="write all results into this file at the end")
+    parser.add_argument("--merge", type=Path, help="unpack such a file into --out, and do nothing else")
+    parser.add_argument("--dry", action="store_true", help="say what would run")
+    options = parser.parse_args()
+    began = time.monotonic()
+    if options.merge:
+        with tarfile.open(options.merge) as archive:
+            archive.extractall(options.out, filter="data")
+        return
+    queue = Queue(options, shlex.join(["python", "experiments/run.py", *sys.argv[1:]]))
+    wanted: dict[str, Run] = {}
+    for table in options.tables:
+        found = arms.runs(
+            table, options.size, arms=options.arms, seeds=options.seeds, tokens=options.tokens,
+            optimizers=options.optimizers,
+        )  # fmt: skip
+        wanted |= {run.name: run for run in found if run.name not in wanted}
+    missing = [run for name, run in wanted.items() if not (options.out / f"{name}.json").exists()]
+    print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done, {len(queue.gpus)} device(s)", flush=True)
+    if options.dry:
+        print("\n".join(run.name for run in missing))
+        return
+    left = execute(queue, missing, None if options.until is None else began + options.until)
+    if options.archive:
+        with tarfile.open(options.archive, "w:gz") as archive:
+            for file in sorted(options.out.glob("*.json")):
+                archive.add(file, file.name)
+    print(f"{left} runs not begun, {len(queue.failed)} failed", flush=True)
+    sys.exit(1 if queue.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

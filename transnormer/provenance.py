@@ -1,0 +1,54 @@
+"""Where and how a result was made: device, versions, commit, command, date. Every result's JSON holds these."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import re
+import subprocess
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = (
+    "triton", "transformers", "torchao", "bitsandbytes", "flash-linear-attention", "lightning-attn", "liger-kernel",
+    "cut-cross-entropy",
+)  # fmt: skip
+CHECKOUT = Path(__file__).parent.parent
+
+
+def device_name(device: str) -> str:
+    """The GPU's name for "cuda", else the processor's and how many threads torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The checkout's commit, "-dirty" where tracked files were changed; None where there is no checkout, or no git."""
+    if not (CHECKOUT / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def provenance(device: str, *, command: str, of: str | None = None) -> dict[str, Any]:
+    """What every result says of itself. device: "cuda" or "cpu"; of: the commit, where the code has no git with it."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if torch.version.cuda:
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return {
+        "device": device_name(device), "versions": versions, "commit": of or commit(), "command": command,
+        "date": date.today().isoformat(),
+    }  # fmt: skip
