@@ -20,6 +20,15 @@ PIECE_CHARS = 2**16  # of a long document, encoded at a time
 # GPT-2's own file names, then those that Hugging Face gave them.
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
+
+def _byte_letters() -> dict[int, str]:
+    """Printable bytes stand for themselves; the others have letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
+
+
+BYTE_LETTERS = _byte_letters()  # the letter that byte-level BPE writes for each byte
 _GAP = re.compile(r"[ \n](?=\w)")
 
 
