@@ -1,11 +1,15 @@
 """Byte-level BPE: lossless, deterministic, and blind to special tokens spelled in a text."""
 
+import copy
+import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +90,33 @@ def test_end_of_text_spelled_in_a_text_is_text(tokenizer, tmp_path):
     for each in (tokenizer, trained, load_tokenizer(tmp_path)):
         assert 0 not in ids(each, f"a{END_OF_TEXT}b {END_OF_TEXT}")
         assert 0 not in each.encode_batch_fast([END_OF_TEXT], add_special_tokens=False)[0].ids
+
+
+def saved(tokenizer):
+    """What `torch.save` keeps of it, as an attribute of a module, which is how a model holds its tokenizer."""
+    module, file = torch.nn.Linear(1, 1), io.BytesIO()
+    module.tokenizer = tokenizer
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False).tokenizer
+
+
+def averaged(tokenizer):
+    module = torch.nn.Linear(1, 1)
+    module.tokenizer = tokenizer
+    return torch.optim.swa_utils.AveragedModel(module).module.tokenizer
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each)), saved, averaged]
+)
+def test_special_tokens_are_text_to_copies_too(tokenizer, copied):
+    twice = copied(copied(tokenizer))
+    assert ids(twice, f"a{END_OF_TEXT}b") == ids(tokenizer, f"a{END_OF_TEXT}b")
+    assert twice.to_str() == tokenizer.to_str()
+    # a tokenizer that is not ours is copied as the library does
+    theirs = type(tokenizer).from_str(tokenizer.to_str())
+    assert ids(copied(theirs), END_OF_TEXT) == ids(theirs, END_OF_TEXT) == [0]
 
 
 def test_the_same_text_gives_the_same_file_in_any_process(tokenizer):
@@ -182,6 +213,8 @@ def test_end_of_text_of_other_tokenizers(gpt2_files):
 
     tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "a": 2}, merges=[]))
     assert end_of_text_id(tokenizer) is None  # in the vocabulary, but a text may hold it
+    tokenizer.add_tokens([END_OF_TEXT])
+    assert end_of_text_id(tokenizer) is None  # added, and yet a text may hold it
     tokenizer.add_special_tokens(["<s>", "</s>"])
     assert end_of_text_id(tokenizer) == 1
 

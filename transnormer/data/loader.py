@@ -26,7 +26,7 @@ import torch
 from ..files import new_folder, sha256
 from . import chat
 from .corpus import documents
-from .tokenizer import check_vocab_size, encodes_in_pieces, end_of_text_id, load_tokenizer, pieces, train_tokenizer
+from .tokenizer import check_vocab_size, encodes_in_pieces, load_tokenizer, pieces, require_end_of_text, train_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -83,6 +83,7 @@ def prepare(
         check_vocab_size(vocab_size)
     if tokenizer is not None:
         bpe = load_tokenizer(tokenizer)
+        require_end_of_text(bpe, str(tokenizer))  # before the documents are read
     if not 0 <= split < 1:
         raise ValueError(f"split must be a share of the documents, at least 0 and below 1; got {split}")
     if shard_tokens < 1:
@@ -111,9 +112,7 @@ def prepare(
         if vocab_size is not None:
             train_texts = (text for name, text in labelled() if name == "train")
             bpe = train_tokenizer(_first(train_texts, SAMPLE_BYTES, total_bytes, report), vocab_size)
-        end = end_of_text_id(bpe)
-        if end is None:
-            raise ValueError(f"{tokenizer}: this tokenizer has no token for the end of a text")
+        end = require_end_of_text(bpe)
         size = 1 + max(bpe.get_vocab().values())
         (folder / "tokenizer.json").write_text(bpe.to_str(pretty=True) + "\n", encoding="utf-8")
         dtype = "uint32" if flags or size > 2**16 else "uint16"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "</s>")  # what may end a text, the first of them that a tokenizer has
 SMALLEST = 257  # END_OF_TEXT and the 256 bytes
 LARGEST = 2**24
 PIECE_CHARS = 2**16  # of a long document, encoded at a time
@@ -95,9 +97,30 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
-    """The id of END_OF_TEXT, or of "</s>" in a tokenizer that has only that; None where there is neither."""
-    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-    return special.get(END_OF_TEXT, special.get("</s>"))
+    """The id of END_OF_TEXT, or of "</s>" in a tokenizer that has only that; None where it has neither.
+
+    Only special tokens count, because any text can spell the others.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items() if token.special}
+    return next((special[name] for name in ENDS if name in special), None)
+
+
+def require_end_of_text(tokenizer: Tokenizer, name: str = "the tokenizer") -> int:
+    """`end_of_text_id`, where there must be one.
+
+    Raises ValueError that says what is missing, and calls the tokenizer by `name`.
+    """
+    end = end_of_text_id(tokenizer)
+    if end is not None:
+        return end
+    plain = next((token for token in ENDS if tokenizer.token_to_id(token) is not None), None)
+    if plain is None:
+        raise ValueError(f"{name} has no token for the end of a text, {' or '.join(ENDS)}")
+    raise ValueError(
+        f"{name} has {plain}, but not as a special token, so a text could spell its end: "
+        'list it under added_tokens in tokenizer.json with "special": true'
+    )
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -147,11 +170,35 @@ def _load_gpt2(vocab: Path, merges: Path) -> Tokenizer:
 
 
 def _text_only(tokenizer: Tokenizer) -> Tokenizer:
-    # none of the three is for a corpus, and the first is not kept in tokenizer.json
-    tokenizer.encode_special_tokens = True
+    # none of the three is for a corpus
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return _special_tokens_are_text(tokenizer)
+
+
+def _special_tokens_are_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Make special tokens that a text spells text, in this tokenizer and in all copies of it.
+
+    tokenizer.json has no field for this setting, and the library copies tokenizers through it
+    (deepcopy, pickle, torch.save), which loses the setting silently. The library's class cannot be
+    derived from. So `copyreg`, which all these ways of copying ask, is told how tokenizers that have
+    the setting are copied; others are copied as before.
+    """
+    copyreg.pickle(type(tokenizer), _reduced)
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _reduced(tokenizer: Tokenizer) -> Any:
+    if tokenizer.encode_special_tokens:
+        return _copied, (tokenizer.to_str(),)
+    return tokenizer.__reduce_ex__(2)
+
+
+def _copied(content: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return _special_tokens_are_text(Tokenizer.from_str(content))
 
 
 def _json_text(path: Path) -> str:
