@@ -5,8 +5,11 @@ from __future__ import annotations
 import copyreg
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>")  # what may end a text, the first of them that a tokenizer has
 SMALLEST = 257  # END_OF_TEXT and the 256 bytes
 LARGEST = 2**24
+TRAINER = Path(__file__).with_name("train_bpe.py")
 PIECE_CHARS = 2**16  # of a long document, encoded at a time
 
 # GPT-2's own file names, then those that Hugging Face gave them.
@@ -40,28 +44,40 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     Words are split as GPT-2's, and every digit stands alone. END_OF_TEXT is id 0, the 256 bytes follow, then the
     merges, none of a pair that was seen but once. The same text gives the same tokenizer. As with `load_tokenizer`,
     an END_OF_TEXT spelled in a text is text. Warns where the text is too small to fill the vocabulary, and returns
-    the smaller tokenizer. Raises ValueError for a vocab_size below 257.
+    the smaller tokenizer. Works in a process of its own, so that Ctrl-C ends it at once.
+    Raises ValueError for a vocab_size below 257, and where that process is ended by somebody else.
     """
     check_vocab_size(vocab_size)
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        min_frequency=2,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
+    trained = _trained((piece for text in documents for piece in pieces(text)), vocab_size)
+    tokenizer = Tokenizer.from_str(trained)
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
         warnings.warn(f"the text is too small for {vocab_size} tokens; this tokenizer has {size}", stacklevel=2)
     return _text_only(tokenizer)
+
+
+def _trained(texts: Iterable[str], vocab_size: int) -> str:
+    """The tokenizer.json that TRAINER makes of the texts. What is raised here ends it, too."""
+    command = [sys.executable, "-P", str(TRAINER), str(vocab_size), END_OF_TEXT]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    try:
+        with suppress(BrokenPipeError):  # it has ended, and its code says how
+            for text in texts:
+                content = text.encode()
+                process.stdin.write(len(content).to_bytes(8, "little", signed=True) + content)
+            process.stdin.write((-1).to_bytes(8, "little", signed=True))
+        trained, _ = process.communicate()
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    if process.returncode:
+        code = process.returncode
+        raise ValueError(f"training the tokenizer was stopped: its process ended with code {code}")
+    return trained.decode()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
