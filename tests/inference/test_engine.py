@@ -177,5 +177,5 @@ def test_what_cannot_be_generated_says_why(model: LanguageModel) -> None:
         transnormer.generate(bare, "hello")
     with pytest.raises(ValueError, match="max_tokens = -3, but must be 0 or more"):
         transnormer.generate(model, "hello", max_tokens=-3)
-    with pytest.raises(ValueError, match="a stop string is empty"):
+    with pytest.raises(ValueError, match="stop: an empty string"):
         transnormer.generate(model, "hello", stop="")

@@ -124,5 +124,5 @@ def test_text_ends_before_the_stop_string_that_is_complete_first() -> None:
     for pieces in (["abcd"], ["a", "b", "c", "d"], ["ab", "cd"]):
         assert "".join(cut(pieces, "bcd", "c")) == "ab"
     assert check_stop("one") == ("one",)
-    with pytest.raises(ValueError, match="a stop string is empty"):
+    with pytest.raises(ValueError, match="stop: an empty string"):
         check_stop(["x", ""])

@@ -29,6 +29,7 @@ from .corpus import documents
 from .tokenizer import check_vocab_size, encodes_in_pieces, load_tokenizer, pieces, require_end_of_text, train_tokenizer
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
     from tokenizers import Tokenizer
 
 FORMATS = (1, 2)  # of data.json and the shards: of text, and of conversations, whose ids carry flags
@@ -152,13 +153,16 @@ def prepare(
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A `Progress` that draws a bar on standard error once the work has taken BAR_AFTER_S, if that is a terminal."""
+def progress_bar(amount: ProgressColumn | None = None) -> Iterator[Progress]:
+    """A `Progress` that draws a bar on standard error once the work has taken BAR_AFTER_S, if that is a terminal.
+
+    amount: the column that says how much is done; by default it counts bytes.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
     bars = RichProgress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     started = drawn = time.monotonic()
     tasks: dict[str, TaskID] = {}

@@ -112,7 +112,7 @@ def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     """The strings at which a text ends, one or several. Raises ValueError for an empty one."""
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in strings:
-        raise ValueError("a stop string is empty, so every text would end at once: leave it out")
+        raise ValueError("stop: an empty string would end every text before its first letter; leave it out")
     return strings
 
 
