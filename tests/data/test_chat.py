@@ -342,6 +342,23 @@ def test_a_conversation_longer_than_a_window_is_cut_and_wholly_learned(folder):
         assert seen == TokenData(folder).learned
 
 
+def test_conversations_that_are_cut_are_counted(folder, prepared, tmp_path):
+    data = TokenData(folder)
+    lengths = np.diff(data.document_ends(), prepend=0)
+
+    def cut(length):
+        return Loader(data, seq_len=length, batch_size=1, seed=0).cut()
+
+    longest = lengths.max() - 1  # a window holds one token more than it predicts
+    assert cut(longest) is None
+    assert f"1 of {len(lengths)} conversations do not fit into seq_len {longest - 1}" in cut(longest - 1)
+    assert f"{(lengths > 21).sum()} of {len(lengths)} conversations" in cut(20)
+    assert f"seq_len {longest} would cut none" in cut(20)
+    path = write(tmp_path / "a.jsonl", [{"text": "one two " * 99}])
+    prepare([path], tmp_path / "out", tokenizer=prepared, split=0)
+    assert Loader(TokenData(tmp_path / "out"), seq_len=9, batch_size=1, seed=0).cut() is None
+
+
 def test_text_resets_after_each_end_of_text(prepared, tmp_path):
     path = tmp_path / "a.jsonl"
     write(path, [{"text": "one two"}, {"text": "three"}, {"text": "four five six"}])

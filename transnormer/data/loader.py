@@ -517,6 +517,19 @@ class Loader:
         self._rank, self._ranks, self._reset_state = rank, ranks, reset_state
         self._position = 0
 
+    def cut(self) -> str | None:
+        """Says how many conversations are longer than a window, and so are cut; None where none is."""
+        if not self.data.flags:
+            return None
+        lengths = np.diff(self.data.document_ends(), prepend=0)
+        longer = int((lengths > self._seq_len + 1).sum())
+        if not longer:
+            return None
+        return (
+            f"{longer:,} of {len(lengths):,} conversations do not fit into seq_len {self._seq_len} and are cut: what "
+            f"stands behind a cut is learned without what came before; seq_len {lengths.max() - 1} would cut none"
+        )
+
     @property
     def position(self) -> int:
         """Samples handed out so far, over all ranks."""
