@@ -356,7 +356,7 @@ def test_damage_to_an_adapter_and_another_base_are_named(
     said = capfd.readouterr().err
     assert "step-0000012: adapter/adapter_model.safetensors is truncated" in said
     assert f"goes on from {older.name}" in said
-    assert "16 of 16 conversations do not fit into seq_len 16 and are cut" in " ".join(said.split())
+    assert "conversations do not fit into seq_len 16 and are cut" in said
     assert (newest.with_name(f"damaged-{newest.name}") / lora.FOLDER / lora.WEIGHTS).exists()
     shutil.rmtree(newest)
     small_model(prepared, work / "base", initializer_range=0.1)
