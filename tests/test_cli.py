@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import transnormer
 from transnormer.cli import main
+from transnormer.data.chat import DEFAULT, Template
+from transnormer.inference.engine import Session
+from transnormer.inference.sampling import Sampling
 
 from .conftest import PUBLISHED
 
@@ -66,8 +72,37 @@ def test_generate_streams_on_from_the_prompt(work: Path) -> None:
 
 
 def test_chat_takes_turns(work: Path) -> None:
-    out, _ = call("chat", "--model", "runs/small", "--max-tokens", 8, text="Hello\nAgain\n\n", folder=work)
-    assert out.count("> ") == 3
+    lines = "Hello\n\nAgain\n"
+    out, _ = call("chat", "--model", "runs/small", "--max-tokens", 8, text=lines, folder=work)
+    assert out.count("> ") == 4  # an empty line is nothing, the end of the input is the end
+
+
+@pytest.fixture(scope="module")
+def talker(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model in a folder with a chat template."""
+    folder = tmp_path_factory.mktemp("talker") / "model"
+    call("export", "--model", "runs/small", "--out", folder, folder=work)
+    (folder / "chat_template.jinja").write_text(DEFAULT)
+    return folder
+
+
+def test_generate_chat_applies_the_template(work: Path, talker: Path) -> None:
+    options = ("--max-tokens", 12, "--seed", 3)
+    out, _ = call("generate", "--model", talker, *options, "--chat", "--prompt", "To be", "--system", "Speak.")
+    spelled = "system\nSpeak.<|endoftext|>user\nTo be<|endoftext|>assistant\n"
+    model = transnormer.load(talker)
+    with Template(DEFAULT, model.tokenizer) as template:
+        (part,) = template.parts([{"role": "system", "content": "Speak."}, {"role": "user", "content": "To be"}])
+    assert model.tokenizer.decode(part.ids, skip_special_tokens=False) == spelled
+    session = Session(model)
+    session.read(part.ids)
+    ids = list(session.write(12, Sampling(seed=3), 0))
+    assert out == model.tokenizer.decode(ids) + "\n"
+    assert "--chat needs a chat template, and runs/small has none" in refused(
+        "generate", "--model", "runs/small", "--chat", "--prompt", "x", folder=work
+    )
+    assert "--chat needs a --prompt" in refused("generate", "--model", talker, "--chat")
+    assert "--system needs --chat" in refused("generate", "--model", talker, "--system", "x")
 
 
 def test_perplexity_of_files(work: Path, text_file: Path) -> None:
@@ -109,6 +144,9 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
     assert "neither a run" in refused("generate", "--model", tmp_path)
     assert "no tokenizer" in refused("generate", "--model", PUBLISHED, "--prompt", "x")
     assert "temperature" in refused("generate", "--model", PUBLISHED, "--temperature", -1)
+    for verb in ("generate", "chat"):
+        assert "stop: an empty string" in refused(verb, "--model", PUBLISHED, "--stop", "")
+    assert "--prompt is not Unicode" in refused("generate", "--model", "runs/small", "--prompt", "a\udcff", folder=work)
     assert "empty.txt" in refused("prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 300)
     assert "UTF-8" in refused("prepare", tmp_path / "latin.txt", "--out", tmp_path / "o", "--vocab-size", 300)
     assert "257" in refused("prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 30, folder=work)
@@ -121,6 +159,56 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
         "eval", "perplexity", "--model", "runs/small", "--text", tmp_path / "empty.txt", folder=work
     )
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
+def test_chat_in_a_terminal(work: Path) -> None:
+    """Lines can be edited and called back. Ctrl-C ends an answer or a line, Ctrl-D the chat."""
+    verb = [sys.executable, "-m", "transnormer", "chat", "--model", "runs/small", "--max-tokens", "1000000"]
+    verb += ["--stop", "never there"]
+    terminal = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"]
+    chat = subprocess.Popen(
+        [*terminal, *verb], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=work,
+        env=os.environ | {"TERM": "dumb"},
+    )  # fmt: skip
+    shown = b""
+
+    def after(*texts: bytes) -> None:
+        """Read on until the texts were shown, one after another."""
+        nonlocal shown
+        for text in texts:
+            while text not in shown:
+                more = chat.stdout.read(65_536)
+                assert more, shown.decode()
+                shown += more
+            shown = shown[shown.index(text) + len(text) :]
+
+    watchdog = threading.Timer(120, chat.kill)  # then nothing more is shown
+    watchdog.start()
+    try:
+        after(b"This is runs/small", b"/reset", b"> ")
+        chat.stdin.write(b"Hello\r")
+        after(b"Hello", b"\n")
+        while len(shown) < 20:
+            shown += chat.stdout.read(65_536)
+        chat.stdin.write(b"\x03")  # in the midst of an answer that goes on for a million tokens
+        after(b"\n> ")
+        chat.stdin.write(b"half a line\x03")
+        after(b"Ctrl-D ends the chat", b"> ")
+        chat.stdin.write(b"\xff\r")
+        after(b"not UTF-8", b"> ")
+        chat.stdin.write(b"/reet\x1b[D\x1b[Ds\r")  # two letters back, and one between
+        after(b"begins anew", b"> ")
+        chat.stdin.write(b"\x1b[A")  # the line before
+        after(b"/reset")
+        chat.stdin.write(b"\r")
+        after(b"begins anew", b"> ")
+        chat.stdin.write(b"\x04")
+        assert chat.wait() == 0
+    finally:
+        watchdog.cancel()
+        chat.kill()
+        chat.communicate()
 
 
 def test_a_closed_pipe_is_no_error(work: Path) -> None:

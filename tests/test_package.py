@@ -20,7 +20,7 @@ ARROWS = {
     "data": {"files"},
     "model": {"config", "files", "ops"},
     "train": {"ops", "config", "files", "data", "model", "formats"},
-    "inference": {"config", "data", "model"},
+    "inference": {"config", "files", "data", "model"},
     "evaluation": {"config", "data", "model", "inference", "ops"},
     "formats": {"config", "files", "data", "model", "ops"},
     "hub": {"config", "files", "data", "model", "ops"},

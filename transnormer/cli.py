@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
+
     from .data.chat import Template
     from .evaluation.perplexity import Score
     from .formats.convert import Written
-    from .inference.engine import Session
-    from .inference.sampling import Sampling
     from .model.language_model import LanguageModel
 
 app = typer.Typer(
@@ -96,20 +97,44 @@ def generate(
     top_p: TopP = 0.95,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take the prompt for the user's turn, by the model's chat template.")
+    ] = False,
+    system: Annotated[str, typer.Option(help="What the model is told first, with --chat.")] = "",
     device: Device = "auto",
 ) -> None:
     """Write on from a prompt, streaming."""
+    from itertools import chain
+
+    from .data.corpus import unicode
+    from .inference.chat import Conversation, reading_bar
     from .inference.engine import generate_text
     from .inference.sampling import Sampling
+    from .inference.text import check_stop
 
+    ends = check_stop(stop or ())
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if chat and not prompt:
+        raise ValueError("--chat needs a --prompt, which is what the user says")
+    if system and not chat:
+        raise ValueError("--system needs --chat, because only a chat template has a place for it")
     loaded = _load(model, device)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    pieces = generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
-    print(text + next(pieces, ""), end="", flush=True)  # once there is something to write on with, or nothing came
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    text = unicode(_standard_input() if prompt == "-" else prompt, "--prompt")
+    if not chat:
+        with reading_bar() as progress:
+            pieces = generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=ends, progress=progress)
+            begun = text + next(pieces, "")  # once there is something to write on with, or nothing came
+        _stream(chain([begun], pieces))
+        return
+    with _chat_template(model, loaded) as template:
+        if template is None:
+            raise ValueError(f"--chat needs a chat template, and {model} has none")
+        conversation = Conversation(
+            loaded, template, system=system, max_tokens=max_tokens, sampling=sampling, stop=ends
+        )
+        with reading_bar() as progress:
+            conversation.hear(text, progress)
+        _stream(conversation.answer())
 
 
 @app.command()
@@ -126,39 +151,23 @@ def chat(
     system: Annotated[str, typer.Option(help="What the model is told first, where it has a chat template.")] = "",
     device: Device = "auto",
 ) -> None:
-    """Take turns with a model on one state, whose size does not grow. An empty line or Ctrl-D ends it."""
-    from contextlib import nullcontext
-
-    from .data.chat import Template, find_template
-    from .formats.folders import find_model
-    from .inference.engine import Session
+    """Take turns with a model on one state, whose size does not grow. /help lists what else there is."""
+    from .inference.chat import Conversation, talk
     from .inference.sampling import Sampling
+    from .inference.text import check_stop
 
+    ends = check_stop(stop or ())
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = _load(model, device)
-    session = Session(loaded)
-    source = find_template(find_model(model), loaded.tokenizer) if loaded.tokenizer else None
-    if source is not None and stop:
-        raise ValueError("--stop is for models without a chat template; this one's says where a turn ends")
-    if source is None and system:
-        raise ValueError(f"--system needs a chat template, and {model} has none")
-    with Template(source, loaded.tokenizer) if source is not None else nullcontext() as template:
-        messages = [{"role": "system", "content": system}] if system else []
-        while True:
-            try:
-                line = input("> ")
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if not line:
-                return
-            if template is None:
-                _go_on(session, line, max_tokens, sampling, stop or ["\n\n"])
-            else:
-                messages.append({"role": "user", "content": line})
-                said = _answer(session, template, messages, max_tokens, sampling)
-                messages.append({"role": "assistant", "content": said})
-            print()
+    with _chat_template(model, loaded) as template:
+        if template is not None and ends:
+            raise ValueError("--stop is for models without a chat template; this one's says where a turn ends")
+        if template is None and system:
+            raise ValueError(f"--system needs a chat template, and {model} has none")
+        conversation = Conversation(
+            loaded, template, system=system, max_tokens=max_tokens, sampling=sampling, stop=ends
+        )
+        talk(conversation, str(model))
 
 
 @app.command()
@@ -452,33 +461,28 @@ def _load(folder: Path, device: str) -> LanguageModel:
     return load(folder, device=find_device(device))
 
 
-def _go_on(session: Session, line: str, max_tokens: int, sampling: Sampling, stop: list[str]) -> None:
-    """Print what follows a line, for a model that knows of no turns."""
-    from .data.tokenizer import encode
-    from .inference.engine import generate_text
+def _chat_template(folder: Path, loaded: LanguageModel) -> AbstractContextManager[Template | None]:
+    """The chat template in a model's folder, or None where there is none."""
+    from contextlib import nullcontext
 
-    for piece in generate_text(
-        session.model, line + "\n", max_tokens=max_tokens, sampling=sampling, stop=stop, session=session
-    ):
+    from .data.chat import Template, find_template
+    from .formats.folders import find_model
+
+    source = find_template(find_model(folder), loaded.tokenizer) if loaded.tokenizer else None
+    return nullcontext() if source is None else Template(source, loaded.tokenizer)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: not UTF-8 at byte {error.start}") from None
+
+
+def _stream(pieces: Iterable[str]) -> None:
+    for piece in pieces:
         print(piece, end="", flush=True)
-    session.read(encode(session.model.tokenizer, "\n"))
-
-
-def _answer(
-    session: Session, template: Template, messages: list[dict[str, str]], max_tokens: int, sampling: Sampling
-) -> str:
-    """Print and return what the assistant says next; the session has read all but the last message."""
-    from .inference.engine import Decoder
-
-    session.read(template.parts(messages)[-1].ids)
-    decoder, said, count = Decoder(session.model.tokenizer), "", 0
-    for token in session.write(max_tokens, sampling, template.end):
-        piece = decoder.step(token)
-        print(piece, end="", flush=True)
-        said, count = said + piece, count + 1
-    if count == max_tokens:  # cut off before its end, which the next turn stands behind
-        session.read([template.end])
-    return said
+    print()
 
 
 def _bytes(size: str) -> int:

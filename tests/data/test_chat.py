@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transnormer.data import chat
 from transnormer.data.chat import DEFAULT, PLAIN, Template, conversations, find_template
 from transnormer.data.loader import Loader, TokenData, prepare
-from transnormer.data.tokenizer import END_OF_TEXT, encode, load_tokenizer
+from transnormer.data.tokenizer import END_OF_TEXT, encode, end_of_text_id, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CHATML = (
@@ -175,6 +175,44 @@ def test_messages_cannot_spell_special_tokens(chatml):
     assert said.bytes == len(evil)
 
 
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        (PLAIN, say("user: ", "assistant: hello")),
+        ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+         say("user: Speak!", "assistant: hello")),
+    ],
+)  # fmt: skip
+def test_nothing_before_the_first_answer_reads_as_the_end_of_a_text(tokenizer, source, messages):
+    """As an empty prompt does where text is generated, so that the answer's first token is learned, too."""
+    end = end_of_text_id(tokenizer)
+    with Template(source, tokenizer) as template:
+        parts = template.parts(messages)
+        assert template.parts(messages[:1]) == parts[:1]
+    assert parts == [([end], False, 0), ([*encode(tokenizer, "hello"), end], True, 5)]
+
+
+def test_an_empty_prompt_is_prepared_and_wholly_learned(tmp_path, prepared, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": "hello"}, {"prompt": "a", "completion": "b"}])
+    prepare([path], tmp_path / "out", tokenizer=prepared, format="prompt", split=0)
+    data = TokenData(tmp_path / "out")
+    batch = Loader(data, seq_len=data.tokens - 1, batch_size=1, seed=0, reset_state=True).batch([0])
+    assert batch.learned == data.learned == len(encode(tokenizer, "hello")) + 3
+    assert data.marks(0, data.tokens)[1].sum() == 2
+
+
+def test_an_end_of_text_that_any_text_can_spell_is_refused(tmp_path, prepared):
+    content = json.loads((prepared / "tokenizer.json").read_text())
+    content["added_tokens"][0]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    message = r"has <\|endoftext\|>, but not as a special token.* under added_tokens in tokenizer.json"
+    path = write(tmp_path / "a.jsonl", [{"text": f"a{END_OF_TEXT}b"}, {"text": "c"}])
+    with pytest.raises(ValueError, match=f"{tmp_path} {message}"):
+        prepare([path], tmp_path / "out", tokenizer=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Template(DEFAULT, load_tokenizer(tmp_path))
+
+
 def test_a_template_that_cannot_be_learned_or_read_in_turns_is_refused(chatml):
     for source, message in (
         (
@@ -302,6 +340,23 @@ def test_a_conversation_longer_than_a_window_is_cut_and_wholly_learned(folder):
         loader = Loader(TokenData(folder), seq_len=length, batch_size=3, seed=0)
         seen = sum(loader.batch([number]).learned for number in range(loader.count))
         assert seen == TokenData(folder).learned
+
+
+def test_conversations_that_are_cut_are_counted(folder, prepared, tmp_path):
+    data = TokenData(folder)
+    lengths = np.diff(data.document_ends(), prepend=0)
+
+    def cut(length):
+        return Loader(data, seq_len=length, batch_size=1, seed=0).cut()
+
+    longest = lengths.max() - 1  # a window holds one token more than it predicts
+    assert cut(longest) is None
+    assert f"1 of {len(lengths)} conversations do not fit into seq_len {longest - 1}" in cut(longest - 1)
+    assert f"{(lengths > 21).sum()} of {len(lengths)} conversations" in cut(20)
+    assert f"seq_len {longest} would cut none" in cut(20)
+    path = write(tmp_path / "a.jsonl", [{"text": "one two " * 99}])
+    prepare([path], tmp_path / "out", tokenizer=prepared, split=0)
+    assert Loader(TokenData(tmp_path / "out"), seq_len=9, batch_size=1, seed=0).cut() is None
 
 
 def test_text_resets_after_each_end_of_text(prepared, tmp_path):

@@ -1,14 +1,21 @@
 """Byte-level BPE: lossless, deterministic, and blind to special tokens spelled in a text."""
 
+import copy
+import io
 import json
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transnormer.data import tokenizer as tokenizing
+from transnormer.data import train_bpe
 from transnormer.data.tokenizer import (
     END_OF_TEXT,
     encodes_in_pieces,
@@ -88,6 +95,33 @@ def test_end_of_text_spelled_in_a_text_is_text(tokenizer, tmp_path):
         assert 0 not in each.encode_batch_fast([END_OF_TEXT], add_special_tokens=False)[0].ids
 
 
+def saved(tokenizer):
+    """What `torch.save` keeps of it, as an attribute of a module, which is how a model holds its tokenizer."""
+    module, file = torch.nn.Linear(1, 1), io.BytesIO()
+    module.tokenizer = tokenizer
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False).tokenizer
+
+
+def averaged(tokenizer):
+    module = torch.nn.Linear(1, 1)
+    module.tokenizer = tokenizer
+    return torch.optim.swa_utils.AveragedModel(module).module.tokenizer
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each)), saved, averaged]
+)
+def test_special_tokens_are_text_to_copies_too(tokenizer, copied):
+    twice = copied(copied(tokenizer))
+    assert ids(twice, f"a{END_OF_TEXT}b") == ids(tokenizer, f"a{END_OF_TEXT}b")
+    assert twice.to_str() == tokenizer.to_str()
+    # a tokenizer that is not ours is copied as the library does
+    theirs = type(tokenizer).from_str(tokenizer.to_str())
+    assert ids(copied(theirs), END_OF_TEXT) == ids(theirs, END_OF_TEXT) == [0]
+
+
 def test_the_same_text_gives_the_same_file_in_any_process(tokenizer):
     script = (
         "import sys; from pathlib import Path; from transnormer.data.tokenizer import train_tokenizer\n"
@@ -103,6 +137,48 @@ def test_the_same_text_gives_the_same_file_in_any_process(tokenizer):
         cwd=Path(__file__).parents[2],
     )
     assert again.stdout.strip() == tokenizer.to_str()
+
+
+def test_ctrl_c_ends_a_training_at_once(tmp_path, monkeypatch):
+    """The trainer is one that never ends, and presses Ctrl-C once it has read all."""
+    trainer, number = tmp_path / "trainer.py", tmp_path / "number"
+    trainer.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "sys.stdin.buffer.read()\n"
+        f"pathlib.Path({str(number)!r}).write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(tokenizing, "TRAINER", trainer)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([TEXT], 300)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
+
+
+def test_a_training_that_somebody_ends_says_so(tmp_path, monkeypatch):
+    (tmp_path / "trainer.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(tokenizing, "TRAINER", tmp_path / "trainer.py")
+    with pytest.raises(ValueError, match=r"training the tokenizer was stopped: .* code 3"):
+        train_tokenizer([TEXT] * 9, 300)
+
+
+def test_a_document_that_cannot_be_read_ends_the_training():
+    def documents():
+        yield TEXT
+        raise ValueError("a.txt: not UTF-8")
+
+    with pytest.raises(ValueError, match="not UTF-8"):
+        train_tokenizer(documents(), 300)
+
+
+def test_a_trainer_left_alone_with_half_a_text_trains_nothing():
+    half = (5).to_bytes(8, "little") + b"hello" + (5).to_bytes(8, "little") + b"he"
+    with pytest.raises(EOFError):
+        list(train_bpe.texts(io.BytesIO(half)))
+    with pytest.raises(EOFError):
+        list(train_bpe.texts(io.BytesIO(half[:13])))
+    assert list(train_bpe.texts(io.BytesIO(half[:13] + train_bpe.END))) == ["hello"]
 
 
 def test_a_small_vocabulary_is_refused_and_a_small_text_told():
@@ -182,6 +258,8 @@ def test_end_of_text_of_other_tokenizers(gpt2_files):
 
     tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "a": 2}, merges=[]))
     assert end_of_text_id(tokenizer) is None  # in the vocabulary, but a text may hold it
+    tokenizer.add_tokens([END_OF_TEXT])
+    assert end_of_text_id(tokenizer) is None  # added, and yet a text may hold it
     tokenizer.add_special_tokens(["<s>", "</s>"])
     assert end_of_text_id(tokenizer) == 1
 

@@ -10,6 +10,7 @@ import torch
 import transnormer
 from transnormer import LanguageModel, ModelConfig
 from transnormer.data.tokenizer import load_tokenizer
+from transnormer.inference import engine
 from transnormer.inference.engine import PIECE, Session, generate_text
 from transnormer.inference.sampling import Sampling, sample
 
@@ -47,8 +48,9 @@ def test_writing_goes_on_where_it_stopped_and_forks_do_not_meet(model: LanguageM
     session = Session(model)
     session.read([5, 6, 7])
     first = list(itertools.islice(session.write(20, GREEDY), 8))
-    fork = Session(model, session.state.clone())
-    fork.read([first[-1], 9])
+    fork = session.fork()
+    assert list(itertools.islice(fork.write(20, GREEDY), 3)) == whole[8:11]
+    fork.read([9])
     list(fork.write(5, GREEDY))
     assert first + list(session.write(12, GREEDY)) == whole
 
@@ -70,11 +72,12 @@ def test_seeds_repeat_and_differ(model: LanguageModel) -> None:
 
 
 def test_the_pieces_are_the_text(model: LanguageModel) -> None:
-    session = Session(model)
-    session.read(model.tokenizer.encode("When").ids)
-    ids = list(session.write(200, Sampling(seed=3, temperature=2.0)))
-    text = "".join(generate_text(model, "When", max_tokens=200, sampling=Sampling(seed=3, temperature=2.0)))
-    assert model.tokenizer.decode(ids).startswith(text.rstrip("\ufffd"))
+    for seed in range(2):
+        session, sampling = Session(model), Sampling(seed=seed, temperature=2.0)
+        session.read(model.tokenizer.encode("When").ids)
+        ids = list(session.write(50, sampling))
+        text = "".join(generate_text(model, "When", max_tokens=50, sampling=sampling))
+        assert text == model.tokenizer.decode(ids)
 
 
 def test_stop_strings_end_the_text_before_them(model: LanguageModel) -> None:
@@ -127,6 +130,35 @@ def test_filters_keep_the_likeliest() -> None:
     assert (counts / 4_000 - logits.exp()[0]).abs().max() < 0.04
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused_however_tokens_are_drawn(wrong: float, temperature: float) -> None:
+    logits = torch.tensor([[0.0, wrong, 1.0]])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample(logits, Sampling(temperature=temperature), torch.Generator())
+
+
+def test_a_read_that_is_interrupted_goes_on_where_it_stopped(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PIECE", 8)
+    ids = torch.randint(300, (21,)).tolist()
+    told: list[tuple[int, int]] = []
+
+    def interrupt(done: int, total: int) -> None:
+        told.append((done, total))
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    session, whole = Session(model), Session(model)
+    with pytest.raises(KeyboardInterrupt):
+        session.read(ids, interrupt)
+    session.read([7], interrupt)
+    whole.read([*ids, 7])
+    assert told == [(8, 21), (8, 14), (14, 14)]
+    assert list(session.write(5, GREEDY)) == list(whole.write(5, GREEDY))
+
+
 @pytest.mark.parametrize(
     "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}]
 )
@@ -142,4 +174,8 @@ def test_what_cannot_be_generated_says_why(model: LanguageModel) -> None:
         next(Session(model).write(1))
     bare = LanguageModel(model.config)
     with pytest.raises(ValueError, match="no tokenizer"):
-        next(transnormer.generate(bare, "hello"))
+        transnormer.generate(bare, "hello")
+    with pytest.raises(ValueError, match="max_tokens = -3, but must be 0 or more"):
+        transnormer.generate(model, "hello", max_tokens=-3)
+    with pytest.raises(ValueError, match="stop: an empty string"):
+        transnormer.generate(model, "hello", stop="")

@@ -191,8 +191,8 @@ def test_text_may_reset_its_state_too(work: Path, prepared: Path, text_file: Pat
 def check_answers(run: Path, places: dict[str, str]) -> None:
     """A chat gives the answers of some training questions, word for word."""
     for name in ("Ann", "Hal", "Una"):
-        out, _ = call("chat", "--model", run, "--temperature", 0, text=f"Where is {name}?\n\n")
-        assert out == f"> {places[name]}\n> "
+        out, _ = call("chat", "--model", run, "--temperature", 0, text=f"Where is {name}?\n")
+        assert out == f"> {places[name]}\n> \n"
 
 
 def test_what_was_learned_is_said_in_a_chat(work: Path, prepared: Path) -> None:
@@ -218,7 +218,7 @@ def test_what_was_learned_is_said_in_a_chat(work: Path, prepared: Path) -> None:
     check_answers(adapted, moved)
 
     cut = ("chat", "--model", run, "--temperature", 0, "--max-tokens", 1)
-    out, _ = call(*cut, text="Where is Ann?\nWhere is Bob?\n\n")
+    out, _ = call(*cut, text="Where is Ann?\nWhere is Bob?\n")
     assert out.count("> ") == 3
     for model, option, message in ((run, "--stop", "without a chat template"), ("base", "--system", "needs a chat")):
         _, error = call("chat", "--model", model, option, "x", text="\n", code=1)
@@ -346,20 +346,22 @@ def test_a_run_of_all_weights_resumes_exactly(work: Path) -> None:
 def test_damage_to_an_adapter_and_another_base_are_named(
     work: Path, prepared: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(tune("run=hurt", "lora.rank=2")).folder
+    options = ("run=hurt", "lora.rank=2", "train.seq_len=16")
+    run = train(tune(*options)).folder
     newest, older = step_folders(run / "checkpoints")
     file = newest / lora.FOLDER / lora.WEIGHTS
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    train(tune("run=hurt", "lora.rank=2"))
+    train(tune(*options))
     said = capfd.readouterr().err
     assert "step-0000012: adapter/adapter_model.safetensors is truncated" in said
     assert f"goes on from {older.name}" in said
+    assert "conversations do not fit into seq_len 16 and are cut" in said
     assert (newest.with_name(f"damaged-{newest.name}") / lora.FOLDER / lora.WEIGHTS).exists()
     shutil.rmtree(newest)
     small_model(prepared, work / "base", initializer_range=0.1)
     with pytest.raises(ValueError, match=r"was trained on other weights than model\.from holds now"):
-        train(tune("run=hurt", "lora.rank=2"))
+        train(tune(*options))
 
 
 # What does not fit.

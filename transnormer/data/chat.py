@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .corpus import normalised, records, unicode
-from .tokenizer import encode, end_of_text_id
+from .tokenizer import encode, require_end_of_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -172,10 +172,11 @@ def _limited(content: bytes, path: Path) -> str:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The variables that a template finds beside the messages: the end of text begins, ends and pads."""
-    end = end_of_text_id(tokenizer)
-    if end is None:
-        raise ValueError("this tokenizer has no token for the end of a text, so no turn of a chat could end")
+    """The variables that a template finds beside the messages: the end of text begins, ends and pads.
+
+    Raises ValueError where the tokenizer has no end of text, because no turn could end.
+    """
+    end = require_end_of_text(tokenizer)
     return dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.get_added_tokens_decoder()[end].content)
 
 
@@ -199,7 +200,7 @@ class Template:
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "the chat template"):
         """name: what errors call the template, e.g. its file."""
         self.source, self.name = source, name
-        self._tokenizer = tokenizer
+        self._tokenizer, self._end_of_text = tokenizer, require_end_of_text(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         self._names = {str(number): token.content for number, token in added.items() if token.special}
         self._ids = {content: int(number) for number, content in self._names.items()}
@@ -233,7 +234,10 @@ class Template:
     def parts(self, messages: Sequence[Mapping[str, str]]) -> list[Part]:
         """A conversation as what is read and, in turn, what the assistant says up to its end token.
 
-        Where the last message is not the assistant's, the last part ends where the assistant would begin.
+        Where the last message is not the assistant's, the last part ends where the assistant would
+        begin. Where the template writes nothing before the assistant's first turn, the first part is
+        the end of text alone, as where a text is generated from an empty prompt: a model must read
+        something before it can write.
         """
         cuts: list[tuple[int, bool]] = []  # so many messages, and whether the assistant's turn is begun
         for number, message in enumerate(messages):
@@ -251,15 +255,22 @@ class Template:
                     f"{self.name} changes what it wrote before once message {count} is there: "
                     "a model that reads turn by turn cannot take back what it has read"
                 )
-            ends = len(text) if begun else max((s.end() for s in self._special.finditer(text, len(done))), default=0)
-            if not ends:
-                raise ValueError(
-                    f"{self.name} ends what the assistant says with no special token, so the model could not learn "
-                    "to stop: write {{ eos_token }} there"
-                )
+            ends = len(text) if begun else self._end_of_turn(text, len(done))
             parts.append(self._encoded(text[len(done) : ends], mark, learned=not begun))
             done = text[:ends]
+        if not parts[0].ids:
+            parts[0] = Part([self._end_of_text], learned=False, bytes=0)
         return parts
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """Where the last special token from `start` on ends. Raises ValueError where there is none."""
+        *_, last = [None, *self._special.finditer(text, start)]
+        if last is None:
+            raise ValueError(
+                f"{self.name} ends what the assistant says with no special token, so the model could not learn "
+                "to stop: write {{ eos_token }} there"
+            )
+        return last.end()
 
     def _escaped(self, content: str, mark: str) -> str:
         """The content with the id between two marks for every special token that it spells."""

@@ -26,9 +26,10 @@ import torch
 from ..files import new_folder, sha256
 from . import chat
 from .corpus import documents
-from .tokenizer import check_vocab_size, encodes_in_pieces, end_of_text_id, load_tokenizer, pieces, train_tokenizer
+from .tokenizer import check_vocab_size, encodes_in_pieces, load_tokenizer, pieces, require_end_of_text, train_tokenizer
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
     from tokenizers import Tokenizer
 
 FORMATS = (1, 2)  # of data.json and the shards: of text, and of conversations, whose ids carry flags
@@ -83,6 +84,7 @@ def prepare(
         check_vocab_size(vocab_size)
     if tokenizer is not None:
         bpe = load_tokenizer(tokenizer)
+        require_end_of_text(bpe, str(tokenizer))  # before the documents are read
     if not 0 <= split < 1:
         raise ValueError(f"split must be a share of the documents, at least 0 and below 1; got {split}")
     if shard_tokens < 1:
@@ -111,9 +113,7 @@ def prepare(
         if vocab_size is not None:
             train_texts = (text for name, text in labelled() if name == "train")
             bpe = train_tokenizer(_first(train_texts, SAMPLE_BYTES, total_bytes, report), vocab_size)
-        end = end_of_text_id(bpe)
-        if end is None:
-            raise ValueError(f"{tokenizer}: this tokenizer has no token for the end of a text")
+        end = require_end_of_text(bpe)
         size = 1 + max(bpe.get_vocab().values())
         (folder / "tokenizer.json").write_text(bpe.to_str(pretty=True) + "\n", encoding="utf-8")
         dtype = "uint32" if flags or size > 2**16 else "uint16"
@@ -153,13 +153,16 @@ def prepare(
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A `Progress` that draws a bar on standard error once the work has taken BAR_AFTER_S, if that is a terminal."""
+def progress_bar(amount: ProgressColumn | None = None) -> Iterator[Progress]:
+    """A `Progress` that draws a bar on standard error once the work has taken BAR_AFTER_S, if that is a terminal.
+
+    amount: the column that says how much is done; by default it counts bytes.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
     bars = RichProgress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     started = drawn = time.monotonic()
     tasks: dict[str, TaskID] = {}
@@ -513,6 +516,19 @@ class Loader:
         self.data, self._seq_len, self._batch_size, self._seed = data, seq_len, batch_size, seed
         self._rank, self._ranks, self._reset_state = rank, ranks, reset_state
         self._position = 0
+
+    def cut(self) -> str | None:
+        """Says how many conversations are longer than a window, and so are cut; None where none is."""
+        if not self.data.flags:
+            return None
+        lengths = np.diff(self.data.document_ends(), prepend=0)
+        longer = int((lengths > self._seq_len + 1).sum())
+        if not longer:
+            return None
+        return (
+            f"{longer:,} of {len(lengths):,} conversations do not fit into seq_len {self._seq_len} and are cut: what "
+            f"stands behind a cut is learned without what came before; seq_len {lengths.max() - 1} would cut none"
+        )
 
     @property
     def position(self) -> int:

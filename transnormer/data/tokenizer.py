@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "</s>")  # what may end a text, the first of them that a tokenizer has
 SMALLEST = 257  # END_OF_TEXT and the 256 bytes
 LARGEST = 2**24
+TRAINER = Path(__file__).with_name("train_bpe.py")
 PIECE_CHARS = 2**16  # of a long document, encoded at a time
 
 # GPT-2's own file names, then those that Hugging Face gave them.
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
+
+def _byte_letters() -> dict[int, str]:
+    """Printable bytes stand for themselves; the others have letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
+
+
+BYTE_LETTERS = _byte_letters()  # the letter that byte-level BPE writes for each byte
 _GAP = re.compile(r"[ \n](?=\w)")
 
 
@@ -29,28 +44,40 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     Words are split as GPT-2's, and every digit stands alone. END_OF_TEXT is id 0, the 256 bytes follow, then the
     merges, none of a pair that was seen but once. The same text gives the same tokenizer. As with `load_tokenizer`,
     an END_OF_TEXT spelled in a text is text. Warns where the text is too small to fill the vocabulary, and returns
-    the smaller tokenizer. Raises ValueError for a vocab_size below 257.
+    the smaller tokenizer. Works in a process of its own, so that Ctrl-C ends it at once.
+    Raises ValueError for a vocab_size below 257, and where that process is ended by somebody else.
     """
     check_vocab_size(vocab_size)
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        min_frequency=2,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
+    trained = _trained((piece for text in documents for piece in pieces(text)), vocab_size)
+    tokenizer = Tokenizer.from_str(trained)
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
         warnings.warn(f"the text is too small for {vocab_size} tokens; this tokenizer has {size}", stacklevel=2)
     return _text_only(tokenizer)
+
+
+def _trained(texts: Iterable[str], vocab_size: int) -> str:
+    """The tokenizer.json that TRAINER makes of the texts. What is raised here ends it, too."""
+    command = [sys.executable, "-P", str(TRAINER), str(vocab_size), END_OF_TEXT]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    try:
+        with suppress(BrokenPipeError):  # it has ended, and its code says how
+            for text in texts:
+                content = text.encode()
+                process.stdin.write(len(content).to_bytes(8, "little", signed=True) + content)
+            process.stdin.write((-1).to_bytes(8, "little", signed=True))
+        trained, _ = process.communicate()
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    if process.returncode:
+        code = process.returncode
+        raise ValueError(f"training the tokenizer was stopped: its process ended with code {code}")
+    return trained.decode()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -86,9 +113,30 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
-    """The id of END_OF_TEXT, or of "</s>" in a tokenizer that has only that; None where there is neither."""
-    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-    return special.get(END_OF_TEXT, special.get("</s>"))
+    """The id of END_OF_TEXT, or of "</s>" in a tokenizer that has only that; None where it has neither.
+
+    Only special tokens count, because any text can spell the others.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items() if token.special}
+    return next((special[name] for name in ENDS if name in special), None)
+
+
+def require_end_of_text(tokenizer: Tokenizer, name: str = "the tokenizer") -> int:
+    """`end_of_text_id`, where there must be one.
+
+    Raises ValueError that says what is missing, and calls the tokenizer by `name`.
+    """
+    end = end_of_text_id(tokenizer)
+    if end is not None:
+        return end
+    plain = next((token for token in ENDS if tokenizer.token_to_id(token) is not None), None)
+    if plain is None:
+        raise ValueError(f"{name} has no token for the end of a text, {' or '.join(ENDS)}")
+    raise ValueError(
+        f"{name} has {plain}, but not as a special token, so a text could spell its end: "
+        'list it under added_tokens in tokenizer.json with "special": true'
+    )
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -138,11 +186,35 @@ def _load_gpt2(vocab: Path, merges: Path) -> Tokenizer:
 
 
 def _text_only(tokenizer: Tokenizer) -> Tokenizer:
-    # none of the three is for a corpus, and the first is not kept in tokenizer.json
-    tokenizer.encode_special_tokens = True
+    # none of the three is for a corpus
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return _special_tokens_are_text(tokenizer)
+
+
+def _special_tokens_are_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Make special tokens that a text spells text, in this tokenizer and in all copies of it.
+
+    tokenizer.json has no field for this setting, and the library copies tokenizers through it
+    (deepcopy, pickle, torch.save), which loses the setting silently. The library's class cannot be
+    derived from. So `copyreg`, which all these ways of copying ask, is told how tokenizers that have
+    the setting are copied; others are copied as before.
+    """
+    copyreg.pickle(type(tokenizer), _reduced)
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _reduced(tokenizer: Tokenizer) -> Any:
+    if tokenizer.encode_special_tokens:
+        return _copied, (tokenizer.to_str(),)
+    return tokenizer.__reduce_ex__(2)
+
+
+def _copied(content: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return _special_tokens_are_text(Tokenizer.from_str(content))
 
 
 def _json_text(path: Path) -> str:

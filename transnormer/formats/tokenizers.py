@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..config import ModelConfig
-from ..data.tokenizer import END_OF_TEXT, GPT2_FILES, load_tokenizer
+from ..data.tokenizer import BYTE_LETTERS, END_OF_TEXT, GPT2_FILES, load_tokenizer
 
 WAY_OUT = "; --no-tokenizer converts the weights alone"
 
@@ -256,16 +256,6 @@ def _special_tokens(folder: Path, ranks: dict[bytes, int], config: ModelConfig) 
     if last >= config.vocab_size:
         raise ValueError(f"{named[last]!r} has the id {last:,}, the embedding {config.vocab_size:,} rows{WAY_OUT}")
     return {named.get(number, f"<|unused {number}|>"): number for number in range(last + 1) if number not in taken}
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable letter that byte-level BPE writes for each byte: itself, or one from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
-
-
-BYTE_LETTERS = _byte_letters()
 
 
 # Both.

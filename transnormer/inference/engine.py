@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..data.tokenizer import encode, end_of_text_id
 from ..model.language_model import LanguageModel
 from ..model.state import State
 from .sampling import Sampling, sample
+from .text import Decoder, check_stop, until_stop
 
 PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
-CONTEXT = 8  # tokens that the text of the next one may depend on, and that a character may have
+
+Progress = Callable[[int, int], None]  # (tokens read, tokens to read in all)
 
 
 class Session:
@@ -27,23 +29,46 @@ class Session:
         self._logits: Tensor | None = None  # [1, vocab], after the last token read
         self._unread: list[int] = []
 
+    def fork(self) -> Session:
+        """Another session that goes on from here.
+
+        The two do not meet, because a state is never written in place.
+        """
+        fork = Session(self.model, self.state)
+        fork._logits, fork._unread = self._logits, self._unread
+        return fork
+
     @torch.inference_mode()
-    def read(self, ids: Sequence[int]) -> None:
-        """Take in tokens. Raises ValueError for an id outside the vocabulary."""
+    def read(self, ids: Sequence[int], progress: Progress | None = None) -> None:
+        """Take in tokens. progress: called after each PIECE of them.
+
+        Raises ValueError for an id outside the vocabulary, before any is read.
+        """
         ids = [*self._unread, *ids]
-        self._unread = []
         size = self.model.config.vocab_size
         if any(not 0 <= token < size for token in ids):
             raise ValueError(f"a token id is outside the model's vocabulary of {size:,}")
         for start in range(0, len(ids), PIECE):
-            piece = torch.tensor([ids[start : start + PIECE]], device=self.model.device)
-            x, self.state = self.model.hidden(piece, self.state)
-            self._logits = torch.nn.functional.linear(x[:, -1], self.model.head_weight)
+            stop = start + PIECE
+            piece = torch.tensor([ids[start:stop]], device=self.model.device)
+            x, state = self.model.hidden(piece, self.state)
+            logits = torch.nn.functional.linear(x[:, -1], self.model.head_weight)
+            self.state, self._logits, self._unread = state, logits, ids[stop:]
+            if progress is not None:
+                progress(min(stop, len(ids)), len(ids))
+
+    def write(self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None) -> Iterator[int]:
+        """Draw tokens, at most max_tokens, until `end` (which is read but not given).
+
+        Raises ValueError at once for a negative max_tokens, and while drawing where nothing was read
+        yet or the logits are not finite.
+        """
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens = {max_tokens}, but must be 0 or more")
+        return self._write(max_tokens, sampling or Sampling(), end)
 
     @torch.inference_mode()
-    def write(self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None) -> Iterator[int]:
-        """Draw tokens, at most so many, until `end` (which is read but not given). Raises ValueError before any read."""
-        sampling = sampling or Sampling()
+    def _write(self, max_tokens: int, sampling: Sampling, end: int | None) -> Iterator[int]:
         generator = sampling.generator(self.model.device)
         for _ in range(max_tokens):
             if self._unread:
@@ -57,27 +82,11 @@ class Session:
             yield token
 
 
-class Decoder:
-    """Tokens to text as they come. (The library's own DecodeStream raises where byte tokens are no valid UTF-8.)
-
-    A token's text depends on those before it: read, the tokens that come before the first. Text is held back while its
-    last character may be unfinished, but not for longer than a few tokens.
-    """
-
-    def __init__(self, tokenizer: Any, read: Sequence[int] = ()):
-        self._tokenizer = tokenizer
-        self._ids = list(read[-CONTEXT:])
-        self._told = len(self._ids)  # of the ids, those whose text was given
-
-    def step(self, token: int) -> str:
-        """The text that the next token adds; empty where that is not known yet."""
-        self._ids.append(token)
-        known, text = (self._tokenizer.decode(ids) for ids in (self._ids[: self._told], self._ids))
-        unfinished = text.endswith("\ufffd") and len(self._ids) - self._told < CONTEXT
-        if unfinished or len(text) <= len(known):
-            return ""
-        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
-        return str(text[len(known) :])
+def end_token(model: LanguageModel) -> int | None:
+    """The id at which the model ends what it writes: the config's, else the tokenizer's, or None."""
+    if model.config.eos_token_id is not None or model.tokenizer is None:
+        return model.config.eos_token_id
+    return end_of_text_id(model.tokenizer)
 
 
 def generate_text(
@@ -86,41 +95,28 @@ def generate_text(
     *,
     max_tokens: int = 256,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     session: Session | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[str]:
     """The text that continues a prompt, piece by piece, without the prompt.
 
     An empty prompt starts a new text. stop: strings at which the text ends; they are not given.
-    session: to go on with; a new one by default. Raises ValueError where the model has no tokenizer.
+    session: to go on with; a new one by default. progress: see `Session.read`.
+    Raises ValueError at once where the model has no tokenizer, max_tokens is negative or a stop
+    string is empty.
     """
     if model.tokenizer is None:
         raise ValueError("the model's folder has no tokenizer, so it cannot read or write text")
-    from ..data.tokenizer import encode, end_of_text_id
-
-    end = model.config.eos_token_id if model.config.eos_token_id is not None else end_of_text_id(model.tokenizer)
-    stop = (stop,) if isinstance(stop, str) else stop
-    session = session or Session(model)
+    stop = check_stop(stop)
+    session, end = session or Session(model), end_token(model)
     ids = encode(model.tokenizer, prompt)
     if not ids and session.state is None and end is not None:
         ids = [end]
-    session.read(ids)
-    decoder = Decoder(model.tokenizer, ids)
-    held = ""  # text that may still turn out to begin a stop string
-    for token in session.write(max_tokens, sampling, end):
-        held += decoder.step(token)
-        cuts = [found for string in stop if string and (found := held.find(string)) >= 0]
-        if cuts:
-            yield held[: min(cuts)]
-            return
-        keep = max((_overlap(held, string) for string in stop), default=0)
-        if ready := held[: len(held) - keep]:
-            yield ready
-        held = held[len(held) - keep :]
-    if held:
-        yield held
+    tokens = session.write(max_tokens, sampling, end)
 
+    def pieces() -> Iterator[str]:
+        session.read(ids, progress)
+        yield from until_stop(Decoder(model.tokenizer, ids).stream(tokens), stop)
 
-def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of `text` that begins `string`."""
-    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+    return pieces()

@@ -41,12 +41,16 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw a token for every row: logits [B, vocab] -> [B] int64."""
+    """Draw a token for every row: logits [B, vocab] -> [B] int64.
+
+    Raises ValueError where the logits are not finite, however tokens are drawn, because the largest of
+    them is then no choice of the model's.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or its dtype is too narrow")
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or its dtype is too narrow")
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]

@@ -137,6 +137,8 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
         + f"read {epochs:.2g} times"
         + (f"; going on after step {done} of {recipe.train.steps}" if done else "")
     )
+    if (cut := loader.cut()) is not None:
+        say(f"warning: {loader.data.name}: {cut}")
     device, path = mesh.device, run / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() and done else []
     starts.append(
