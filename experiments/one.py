@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import TUNING_SEED, Run, recipe
+from arms import CONFIRMING_SEED, Run, recipe
 
 from transnormer.data.loader import TokenData
 from transnormer.files import write_text
@@ -74,7 +74,7 @@ def measure(run: Run, corpus: Path, work: Path, side_by_side: int, commit: str |
     length = wanted.train.seq_len
     splits = {"valid": TokenData(corpus / "train", "valid")}
     splits |= {name: TokenData(corpus / name, "train") for name in ("wikitext-valid",) if (corpus / name).exists()}
-    if run.seed != TUNING_SEED:  # what chooses a rate must not see the test
+    if run.seed >= CONFIRMING_SEED:  # what explores must not see the test
         names = ("test", "wikitext-test")
         splits |= {name: TokenData(corpus / name, "train") for name in names if (corpus / name).exists()}
     scores = {name: score(model, split, length) for name, split in splits.items()}
