@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transnormer.config import ModelConfig, nearest
+from transnormer.config import ModelConfig
 from transnormer.train.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def number(text: str | int) -> int:
 def known(kind: str, name: str) -> dict[str, Any]:
     """An entry of the file. Raises ValueError naming those that there are."""
     if name not in TABLES[kind]:
-        raise ValueError(f"{name!r} is not among the {kind} of tables.toml{nearest(name, list(TABLES[kind]), ' ')}")
+        raise ValueError(f"{name!r} is not among the {kind} of tables.toml; there are {', '.join(TABLES[kind])}")
     return dict(TABLES[kind][name])
 
 
