@@ -20,7 +20,7 @@ from .. import __version__
 from ..config import ModelConfig
 from ..data.loader import Loader, TokenData, prepare
 from ..data.tokenizer import load_tokenizer
-from ..files import write_text
+from ..files import read_json, write_text
 from ..formats.folders import find_model
 from ..model.language_model import LanguageModel
 from . import lora
@@ -46,14 +46,18 @@ def open_data(recipe: Recipe) -> TokenData:
             asked["tokenizer"] = find_model(recipe.base)
         say(f"preparing {path} from {', '.join(wanted.text)}")
         prepare(wanted.text, path, **asked)
-    elif wanted.text:
+    else:
+        if wanted.text:
+            asked["inputs"] = list(wanted.text)
+        else:  # the folder was made elsewhere: compared is what the recipe says that it holds, defaults say nothing
+            asked = {key: asked[key] for key in ("format", "chat_template") if asked[key] not in ("text", None)}
         # what folders of text do not say; the tokenizer of model.from is looked at, not its name
         source = {"format": "text", "chat_template": None} | TokenData(path, "train").source
-        for key, value in (asked | {"inputs": list(wanted.text)}).items():
+        for key, value in asked.items():
             taken = key == "tokenizer" and recipe.base is not None and value is None
-            if source[key] != value and not taken:
+            if source.get(key) != value and not taken:
                 raise ValueError(
-                    f"{path} was prepared with {key} = {source[key]!r}, the recipe says {value!r}; "
+                    f"{path} was prepared with {key} = {source.get(key)!r}, the recipe says {value!r}; "
                     f"remove it or choose another data.path"
                 )
     return TokenData(path, "train")
@@ -138,7 +142,7 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
         + (f"; going on after step {done} of {recipe.train.steps}" if done else "")
     )
     device, path = mesh.device, run / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() and done else []
+    starts = _starts(path) if path.exists() and done else []
     starts.append(
         {
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -153,6 +157,14 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
         }
     )  # fmt: skip
     write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
+
+
+def _starts(path: Path) -> list[Any]:
+    """The starts that a run.json tells of. Raises ValueError where it is not one."""
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
+        raise ValueError(f"{path}: damaged, or not the record of a run's starts; remove it to begin a new one")
+    return list(record["starts"])
 
 
 def _commit() -> str | None:
