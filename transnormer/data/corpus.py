@@ -55,12 +55,15 @@ def records(
 def read_texts(path: str | Path, *, text_field: str = "text") -> Iterator[str]:
     """The documents of one file: of JSON lines and parquet as `documents` gives them, of any other as `read_text` does.
 
-    Raises ValueError as these do, when it is called where there is no such file.
+    Raises ValueError as these do, and for a text of white space alone. A file that is not there is told at once.
     """
     path = Path(path)
     if not path.is_dir() and _kind(path) in (*LINES, *PARQUET):
         return documents([path], text_field=text_field)
-    return iter([read_text(path)])
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return iter([text])
 
 
 def read_text(path: str | Path) -> str:
