@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow
 import pyarrow.parquet
@@ -156,6 +157,23 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
         "eval", "perplexity", "--model", "runs/small", "--text", tmp_path / "empty.txt", folder=work
     )
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (PermissionError(13, "Permission denied", "book.txt"), "book.txt: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("a.json: cannot be written: Disk quota exceeded"), "a.json: cannot be written: Disk quota exceeded"),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_the_system_s_errors_are_said_without_their_number(
+    raised: Exception, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transnormer.data.loader.prepare", Mock(side_effect=raised))
+    assert refused("prepare", "a.txt", "--out", "o", "--vocab-size", 300) == f"error: {line}"
 
 
 def test_a_closed_pipe_is_no_error(work: Path) -> None:

@@ -55,7 +55,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+        print(f"error: {_said(error)}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if "memory" not in str(error):
@@ -474,6 +474,13 @@ def version(
 
         print(__version__)
         raise typer.Exit
+
+
+def _said(error: Exception) -> str:
+    """What an error says in one line; the system's own errors without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or "out of memory"
 
 
 def _load(folder: Path, device: str) -> LanguageModel:

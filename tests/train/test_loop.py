@@ -187,9 +187,13 @@ def test_what_cannot_work_is_said_before_it_costs_anything(work: Path, prepared:
         train(tiny("run=none", "train.device=tpuu"))
     with pytest.raises(ValueError, match=r"was prepared with vocab_size = 300, the recipe says 400"):
         train(tiny("run=none", "data.vocab_size=400", "data.text=x.txt", "data.split=0.1"))
-    with pytest.raises(ValueError, match=r"was prepared with format = 'text', the recipe says 'messages'"):
+    with pytest.raises(
+        ValueError, match=r"was prepared with format = 'text', the recipe says data.format = 'messages'"
+    ):
         train(tiny("run=none", "data.format=messages"))
-    with pytest.raises(ValueError, match=r"was prepared with chat_template = None, the recipe says 'a\.jinja'"):
+    with pytest.raises(
+        ValueError, match=r"was prepared with chat_template = None, the recipe says data\.chat_template = 'a\.jinja'"
+    ):
         train(tiny("run=none", "data.chat_template=a.jinja"))
     assert not Path("runs/none").exists()
 

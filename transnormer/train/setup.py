@@ -26,12 +26,27 @@ from ..model.language_model import LanguageModel
 from . import lora
 from .metrics import say
 from .parallel import Mesh
-from .recipe import Recipe
+from .recipe import Data, Recipe
+
+
+def check_content(wanted: Data) -> None:
+    """Refuse settings that say of a folder prepared elsewhere what it does not hold; defaults say nothing."""
+    path = Path(wanted.path)
+    if wanted.text or not path.exists():  # then the folder is made, or compared, as a whole
+        return
+    source = {"format": "text"} | TokenData(path, "train").source
+    for key, value, nothing in (("format", wanted.format, "text"), ("chat_template", wanted.chat_template, "")):
+        if value != nothing and value != (made := source.get(key)):
+            raise ValueError(
+                f"{path} was prepared with {key} = {made!r}, the recipe says data.{key} = {value!r}; choose another "
+                f"data.path, or remove the setting"
+            )
 
 
 def open_data(recipe: Recipe) -> TokenData:
     """The training split, prepared first where data.text says from what."""
     wanted, path = recipe.data, Path(recipe.data.path)
+    check_content(wanted)
     asked: dict[str, Any] = {
         "vocab_size": wanted.vocab_size or None, "tokenizer": wanted.tokenizer or None, "split": wanted.split,
         "seed": wanted.seed, "text_field": wanted.text_field, "format": wanted.format,
@@ -46,18 +61,14 @@ def open_data(recipe: Recipe) -> TokenData:
             asked["tokenizer"] = find_model(recipe.base)
         say(f"preparing {path} from {', '.join(wanted.text)}")
         prepare(wanted.text, path, **asked)
-    else:
-        if wanted.text:
-            asked["inputs"] = list(wanted.text)
-        else:  # the folder was made elsewhere: compared is what the recipe says that it holds, defaults say nothing
-            asked = {key: asked[key] for key in ("format", "chat_template") if asked[key] not in ("text", None)}
+    elif wanted.text:
         # what folders of text do not say; the tokenizer of model.from is looked at, not its name
         source = {"format": "text", "chat_template": None} | TokenData(path, "train").source
-        for key, value in asked.items():
+        for key, value in (asked | {"inputs": list(wanted.text)}).items():
             taken = key == "tokenizer" and recipe.base is not None and value is None
-            if source.get(key) != value and not taken:
+            if source[key] != value and not taken:
                 raise ValueError(
-                    f"{path} was prepared with {key} = {source.get(key)!r}, the recipe says {value!r}; "
+                    f"{path} was prepared with {key} = {source[key]!r}, the recipe says {value!r}; "
                     f"remove it or choose another data.path"
                 )
     return TokenData(path, "train")
