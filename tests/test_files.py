@@ -154,6 +154,9 @@ def test_pieces_of_which_one_is_missing(tmp_path: Path) -> None:
         ({"model_type": "llama"}, "a model of the type 'llama', not 'transnormer'"),
         ({"hidden_size": None}, "no hidden_size, so the model's shape is not known"),
         ({"vocab_size": None, "num_hidden_layers": None}, "no vocab_size, num_hidden_layers, so"),
+        ({"num_hidden_layers": 10**20}, "num_hidden_layers is 100,000,000,000,000,000,000, more than 4,096"),
+        ({"head_dim": 10**20}, "head_dim is 100,000,000,000,000,000,000, more than 1,048,576"),
+        ({"hidden_size": "4"}, "model config: hidden_size = '4', but must be a positive integer"),
         ({"hidden_sizes": 4}, "unknown model config key 'hidden_sizes'; did you mean hidden_size"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, nearest
+from ..config import SHAPE, ModelConfig, nearest
 from ..files import DTYPE_NAMES, parse_json, read_json, read_tensors
 from ..model.language_model import LanguageModel
 
@@ -62,9 +62,10 @@ _BOOKKEEPING = (
     "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
     "transformers_version", "typical_p", "use_bfloat16",
 )  # fmt: skip
-# Numbers past these would fill the memory before anything could be compared with them.
-_MOST = {"decoder_layers": 2**12, "decoder_attention_heads": 2**16, "decoder_embed_dim": 2**20, "hidden_dim": 2**20,
-         "glu_dim": 2**20, "vocab_size": 2**24}  # fmt: skip
+# The largest that is believed of each; hidden_dim is the width of all heads together.
+_MOST = {"decoder_layers": SHAPE["num_hidden_layers"], "decoder_attention_heads": SHAPE["num_attention_heads"],
+         "decoder_embed_dim": SHAPE["hidden_size"], "hidden_dim": SHAPE["hidden_size"],
+         "glu_dim": SHAPE["intermediate_size"], "vocab_size": SHAPE["vocab_size"]}  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
