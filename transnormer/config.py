@@ -25,10 +25,11 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 MODEL_TYPE = "transnormer"  # in every config.json of ours
-# What a config.json must say, because no default is right for weights that somebody else wrote; each with the largest
-# that is believed, because more would fill the memory before anything could be compared with the weights.
-SHAPE = {"vocab_size": 2**24, "hidden_size": 2**20, "num_hidden_layers": 2**12, "num_attention_heads": 2**16,
-         "intermediate_size": 2**20}  # fmt: skip
+# What a config.json must say, because no default is right for weights that somebody else wrote.
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# The largest that a file is believed: more would fill the memory before anything could be compared with the weights.
+LARGEST = {"vocab_size": 2**24, "hidden_size": 2**20, "num_hidden_layers": 2**12, "num_attention_heads": 2**16,
+           "intermediate_size": 2**20, "head_dim": 2**20, "gate_rank": 2**20, "max_position_embeddings": 2**31}  # fmt: skip
 
 # Keys that other libraries write into a config.json and that carry nothing we need.
 FOREIGN_KEYS = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
@@ -205,9 +206,7 @@ class ModelConfig:
                 raise ValueError(f"a model of the type {kind!r}, not {MODEL_TYPE!r}")
             if missing := [name for name in SHAPE if name not in values]:
                 raise ValueError(f"no {', '.join(missing)}, so the model's shape is not known")
-            for name, most in (
-                SHAPE | {"head_dim": 2**20, "gate_rank": 2**20, "max_position_embeddings": 2**31}
-            ).items():
+            for name, most in LARGEST.items():
                 if _is_int(values.get(name)) and values[name] > most:
                     raise ValueError(f"{name} is {values[name]:,}, more than {most:,}")
             return cls.from_dict(values)

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..config import SHAPE, ModelConfig, nearest
+from ..config import LARGEST, ModelConfig, nearest
 from ..files import DTYPE_NAMES, parse_json, read_json, read_tensors
 from ..model.language_model import LanguageModel
 
@@ -63,9 +63,9 @@ _BOOKKEEPING = (
     "transformers_version", "typical_p", "use_bfloat16",
 )  # fmt: skip
 # The largest that is believed of each; hidden_dim is the width of all heads together.
-_MOST = {"decoder_layers": SHAPE["num_hidden_layers"], "decoder_attention_heads": SHAPE["num_attention_heads"],
-         "decoder_embed_dim": SHAPE["hidden_size"], "hidden_dim": SHAPE["hidden_size"],
-         "glu_dim": SHAPE["intermediate_size"], "vocab_size": SHAPE["vocab_size"]}  # fmt: skip
+_MOST = {"decoder_layers": LARGEST["num_hidden_layers"], "decoder_attention_heads": LARGEST["num_attention_heads"],
+         "decoder_embed_dim": LARGEST["hidden_size"], "hidden_dim": LARGEST["hidden_size"],
+         "glu_dim": LARGEST["intermediate_size"], "vocab_size": LARGEST["vocab_size"]}  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
