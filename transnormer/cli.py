@@ -283,11 +283,10 @@ def perplexity(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        tasks = [bar.add_task(escape(str(file)), total=size) for file, size in zip(files, sizes, strict=True)]
-        for file, task in zip(files, tasks, strict=True):
+        for file, size in zip(files, sizes, strict=True):
             texts = read_texts(file, text_field=text_field)
+            show = partial(_move, bar, bar.add_task(escape(str(file)), total=size))
             try:
-                show = partial(_move, bar, task)
                 scores.append(score_documents(loaded, texts, window=window, progress=show))
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error

@@ -257,6 +257,8 @@ def test_texts_are_the_documents_of_one_file_of_any_kind(tmp_path):
     assert list(read_texts(write_parquet(tmp_path / "a.parquet", ["x", "y"]))) == ["x", "y"]
     with pytest.raises(ValueError, match="blank: the file is empty"):
         read_texts(write(tmp_path / "blank", " \n"))
+    with pytest.raises(ValueError, match="a folder; name the files in it"):
+        read_texts(tmp_path)
     for name in ("gone.txt", "gone.jsonl"):
         with pytest.raises(ValueError, match=f"{name}: no such file"):
             read_texts(tmp_path / name)

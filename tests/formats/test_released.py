@@ -26,7 +26,7 @@ from transnormer.formats.released import (
     published_tensors,
 )
 
-from ..conftest import PUBLISHED
+from ..conftest import PUBLISHED, REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +227,14 @@ def test_a_pickle_of_a_whole_model_names_it(copy) -> None:
     torch.save(torch.nn.Linear(2, 2), copy / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"holds more than tensors: torch\.nn\.modules\.linear\.Linear; nothing of it"):
         transnormer.load(copy)
+
+
+def test_the_documents_say_where_the_checkpoints_are() -> None:
+    """`convert` begins with them."""
+    for document in ("README.md", "docs/published.md"):
+        text = (REPOSITORY / document).read_text()
+        assert "Hugging Face Hub" in text
+        assert "OpenNLPLab/TransNormerLLM-385M" in text
 
 
 def test_configurations_without_a_published_word_are_refused() -> None:

@@ -58,7 +58,9 @@ def read_texts(path: str | Path, *, text_field: str = "text") -> Iterator[str]:
     Raises ValueError as these do, and for a text of white space alone. A file that is not there is told at once.
     """
     path = Path(path)
-    if not path.is_dir() and _kind(path) in (*LINES, *PARQUET):
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; name the files in it")
+    if _kind(path) in (*LINES, *PARQUET):
         return documents([path], text_field=text_field)
     text = read_text(path)
     if not text.strip():
