@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from .data.chat import Template
     from .evaluation.perplexity import Score
     from .formats.convert import Written
@@ -268,25 +265,25 @@ def perplexity(
 
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Table
     from rich.text import Text
 
     from .data.corpus import read_texts
+    from .data.loader import progress_bar
     from .evaluation.perplexity import score_documents
 
     files = [*text, *(more or [])]
     sizes = [sum(len(each.encode()) for each in read_texts(file, text_field=text_field)) for file in files]
     loaded = _load(model, device)
     scores = []
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar() as report:
         for file, size in zip(files, sizes, strict=True):
-            texts = read_texts(file, text_field=text_field)
-            show = partial(_move, bar, bar.add_task(escape(str(file)), total=size))
+
+            def show(done: int, task: str = escape(str(file)), size: int = size) -> None:
+                report(task, done, size)
+
             try:
+                texts = read_texts(file, text_field=text_field)
                 scores.append(score_documents(loaded, texts, window=window, progress=show))
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
@@ -549,10 +546,6 @@ def _tell(written: Written) -> None:
     print(f"tokenizer       {written.tokenizer or 'none'}")
     print(f"fingerprint     {'checked by every load' if written.fingerprint else 'none'}")
     print(f"in {written.folder}")
-
-
-def _move(bar: Progress, task: TaskID, done: int) -> None:
-    bar.update(task, completed=done)
 
 
 def _cells(score: Score) -> list[str]:
