@@ -244,11 +244,9 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
         return f"{SEAL} is missing"
     except ValueError:
         return f"{SEAL} is damaged"
-    weights = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors"))]
-    for name in [*(record if names is None else names), *weights]:
+    for name in record if names is None else names:
         if name not in record:
             return f"{name} is not listed in {SEAL}"
-    for name in record if names is None else names:
         path, wanted = folder / name, record[name]
         if not path.is_file():
             return f"{name} is missing"
@@ -256,7 +254,9 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
             return f"{name} is truncated ({path.stat().st_size:,} of {wanted['bytes']:,} bytes)"
         if sha256(path) != wanted["sha256"]:
             return f"{name} is damaged (its hash differs)"
-    return None
+    weights = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")))
+    unlisted = next((name for name in weights if name not in record), None)
+    return None if unlisted is None else f"{unlisted} is not listed in {SEAL}"
 
 
 def read_seal(folder: Path) -> dict[str, dict[str, Any]]:
