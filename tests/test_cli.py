@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import json
 import re
 import subprocess
 import sys
 import threading
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import Mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import transnormer
@@ -114,6 +118,27 @@ def test_perplexity_of_files(work: Path, text_file: Path) -> None:
     assert 60_016 - 20 <= int(re.findall(r"[\d,]+", rows[1].replace(",", ""))[1]) <= 61_000
 
 
+def test_perplexity_of_records_as_json(work: Path) -> None:
+    texts = ["Who goes there?\n", "Nay, answer me: stand.\n"]
+    for number, each in enumerate(texts):
+        (work / f"{number}.txt").write_text(each)
+    (work / "both.jsonl").write_text("".join(json.dumps({"body": each}) + "\n" for each in [*texts, " "]))
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), work / "both.parquet")
+    verb = ("eval", "perplexity", "--model", "runs/small", "--json", "--text")
+    one = json.loads(call(*verb, "0.txt", "1.txt", folder=work)[0])
+    two = json.loads(call(*verb, "both.jsonl", "both.parquet", "--text-field", "body", folder=work)[0])
+    assert [each["documents"] for each in one["files"]] == [1, 1]
+    for each in two["files"]:
+        assert each["documents"] == 2
+        assert each | one["together"] == each  # the same numbers
+    assert {"loss", "perplexity", "bits_per_byte", "word_perplexity", "tokens"} <= two["together"].keys()
+    cut = json.loads(call(*verb, "0.txt", "--window", 2, folder=work)[0])
+    assert cut["window"] == 2
+    assert cut["together"]["tokens"] == one["files"][0]["tokens"]
+    assert cut["together"]["nats"] != one["files"][0]["nats"]
+    assert "both.jsonl line 1: no field 'text'; it has body" in refused(*verb, "both.jsonl", folder=work)
+
+
 def test_info_says_what_a_model_costs(work: Path) -> None:
     out, _ = call("info", folder=work)
     assert re.search(r"385m +398,984,192 parameters", out)
@@ -152,6 +177,17 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
     assert "257" in refused("prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 30, folder=work)
     assert "missing.txt" in refused("prepare", "missing.txt", "--out", tmp_path / "o", "--vocab-size", 300)
     assert "exists" in refused("prepare", "short.txt", "--out", "text", "--vocab-size", 300, folder=work)
+    for both in ((), ("--vocab-size", 300, "--tokenizer", "text")):
+        assert "give either --vocab-size, to train" in refused("prepare", "short.txt", "--out", "o", *both, folder=work)
+    under = ("--out", "short.txt/o")
+    line = f"short.txt/o: cannot be made: {work}/short.txt is a file, not a folder"
+    assert line in refused("prepare", "short.txt", *under, "--vocab-size", 300, folder=work)
+    assert line in refused("convert", PUBLISHED, "short.txt/o", folder=work)
+    assert line in refused("export", "--model", PUBLISHED, *under, folder=work)
+    assert "there are text, messages, prompt, alpaca" in refused(
+        "prepare", "short.txt", "--out", "o", "--tokenizer", "text", "--format", "foo", folder=work
+    )
+    assert "short.txt: a file, not a folder with a model" in refused("generate", "--model", "short.txt", folder=work)
     assert "UTF-8" in refused(
         "eval", "perplexity", "--model", "runs/small", "--text", tmp_path / "latin.txt", folder=work
     )
@@ -209,6 +245,23 @@ def test_chat_in_a_terminal(work: Path) -> None:
         watchdog.cancel()
         chat.kill()
         chat.communicate()
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (PermissionError(13, "Permission denied", "book.txt"), "book.txt: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("a.json: cannot be written: Disk quota exceeded"), "a.json: cannot be written: Disk quota exceeded"),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+def test_the_system_s_errors_are_said_without_their_number(
+    raised: Exception, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transnormer.data.loader.prepare", Mock(side_effect=raised))
+    assert refused("prepare", "a.txt", "--out", "o", "--vocab-size", 300) == f"error: {line}"
 
 
 def test_a_closed_pipe_is_no_error(work: Path) -> None:

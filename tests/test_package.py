@@ -14,7 +14,7 @@ PACKAGE = Path(transnormer.__file__).parent
 
 # Each part and the parts it may import.
 ARROWS = {
-    "config": set(),
+    "config": {"files"},  # to read a config.json, when it is called
     "files": set(),
     "ops": set(),
     "data": {"files"},

@@ -30,6 +30,7 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token ea
 TopK = Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Draw among the fewest tokens with this much probability.")]
 MaxShard = Annotated[str, typer.Option(help="Bytes a weight file at most, e.g. 5GB, 500MB.")]
+TextField = Annotated[str, typer.Option(help="The field or column of jsonl and parquet with the text.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, ValueError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+        print(f"error: {_said(error)}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if "memory" not in str(error):
@@ -180,7 +181,7 @@ def prepare(
     ] = None,
     split: Annotated[float, typer.Option(help="Share of the documents held out for validation.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Chooses the documents held out.")] = 0,
-    text_field: Annotated[str, typer.Option(help="The field or column of jsonl and parquet with the text.")] = "text",
+    text_field: TextField = "text",
     format: Annotated[str, typer.Option(help="text, or what records hold: messages, prompt, alpaca.")] = "text",
     chat_template: Annotated[
         Path | None, typer.Option(help="A chat template to use; by default the tokenizer folder's, or ours.")
@@ -189,6 +190,8 @@ def prepare(
     """Turn text or conversations into token shards, ready to train on."""
     from .data.loader import prepare as make
 
+    if (vocab_size is None) == (tokenizer is None):
+        raise ValueError("give either --vocab-size, to train a tokenizer, or --tokenizer, the path of one")
     record = make(
         inputs, out, vocab_size=vocab_size, tokenizer=tokenizer, split=split, seed=seed, text_field=text_field,
         format=format, chat_template=chat_template,
@@ -253,38 +256,58 @@ def export(
 @evaluation.command()
 def perplexity(
     model: Model,
-    text: Annotated[list[Path], typer.Option(help="A text file; may be given several times, more may follow it.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="A text, jsonl or parquet file; may be given several times, more may follow it."),
+    ],
     more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    text_field: TextField = "text",
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read so many tokens at most from a fresh state; by default a text is read whole."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
 ) -> None:
     """Loss, perplexity and bits per byte of texts of any length, each read from its first token to its last."""
+    import json
+
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import Progress, TaskID
     from rich.table import Table
     from rich.text import Text
 
-    from .data.corpus import read_text
-    from .evaluation.perplexity import Score, score_text
+    from .data.corpus import read_texts
+    from .data.loader import progress_bar
+    from .evaluation.perplexity import score_documents
 
     files = [*text, *(more or [])]
-    contents = [read_text(file) for file in files]
-    for file, content in zip(files, contents, strict=True):
-        if not content.strip():
-            raise ValueError(f"{file}: the file is empty")
+    sizes = [sum(len(each.encode()) for each in read_texts(file, text_field=text_field)) for file in files]
     loaded = _load(model, device)
+    scores = []
+    with progress_bar() as report:
+        for file, size in zip(files, sizes, strict=True):
+
+            def show(done: int, task: str = escape(str(file)), size: int = size) -> None:
+                report(task, done, size)
+
+            try:
+                texts = read_texts(file, text_field=text_field)
+                scores.append(score_documents(loaded, texts, window=window, progress=show))
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+    total = sum((score for score, _ in scores[1:]), scores[0][0])
+    if as_json:
+        each = [
+            {"file": str(file), "documents": count} | score.record()
+            for file, (score, count) in zip(files, scores, strict=True)
+        ]
+        record = {"model": str(model), "window": window, "files": each, "together": total.record()}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+        return
     table = Table("text", "tokens", "bytes", "loss (nats/token)", "perplexity", "bits per byte", "perplexity per word")
-    total = Score(0.0, 0, 0, 0)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        for file, content in zip(files, contents, strict=True):
-            task = bar.add_task(escape(str(file)), total=None)
-
-            def show(done: int, total: int, task: TaskID = task) -> None:
-                bar.update(task, completed=done, total=total)
-
-            score = score_text(loaded, content, progress=show)
-            total += score
-            table.add_row(Text(str(file)), *_cells(score))
+    for file, (score, _) in zip(files, scores, strict=True):
+        table.add_row(Text(str(file)), *_cells(score))
     if len(files) > 1:
         table.add_row("together", *_cells(total))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
@@ -297,10 +320,14 @@ def harness(
         str, typer.Option(help="Names, commas between; the harness' own, too. By default those of the paper's table.")
     ] = "",
     data: Annotated[Path | None, typer.Option(help="A folder with the tasks' documents: no network is needed.")] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before each question; by default the task's own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens to read at a time.")] = 8_192,
-    max_length: Annotated[int | None, typer.Option(help="Of longer prompts, read the last so many tokens.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question; by default the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of each task.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read at a time.")] = 8_192,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Of longer prompts, read the last so many tokens.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file to write, with all results and settings.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -311,15 +338,15 @@ def harness(
     from rich.progress import Progress
     from rich.table import Table
 
-    from .files import write_text
+    from .files import check_can_write, write_text
 
     try:
         from .evaluation.harness import PAPER, evaluate, table
     except ImportError as error:
         raise ValueError(error) from error
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # known before the hours, not after them
-        raise ValueError(f"{out}: not a file in a folder that is there")
+    if out is not None:  # known before the hours, not after them
+        check_can_write(out)
     names = [name.strip() for name in tasks.split(",") if name.strip()] or PAPER
     loaded = _load(model, device)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -329,8 +356,6 @@ def harness(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     result["transnormer"] |= {"model": str(model), "command": ["transnormer", *sys.argv[1:]]}
-    if out is not None:
-        write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     shown = Table("task", "version", "split", "documents", "shots", "metric", "value")
     for row in table(result):
         shown.add_row(*row)
@@ -339,6 +364,8 @@ def harness(
     ran = result["transnormer"]
     for line in (f"lm-eval {ran['lm_eval']}, {ran['seconds']:,} s", *ran["notes"]):
         console.print(line, markup=False, highlight=False)
+    if out is not None:  # last, so that a disk that is full by now costs no table
+        write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -452,6 +479,13 @@ def version(
 
         print(__version__)
         raise typer.Exit
+
+
+def _said(error: Exception) -> str:
+    """What an error says in one line; the system's own errors without their number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or "out of memory"
 
 
 def _load(folder: Path, device: str) -> LanguageModel:

@@ -1,4 +1,7 @@
-"""What a model is: its configuration, the named sizes, and how many parameters they have. Standard library only."""
+"""What a model is: its configuration, the named sizes, and how many parameters they have.
+
+Importing this takes the standard library alone; only reading a file takes `files`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,13 @@ GLUS = ("sglu", "swiglu", "mlp")
 ACTIVATIONS = (
     "swish", "none", "1+elu", "2+elu", "elu", "relu", "leaky_relu", "gelu", "sigmoid", "sine", "exp",
 )  # fmt: skip
+
+MODEL_TYPE = "transnormer"  # in every config.json of ours
+# What a config.json must say, because no default is right for weights that somebody else wrote.
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# The largest that a file is believed: more would fill the memory before anything could be compared with the weights.
+LARGEST = {"vocab_size": 2**24, "hidden_size": 2**20, "num_hidden_layers": 2**12, "num_attention_heads": 2**16,
+           "intermediate_size": 2**20, "head_dim": 2**20, "gate_rank": 2**20, "max_position_embeddings": 2**31}  # fmt: skip
 
 # Keys that other libraries write into a config.json and that carry nothing we need.
 FOREIGN_KEYS = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
@@ -185,11 +195,20 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
-        """Read a config.json of our format. ValueError names the file and what is wrong in it."""
+        """Read a config.json of our format. OSError or ValueError names the file and what is wrong in it."""
+        from .files import read_json
+
+        values = read_json(path)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError("not a JSON object")
+            if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
+                raise ValueError(f"a model of the type {kind!r}, not {MODEL_TYPE!r}")
+            if missing := [name for name in SHAPE if name not in values]:
+                raise ValueError(f"no {', '.join(missing)}, so the model's shape is not known")
+            for name, most in LARGEST.items():
+                if _is_int(values.get(name)) and values[name] > most:
+                    raise ValueError(f"{name} is {values[name]:,}, more than {most:,}")
             return cls.from_dict(values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -199,7 +218,7 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         if not isinstance(self.position_layers, str):
             values["position_layers"] = list(self.position_layers)
-        return {"architectures": ["TransNormerForCausalLM"], "model_type": "transnormer", **values}
+        return {"architectures": ["TransNormerForCausalLM"], "model_type": MODEL_TYPE, **values}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and safetensors with errors that name the file."""
+"""Files that are there whole or not at all, and JSON and safetensors with errors that name the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,46 @@ WEIGHTS = "model.safetensors"
 FINGERPRINT = "fingerprint.json"  # what a converted model must be; of no use to other weights
 INDEX = "model.safetensors.index.json"  # which of several files holds each tensor, as transformers writes it
 PIECES = "weights-{:05d}-of-{:05d}.safetensors"  # of a model trained by many processes: what each of them held
-LARGEST_INDEX_BYTES = 2**26
+LARGEST_JSON_BYTES = 2**26
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text whole or not at all."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. OSError or ValueError names the file: missing, too large, or not `parse_json`'s."""
+    path = Path(path)
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON_BYTES:
+            raise ValueError(f"{path}: {size:,} bytes are too many; at most {LARGEST_JSON_BYTES:,} are read")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds. ValueError where it is not JSON, or an object has a key twice: one would be lost."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -57,57 +92,87 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """A model's tensors from WEIGHTS; without it from the shards that INDEX names; without that from PIECES.
 
-    ValueError or OSError names the file that is missing or damaged, or the tensor that is not where INDEX says.
+    ValueError or OSError names the file that is missing or damaged, or the tensor that is not where INDEX says, or
+    that holds no floating-point numbers.
     """
     folder = Path(folder)
-    if not (folder / WEIGHTS).is_file() and (first := sorted(folder.glob("weights-*-of-*.safetensors"))[:1]):
-        return _assemble(folder, count=int(first[0].stem.rpartition("-")[2]))
-    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return read_tensors(folder / WEIGHTS)[0]
-    shards: dict[str, set[str]] = {}
-    for name, shard in _index(folder / INDEX).items():
-        shards.setdefault(shard, set()).add(name)
-    if missing := [shard for shard in sorted(shards) if not (folder / shard).is_file()]:
+    files = weights_in(folder)
+    if next(iter(files)).startswith("weights-"):
+        return _assemble(folder, list(files))
+    if missing := [file for file, listed in files.items() if listed and not (folder / file).is_file()]:
         raise FileNotFoundError(f"{folder / missing[0]}: no such file, though {INDEX} names it")
     tensors: dict[str, Tensor] = {}
-    for shard, wanted in sorted(shards.items()):
-        found, _ = read_tensors(folder / shard)
-        if wrong := sorted(wanted ^ found.keys()):
+    for shard, wanted in files.items():
+        found, _ = _read_floats(folder / shard)
+        if wrong := sorted(wanted ^ found.keys()) if wanted else ():
             word = "lacks" if wrong[0] in wanted else "also holds"
             raise ValueError(f"{folder / shard} {word} {wrong[0]}: it and {INDEX} are not of one model")
         tensors.update(found)
     return tensors
 
 
-def _assemble(folder: Path, count: int) -> dict[str, Tensor]:
-    """Whole tensors from PIECES, of which there must be `count` files."""
+def weights_in(folder: Path) -> dict[str, set[str]]:
+    """The files that `read_weights` reads, in order, each with the tensors that INDEX lists in it (of others, none)."""
+    if not (folder / WEIGHTS).is_file() and (first := sorted(folder.glob("weights-*-of-*.safetensors"))[:1]):
+        count = int(first[0].stem.rpartition("-")[2])
+        return {PIECES.format(number, count): set() for number in range(1, count + 1)}
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return {WEIGHTS: set()}
+    shards: dict[str, set[str]] = {}
+    for name, shard in _index(folder / INDEX).items():
+        shards.setdefault(shard, set()).add(name)
+    return dict(sorted(shards.items()))
+
+
+def _read_floats(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_tensors`, of a file of weights. ValueError also names a tensor that holds no floating-point numbers."""
+    tensors, metadata = read_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} holds {kind}; weights are floating-point numbers")
+    return tensors, metadata
+
+
+def _assemble(folder: Path, files: Sequence[str]) -> dict[str, Tensor]:
+    """Whole tensors from the pieces in these files, which must fill them and not overlap."""
     whole: dict[str, Tensor] = {}
-    filled: dict[str, int] = {}
-    for number in range(1, count + 1):
-        path = folder / PIECES.format(number, count)
-        pieces, metadata = read_tensors(path)
+    boxes: dict[str, list[tuple[slice, ...]]] = {}
+    for path in [folder / file for file in files]:
+        pieces, metadata = _read_floats(path)
         try:
-            layout = json.loads(metadata[OFFSETS])
+            layout = parse_json(metadata[OFFSETS])
             for name, piece in pieces.items():
                 begin, shape = layout[name]["saved_offsets"], layout[name]["shape"]
+                box = tuple(slice(b, b + n) for b, n in zip(begin, piece.shape, strict=True))
+                if not all(side.start >= 0 and side.stop <= n for side, n in zip(box, shape, strict=True)):
+                    raise ValueError(f"a piece of {name} lies outside of it")
+                if any(_overlap(box, other) for other in boxes.setdefault(name, [])):
+                    raise ValueError(f"a piece of {name} lies over another")
                 if name not in whole:
                     whole[name] = torch.empty(shape, dtype=piece.dtype)
-                whole[name][tuple(slice(b, b + n) for b, n in zip(begin, piece.shape, strict=True))] = piece
-                filled[name] = filled.get(name, 0) + piece.numel()
+                whole[name][box] = piece
+                boxes[name].append(box)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged, or not a piece of a checkpoint ({error})") from error
     for name, tensor in whole.items():
-        if filled[name] != tensor.numel():
-            raise ValueError(f"{folder}: {filled[name]:,} of {tensor.numel():,} numbers of {name} are there")
+        filled = sum(math.prod(side.stop - side.start for side in box) for box in boxes[name])
+        if filled != tensor.numel():
+            raise ValueError(f"{folder}: {filled:,} of {tensor.numel():,} numbers of {name} are there")
     return whole
+
+
+def _overlap(one: Sequence[slice], other: Sequence[slice]) -> bool:
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
 
 
 def _index(path: Path) -> dict[str, str]:
     """Tensor -> file of the same folder."""
-    if path.stat().st_size > LARGEST_INDEX_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes are too many for an index of shards")
+    index = read_json(path)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = index["weight_map"]
+        if not index:
+            raise ValueError("it names no tensor")
         if not all(name == Path(name).name and name.endswith(".safetensors") for name in index.values()):
             raise ValueError("a shard must be a .safetensors file of the same folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -129,6 +194,19 @@ def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
         raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def check_can_write(path: str | Path) -> None:
+    """Try, before long work, what `replace_file` does after it. Raises OSError naming the path where it would fail."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: cannot be written: it is a folder; name a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def flush(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -144,7 +222,7 @@ SEAL = "complete.json"
 
 
 def seal(folder: Path, known: Mapping[str, Mapping[str, object]] | None = None) -> None:
-    """Flush every file of the folder to the disk, then write SEAL. known: what `write_pieces` returned of some of them."""
+    """Flush every file of the folder to the disk, then write SEAL. known: what `write_pieces` returned of some."""
     record = {}
     for path in sorted(folder.rglob("*")):
         flush(path)
@@ -156,22 +234,41 @@ def seal(folder: Path, known: Mapping[str, Mapping[str, object]] | None = None) 
 
 
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
-    """What is wrong with a sealed folder, or with the named files of it; None where all is as it was written."""
+    """What is wrong with a sealed folder, or with the named files of it; None where all is as it was written.
+
+    Weights that SEAL does not list are wrong too, because nobody could say whether they are the right ones.
+    """
     try:
-        record = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        for name in record if names is None else names:
-            path, wanted = folder / name, record[name]
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != wanted["bytes"]:
-                return f"{name} is truncated ({path.stat().st_size:,} of {wanted['bytes']:,} bytes)"
-            if sha256(path) != wanted["sha256"]:
-                return f"{name} is damaged (its hash differs)"
+        record = read_seal(folder)
     except FileNotFoundError:
         return f"{SEAL} is missing"
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         return f"{SEAL} is damaged"
-    return None
+    for name in record if names is None else names:
+        if name not in record:
+            return f"{name} is not listed in {SEAL}"
+        path, wanted = folder / name, record[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"{name} is truncated ({path.stat().st_size:,} of {wanted['bytes']:,} bytes)"
+        if sha256(path) != wanted["sha256"]:
+            return f"{name} is damaged (its hash differs)"
+    weights = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors")))
+    unlisted = next((name for name in weights if name not in record), None)
+    return None if unlisted is None else f"{unlisted} is not listed in {SEAL}"
+
+
+def read_seal(folder: Path) -> dict[str, dict[str, Any]]:
+    """File -> {"bytes": size, "sha256": hash} as SEAL lists them, at least one. OSError or ValueError names SEAL."""
+    record = read_json(folder / SEAL)
+    whole = isinstance(record, dict) and bool(record)
+    for name, entry in record.items() if whole else ():
+        whole &= not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        whole &= isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    if not whole:
+        raise ValueError(f"{folder / SEAL}: damaged, or not a list of files with their sizes and hashes")
+    return dict(record)
 
 
 def step_folders(parent: Path) -> list[Path]:
@@ -288,17 +385,22 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, emptied of what a killed run left, that becomes `out` at the end or goes away.
 
     Parents that are missing are made, and go away with it. Raises ValueError where `out` exists and is not empty, or
-    another process is writing it.
+    another process is writing it; OSError naming `out` where it cannot be made or written.
     """
     import fcntl  # not on Windows, where the rest of this module works
 
     out = out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists; remove it or choose another folder")
     folder = out.with_name(f".{out.name}.partial")
-    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise ValueError(f"{out} exists; remove it or choose another folder")
+        made = [parent for parent in out.parents if not parent.exists()]  # innermost first
+        if file := next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None):
+            raise NotADirectoryError(f"{out}: cannot be made: {file} is a file, not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise error if not error.errno else OSError(f"{out}: cannot be made: {error.strerror}") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,10 +421,18 @@ def new_folder(out: Path) -> Iterator[Path]:
             with suppress(OSError):  # another process may use them by now
                 for parent in made:
                     parent.rmdir()
-            if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write does not say where
-                error.filename = str(out)
-            elif isinstance(error, OSError) and str(folder) in str(error):
-                raise OSError(str(error).replace(str(folder), str(out))) from error
+            if isinstance(error, OSError) and (text := _names(error, folder, out)):
+                raise OSError(text) from error
             raise
     finally:
         os.close(lock)
+
+
+def _names(error: OSError, folder: Path, out: Path) -> str | None:
+    """What an error of writing into `folder` says with `out` in its place; None for an error about another file."""
+    if error.errno and not error.filename:  # a failed write does not say where
+        return f"{out}: cannot be written: {error.strerror}"
+    if str(folder) not in str(error):
+        return None
+    text = f"{error.filename}: cannot be written: {error.strerror}" if error.errno else str(error)
+    return text.replace(str(folder), str(out))

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from transnormer.data import corpus
-from transnormer.data.corpus import documents, read_text
+from transnormer.data.corpus import documents, read_text, read_texts, records
 
 TEXTS = ["one\ntwo\n", "  naïve  \U0001f600", "tab\tand \u2028 a line separator in one document"]
 
@@ -70,6 +70,27 @@ def test_parquet(tmp_path, kind, monkeypatch):
     texts = [f"row {n}" for n in range(11)]
     path = write_parquet(tmp_path / "a.parquet", pyarrow.array(texts, kind), "content", row_group_size=3)
     assert read(path, text_field="content") == texts
+
+
+def test_parquet_columns_that_are_stored_as_a_dictionary_are_text(tmp_path):
+    column = pyarrow.array(["a", "b", "a", "a"]).dictionary_encode()
+    path = write_parquet(tmp_path / "a.parquet", column)
+    assert pyarrow.parquet.read_schema(path).field("text").type == column.type  # and not plain strings
+    assert read(path) == ["a", "b", "a", "a"]
+    assert [record["text"] for _, record in records([path], ["text"])] == ["a", "b", "a", "a"]
+
+
+def test_parquet_columns_of_one_name(tmp_path):
+    def table(*names):
+        columns = [pyarrow.array([f"{number}"]) for number in range(len(names))]
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    with pytest.raises(ValueError, match=r"a.parquet: 2 columns are named 'text'; which is meant cannot be known"):
+        read(table("text", "text"))
+    with pytest.raises(ValueError, match=r"a.parquet: 3 columns are named 'input'"):
+        list(records([table("output", "input", "input", "input")], ["output"], ["input"]))
+    assert read(table("other", "text", "other")) == ["1"]  # what is not read may be there twice
 
 
 def test_a_folder_is_walked_in_sorted_order_without_hidden_and_unknown_files(tmp_path):
@@ -176,8 +197,11 @@ def test_parquet_errors(tmp_path):
         read(write_parquet(path, ["x"], "body"))
     with pytest.raises(ValueError, match=r"a.parquet: column 'text' holds int64, not strings"):
         read(write_parquet(path, [1]))
-    with pytest.raises(ValueError, match=r"a.parquet row 2: column 'text' holds null"):
-        read(write_parquet(path, ["x", None]))
+    with pytest.raises(ValueError, match=r"a.parquet: column 'text' holds int64, not strings"):
+        read(write_parquet(path, pyarrow.array([1]).dictionary_encode()))
+    for column in (pyarrow.array(["x", None]), pyarrow.array(["x", None]).dictionary_encode()):
+        with pytest.raises(ValueError, match=r"a.parquet row 2: column 'text' holds null"):
+            read(write_parquet(path, column))
     broken = pyarrow.Array.from_buffers(
         pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"xy\xff")]
     )
@@ -222,3 +246,19 @@ def test_read_text(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_text(path)
+
+
+def test_texts_are_the_documents_of_one_file_of_any_kind(tmp_path):
+    assert list(read_texts(write(tmp_path / "notes", "a\r\nb"))) == ["a\nb"]  # whatever the suffix
+    assert list(read_texts(write(tmp_path / "a.jsonl.gz", json_lines(["x", " ", "y"], "body")), text_field="body")) == [
+        "x",
+        "y",
+    ]
+    assert list(read_texts(write_parquet(tmp_path / "a.parquet", ["x", "y"]))) == ["x", "y"]
+    with pytest.raises(ValueError, match="blank: the file is empty"):
+        read_texts(write(tmp_path / "blank", " \n"))
+    with pytest.raises(ValueError, match="a folder; name the files in it"):
+        read_texts(tmp_path)
+    for name in ("gone.txt", "gone.jsonl"):
+        with pytest.raises(ValueError, match=f"{name}: no such file"):
+            read_texts(tmp_path / name)

@@ -239,6 +239,8 @@ def test_arguments_that_do_not_fit(tmp_path, corpus, tokenizer):
         ({"vocab_size": 300, "split": -0.1}, "split must be a share"),
         ({"vocab_size": 300, "shard_tokens": 0}, "shard_tokens must be positive; got 0"),
         ({"vocab_size": 300, "text_field": "body"}, "no field 'body'"),
+        ({"vocab_size": 300, "format": "foo"}, "format 'foo' is unknown; there are text, messages, prompt, alpaca"),
+        ({"tokenizer": tokenizer, "format": "prompt", "text_field": "body"}, "text_field = 'body' is for text alone"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare([corpus], out, **options)
@@ -267,6 +269,8 @@ def test_an_existing_folder_is_not_overwritten(tmp_path, corpus, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file exists"):
         prepare([corpus], tmp_path / "file", tokenizer=tokenizer)
+    with pytest.raises(OSError, match=r"file/out: cannot be made: .*file is a file, not a folder$"):
+        prepare([corpus], tmp_path / "file" / "out", tokenizer=tokenizer)
 
 
 def test_inputs_that_change_meanwhile_are_noticed(tmp_path, tokenizer):
@@ -319,7 +323,7 @@ def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_clears_up(tmp_p
 def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, tokenizer):
     done = run("full", SHAKESPEARE, tmp_path / "out", tokenizer)
     assert done.returncode == 1
-    assert done.stderr == f"[Errno 27] File too large: '{tmp_path / 'out'}'\n"
+    assert done.stderr == f"{tmp_path / 'out'}: cannot be written: File too large\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -391,8 +395,13 @@ def test_damaged_folders_are_refused(copy, tmp_path):
             TokenData(copy, split)
         assert "\n" not in str(caught.value)
 
-    with pytest.raises(ValueError, match=r"not a prepared folder, for it has no data.json"):
-        TokenData(tmp_path)
+    for path, message in (
+        (tmp_path, "has no data.json"),
+        (tmp_path / "gone", "is not there"),
+        (copy / "data.json", "is a file"),
+    ):
+        with pytest.raises(ValueError, match=f"not a prepared folder, for it {message}; make one with"):
+            TokenData(path)
     refused("split must be one of train, valid; got 'test'", "test")
     shard = copy / "train-00001.bin"
     whole = shard.read_bytes()
@@ -424,12 +433,19 @@ def test_damaged_records_are_refused(copy):
     for key in ("tokens", "bytes", "documents", "shards"):
         train = {k: v for k, v in whole["splits"]["train"].items() if k != key}
         parts.append(json.dumps(whole | {"splits": whole["splits"] | {"train": train}}))
-    more = whole["splits"]["train"] | {"tokens": 5}
-    parts.append(json.dumps(whole | {"splits": whole["splits"] | {"train": more}}))
+    shards = whole["splits"]["train"]["shards"]
+    outside = [{**shard, "file": f"../copy/{shard['file']}"} for shard in shards]
+    for change in ({"tokens": 5}, {"documents": "many"}, {"bytes": None}, {"shards": outside}):
+        parts.append(json.dumps(whole | {"splits": whole["splits"] | {"train": whole["splits"]["train"] | change}}))
+    for key, value in (("vocab_size", "400"), ("vocab_size", 0), ("end_of_text", 400), ("source", {})):
+        parts.append(json.dumps(whole | {key: value}))
     for part in parts:
         path.write_bytes(part if isinstance(part, bytes) else part.encode())
-        with pytest.raises(ValueError, match=r"data.json: damaged, or not of a prepared folder"):
+        with pytest.raises(ValueError, match=r"data.json: (damaged, or not of a prepared folder|not JSON)"):
             TokenData(copy)
+    path.write_text(json.dumps(whole).replace('"dtype"', '"dtype": "uint32", "dtype"'))
+    with pytest.raises(ValueError, match=r"data.json: not JSON \(the key 'dtype' stands twice"):
+        TokenData(copy)
 
 
 # The permutation.

@@ -549,8 +549,21 @@ def test_the_verb(make, data: Path, tmp_path: Path) -> None:
     out, _ = call(*verb, "--limit", 1)
     assert all(TASKS[task][0] in out for task in PAPER)
     assert "lambada" not in out
-    for path in (tmp_path / "nowhere" / "out.json", tmp_path):
-        assert "not a file in a folder that is there" in refused(*verb, "--out", path)
+    with pytest.MonkeyPatch.context() as patch:  # known before the hours: nothing is evaluated
+        patch.setattr(harness, "evaluate", None)
+        for path in (tmp_path / "nowhere" / "out.json", tmp_path, tmp_path / "out.json" / "more.json"):
+            assert f"{path}: cannot be written: " in refused(*verb, "--out", path)
+    with pytest.MonkeyPatch.context() as patch:  # and a disk that is full after them costs no table
+
+        def full(path: Path, text: str) -> None:
+            raise OSError(f"{path}: cannot be written: No space left on device")
+
+        patch.setattr("transnormer.files.write_text", full)
+        out, error = call(*verb, "--tasks", "piqa", "--limit", 1, "--out", tmp_path / "new.json", code=1)
+        assert "acc_norm" in out
+        assert error == f"error: {tmp_path}/new.json: cannot be written: No space left on device\n"
+    assert not (tmp_path / "new.json").exists()
+    assert "out.json: a file, not a folder" in refused(*verb[:-1], tmp_path / "out.json", "--tasks", "piqa")
     assert "did you mean hellaswag?" in refused(*verb, "--tasks", "helaswag")
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import re
 import shutil
+from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ from transnormer.formats.released import (
     published_tensors,
 )
 
-from ..conftest import PUBLISHED
+from ..conftest import PUBLISHED, REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +178,6 @@ def test_what_cannot_be_read_faithfully_is_refused_by_name(copy) -> None:
         "lm_head.weight differs from model.embed",
     )
     refused([1, 2], "something else than named tensors")
-    (copy / "pytorch_model.bin").write_bytes(pickle.dumps({"a": pytest.approx(1)}))
-    with pytest.raises(ValueError, match="truncated, damaged or holds more than tensors"):
-        transnormer.load(copy)
     torch.save(weights, copy / "pytorch_model.bin")
     whole = (copy / "pytorch_model.bin").read_bytes()
     (copy / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
@@ -187,17 +188,53 @@ def test_what_cannot_be_read_faithfully_is_refused_by_name(copy) -> None:
         load_published(copy)
 
 
-def test_pickles_that_would_run_code_do_not(copy, tmp_path) -> None:
-    trap = tmp_path / "sprung"
+class Trap:
+    """Calls a function when it is unpickled."""
 
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(trap), "w"))
+    def __init__(self, function: Callable[..., object], *arguments: object):
+        self.called = function, arguments
 
-    torch.save({"a": Trap()}, copy / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    def __reduce__(self):
+        return self.called
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", *range(2, pickle.HIGHEST_PROTOCOL + 1)])
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        (open, "io.open"),
+        (os.mkdir, "posix.mkdir"),
+        (Fraction, "fractions.Fraction"),
+        (torch.nn.ReLU, "torch.nn.modules"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_pickles_that_would_run_code_do_not_and_name_it(copy, tmp_path, function, named, kind) -> None:
+    """torch blocks some modules and not others, and does not know newer protocols: its messages differ."""
+    trap, weights = tmp_path / "sprung", copy / "pytorch_model.bin"
+    content = {"weight": torch.ones(2), "b": Trap(function, str(trap))}
+    if isinstance(kind, int):
+        weights.write_bytes(pickle.dumps(content | {"weight": 1}, protocol=kind))
+    else:
+        torch.save(content, weights, _use_new_zipfile_serialization=kind == "zip")
+    line = rf"pytorch_model\.bin holds more than tensors: {re.escape(named)}[\w.]*; nothing of it was run$"
+    with pytest.raises(ValueError, match=line):
         transnormer.load(copy)
     assert not trap.exists()
+
+
+def test_a_pickle_of_a_whole_model_names_it(copy) -> None:
+    torch.save(torch.nn.Linear(2, 2), copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds more than tensors: torch\.nn\.modules\.linear\.Linear; nothing of it"):
+        transnormer.load(copy)
+
+
+def test_the_documents_say_where_the_checkpoints_are() -> None:
+    """`convert` begins with them."""
+    for document in ("README.md", "docs/published.md"):
+        text = (REPOSITORY / document).read_text()
+        assert "Hugging Face Hub" in text
+        assert "OpenNLPLab/TransNormerLLM-385M" in text
 
 
 def test_configurations_without_a_published_word_are_refused() -> None:

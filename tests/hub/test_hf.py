@@ -233,6 +233,9 @@ def test_a_configuration_that_no_model_can_have_is_refused(copied) -> None:
     refused({"hidden_sise": 3}, "unknown model config key 'hidden_sise'; did you mean hidden_size")
     refused({"auto_map": {"AutoConfig": "evil.Config"}}, "unknown model config key 'auto_map'")
     refused({"mixer": "gal"}, "mixer = 'gal', but must be one of gla, softmax; did you mean gla")
+    (copied / "config.json").write_text(json.dumps({key: values[key] for key in values if key != "hidden_size"}))
+    with pytest.raises(ValueError, match=r"config\.json: no hidden_size, so the model's shape is not known"):
+        AutoModelForCausalLM.from_pretrained(copied)
     (copied / "config.json").write_text(json.dumps(values))
     config = AutoConfig.from_pretrained(copied)
     config.position_layers = (17,)
@@ -581,9 +584,11 @@ def test_shards_that_are_not_whole_are_refused_by_name(tied, tmp_path) -> None:
         with pytest.raises(error, match=match):
             transnormer.load(tmp_path)
 
-    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"norm.weight": "../evil.safetensors"}}'):
+    for text in ("[]", '{"weight_map": 3}', '{"weight_map": {"norm.weight": "../evil.safetensors"}}'):
         index_file.write_text(text)
         refused(ValueError, r"index\.json: damaged, or not an index of shards")
+    index_file.write_text("{")
+    refused(ValueError, r"index\.json: not JSON")
     mapped = {**index["weight_map"], "ghost.weight": shards[0].name}
     index_file.write_text(json.dumps({"weight_map": mapped}))
     refused(ValueError, r"lacks ghost\.weight: it and model\.safetensors\.index\.json are not of one model")

@@ -187,7 +187,27 @@ def test_what_cannot_work_is_said_before_it_costs_anything(work: Path, prepared:
         train(tiny("run=none", "train.device=tpuu"))
     with pytest.raises(ValueError, match=r"was prepared with vocab_size = 300, the recipe says 400"):
         train(tiny("run=none", "data.vocab_size=400", "data.text=x.txt", "data.split=0.1"))
+    with pytest.raises(
+        ValueError, match=r"was prepared with format = 'text', the recipe says data.format = 'messages'"
+    ):
+        train(tiny("run=none", "data.format=messages"))
+    with pytest.raises(
+        ValueError, match=r"was prepared with chat_template = None, the recipe says data\.chat_template = 'a\.jinja'"
+    ):
+        train(tiny("run=none", "data.chat_template=a.jinja"))
     assert not Path("runs/none").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[1", "not JSON"), ("[]", "damaged, or not"), ('{"starts": 3}', "damaged")]
+)
+def test_a_record_of_starts_that_is_none_is_named(work: Path, content: str, message: str) -> None:
+    recipe = tiny("run=hurt", "train.steps=2", "checkpoint.every=1")
+    run = train(recipe).folder
+    shutil.rmtree(run / "checkpoints" / "step-0000002")
+    (run / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"runs/hurt/run\.json: {message}"):
+        train(recipe)
 
 
 def test_a_start_that_saved_nothing_binds_nobody(work: Path) -> None:

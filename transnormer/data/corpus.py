@@ -52,6 +52,22 @@ def records(
     return _records(files, inputs, required, optional)
 
 
+def read_texts(path: str | Path, *, text_field: str = "text") -> Iterator[str]:
+    """The documents of one file: of JSON lines and parquet as `documents` gives them, of any other as `read_text` does.
+
+    Raises ValueError as these do, and for a text of white space alone. A file that is not there is told at once.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; name the files in it")
+    if _kind(path) in (*LINES, *PARQUET):
+        return documents([path], text_field=text_field)
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return iter([text])
+
+
 def read_text(path: str | Path) -> str:
     """One text file whole, plain or compressed, whatever its suffix; normalised as `documents` does.
 
@@ -193,10 +209,15 @@ def _parquet(
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             schema = file.schema_arrow
+            for name in (*required, *optional):
+                if (count := schema.names.count(name)) > 1:
+                    raise ValueError(f"{path}: {count} columns are named {name!r}; which is meant cannot be known")
             for name in required:
                 if name not in schema.names:
                     raise ValueError(f"{path}: no column {name!r}; it has {_listed(schema.names)}")
                 kind = schema.field(name).type
+                if pyarrow.types.is_dictionary(kind):  # a way to store a column of few different values
+                    kind = kind.value_type
                 if strings and kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                     raise ValueError(f"{path}: column {name!r} holds {kind}, not strings")
             columns = [name for name in (*required, *optional) if name in schema.names]

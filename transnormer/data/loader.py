@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..files import new_folder, sha256
+from ..files import new_folder, read_json, sha256
 from . import chat
 from .corpus import documents
 from .tokenizer import check_vocab_size, encodes_in_pieces, load_tokenizer, pieces, require_end_of_text, train_tokenizer
@@ -89,9 +89,13 @@ def prepare(
         raise ValueError(f"split must be a share of the documents, at least 0 and below 1; got {split}")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be positive; got {shard_tokens}")
+    if format not in ("text", *chat.FORMATS):
+        raise ValueError(f"format {format!r} is unknown; there are text, {', '.join(chat.FORMATS)}")
     flags = format != "text"
     if not flags and chat_template is not None:
         raise ValueError(f"a chat template needs a format of conversations: {', '.join(chat.FORMATS)}")
+    if flags and text_field != "text":
+        raise ValueError(f"text_field = {text_field!r} is for text alone; format {format!r} says which fields it reads")
 
     def read(sources: Sequence[str | Path]) -> Iterator[str]:
         return chat.conversations(sources, format) if flags else documents(sources, text_field=text_field)
@@ -423,21 +427,14 @@ def _read_record(folder: Path) -> dict[str, Any]:
     """What data.json holds, known to be complete and to fit the folder's tokenizer."""
     path, tokenizer = folder / "data.json", folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: not a prepared folder, for it has no data.json; make one with transnormer prepare")
+        what = "has no data.json" if folder.is_dir() else "is a file" if folder.exists() else "is not there"
+        raise ValueError(f"{folder}: not a prepared folder, for it {what}; make one with transnormer prepare")
+    record = read_json(path)
     try:
-        record = json.loads(path.read_bytes())
         if record["format"] not in FORMATS:
             raise ValueError(f"{path}: has format {record['format']}, not 1 or 2; prepare the folder again")
-        whole = (
-            record["dtype"] in DTYPES and {"vocab_size", "end_of_text", "tokenizer_sha256", "source"} <= record.keys()
-        )
-        for found in (record["splits"][name] for name in SPLITS):
-            whole &= found["tokens"] == sum(shard["tokens"] for shard in found["shards"])
-            whole &= {"bytes", "documents"} <= found.keys() and all("file" in shard for shard in found["shards"])
-        if record["format"] == 2:
-            whole &= record["dtype"] == "uint32" and "chat_template_sha256" in record
-            whole &= all("learned" in record["splits"][name] for name in SPLITS)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        whole = _is_whole(record)
+    except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{path}: damaged, or not of a prepared folder")
@@ -447,6 +444,27 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if record["format"] == 2 and (not template.is_file() or sha256(template) != record["chat_template_sha256"]):
         raise ValueError(f"{template}: is not the template that made these tokens")
     return record
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether data.json says all that is read of it, in numbers that fit one another. May raise what a gap raises."""
+
+    def count(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    flags = record["format"] == 2
+    whole = record["dtype"] in (("uint32",) if flags else DTYPES) and {"tokenizer_sha256", "source"} <= record.keys()
+    whole &= "documents_sha256" in record["source"]
+    whole &= count(record["vocab_size"]) and count(record["end_of_text"])
+    whole &= record["end_of_text"] < record["vocab_size"]
+    if flags:
+        whole &= "chat_template_sha256" in record
+    for found in (record["splits"][name] for name in SPLITS):
+        counts = ["tokens", "bytes", "documents", *(["learned"] if flags else [])]
+        whole &= all(count(found[key]) for key in counts) and all(count(each["tokens"]) for each in found["shards"])
+        whole &= found["tokens"] == sum(each["tokens"] for each in found["shards"])
+        whole &= all(each["file"] == Path(each["file"]).name for each in found["shards"])
+    return bool(whole)
 
 
 def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:

@@ -347,7 +347,8 @@ def write_tasks(folder: str | Path, data: str | Path, tasks: Sequence[str] = tup
     Raises ValueError or OSError that names the file and what is wrong with it.
     """
     if not Path(data).is_dir():
-        raise FileNotFoundError(f"{data}: no such folder")
+        what = "a file, not a folder with documents" if Path(data).exists() else "no such folder"
+        raise FileNotFoundError(f"{data}: {what}")
     data, folder = Path(data).resolve(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return [note for task in tasks for note in _write_task(folder, data, task, read_documents(data, task))]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..files import FINGERPRINT, sha256, write_text
+from ..files import FINGERPRINT, parse_json, sha256, weights_in, write_text
 from ..model.language_model import LanguageModel
 from ..model.layers import ACTIVATIONS
 
@@ -68,14 +68,21 @@ class Fingerprint:
         if not path.is_file():
             return None
         try:
-            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            found = cls(**parse_json(path.read_bytes()))
             sizes = {name: (record["bytes"], record["sha256"]) for name, record in found.files.items()}
-            if not all(isinstance(n, int) and n >= 0 for n in found.ids + found.words):
+            if not all(type(n) is int and n >= 0 for n in found.ids + found.words) or not found.ids:
                 raise ValueError("a token id is none")
-            if len(found.words) != len(found.logits) or not isinstance(found.tolerance + found.tolerance_half, float):
+            if len(found.words) != len(found.logits) or not found.words:
                 raise ValueError("its numbers do not fit one another")
+            numbers = [*found.logits, found.tolerance, found.tolerance_half]
+            if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+                raise ValueError("a logit or tolerance is not a finite number")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error})") from error
+        if unknown := [name for name in weights_in(folder) if name not in sizes]:
+            raise ValueError(
+                f"{folder / unknown[0]} is not listed in {FINGERPRINT}, so nobody knows whether it is right"
+            )
         for name, (size, digest) in sizes.items():
             file = folder / Path(name).name
             if not file.is_file():

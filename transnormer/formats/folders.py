@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 
 import torch
 
 from ..data.tokenizer import GPT2_FILES, load_tokenizer
-from ..files import SEAL, damage, step_folders
+from ..files import WEIGHTS, damage, read_seal, step_folders
 from ..model.language_model import LanguageModel
 from . import released
 from .fingerprint import Fingerprint
@@ -48,7 +47,7 @@ def load(
 def find_model(path: Path) -> Path:
     """The folder with config.json that `path` stands for: itself, or the newest good checkpoint of a run."""
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
+        raise FileNotFoundError(f"{path}: {'a file, not a folder with a model' if path.exists() else 'no such folder'}")
     if (path / "checkpoints").is_dir():
         checkpoints = step_folders(path / "checkpoints")
         if not checkpoints:
@@ -69,7 +68,7 @@ def find_model(path: Path) -> Path:
 def _sealed_model(folder: Path) -> list[str]:
     """The files of a checkpoint that are the model."""
     try:
-        names = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        return ["config.json", *(name for name in names if name.startswith(("model", "weights")))]
-    except (OSError, ValueError, TypeError):
+        weights = [name for name in read_seal(folder) if name.startswith(("model", "weights"))]
+    except (OSError, ValueError):
         return []  # and `damage` will say what is wrong with the seal
+    return ["config.json", *(weights or [WEIGHTS])]

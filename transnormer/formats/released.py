@@ -5,19 +5,20 @@ Where the published code and the mathematics differ (its defects are listed in d
 
 from __future__ import annotations
 
-import json
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, nearest
-from ..files import DTYPE_NAMES, read_tensors
+from ..config import LARGEST, ModelConfig, nearest
+from ..files import DTYPE_NAMES, parse_json, read_json, read_tensors
 from ..model.language_model import LanguageModel
 
 _ACTIVATIONS = {
@@ -61,19 +62,17 @@ _BOOKKEEPING = (
     "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
     "transformers_version", "typical_p", "use_bfloat16",
 )  # fmt: skip
-# Numbers past these would fill the memory before anything could be compared with them.
-_MOST = {"decoder_layers": 2**12, "decoder_attention_heads": 2**16, "decoder_embed_dim": 2**20, "hidden_dim": 2**20,
-         "glu_dim": 2**20, "vocab_size": 2**24}  # fmt: skip
+# The largest that is believed of each; hidden_dim is the width of all heads together.
+_MOST = {"decoder_layers": LARGEST["num_hidden_layers"], "decoder_attention_heads": LARGEST["num_attention_heads"],
+         "decoder_embed_dim": LARGEST["hidden_size"], "hidden_dim": LARGEST["hidden_size"],
+         "glu_dim": LARGEST["intermediate_size"], "vocab_size": LARGEST["vocab_size"]}  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What a folder's config.json holds. Raises OSError or ValueError that names the file."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: no config.json, so not a model's folder") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: not JSON ({error})") from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json, so not a model's folder")
+    values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise ValueError(f"{folder / 'config.json'}: not a JSON object")
     return values
@@ -312,10 +311,10 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
         if index.is_file():
             files: dict[Path, set[str]] = {}
             try:
-                for tensor, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                for tensor, shard in parse_json(index.read_bytes())["weight_map"].items():
                     files.setdefault(folder / Path(shard).name, set()).add(tensor)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index.name}: damaged, or not an index of shards") from error
+                raise ValueError(f"{index.name}: damaged, or not an index of shards ({error})") from error
             return dict(sorted(files.items()))
         if (folder / name).is_file():
             return {folder / name: set()}
@@ -353,17 +352,54 @@ def _unpickle(path: Path, mapped: bool) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", UserWarning)  # about the pickle's protocol
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can raise anything in there
-        text = str(error)
-        found = re.search(r"Unsupported (?:global: GLOBAL|class|operand) \S+|Trying to call reduce for \S+", text)
-        lines = text.strip().splitlines() or [type(error).__name__]
-        what = found.group() if found else lines[0][:120]
-        raise ValueError(f"{path.name} is truncated, damaged or holds more than tensors ({what})") from error
+        if (name := _first_object(path)) is not None:
+            raise ValueError(f"{path.name} holds more than tensors: {name}; nothing of it was run") from error
+        raise ValueError(f"{path.name} is truncated, damaged or no file of tensors") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{path.name} holds something else than named tensors ({type(tensors).__name__})")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path.name} holds something else than named tensors ({name!r}: {type(tensor).__name__})")
     return tensors
+
+
+# What the pickle of a dict of tensors names: the dict, the functions that build tensors, storages and dtypes.
+_OF_TENSORS = re.compile(
+    r"(__builtin__|builtins)\.(set|dict|list)|collections\.OrderedDict|torch\._utils\._rebuild_\w+"
+    r"|torch\.(storage\.|serialization\.)?\w*Storage|torch\.(b?float\d+|u?int\d+|bool|Size|device|Tensor)"
+    r"|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
+)
+
+
+def _first_object(path: Path) -> str | None:
+    """The first thing that a pickle names and that makes no tensor, as "module.name"; None where none is found.
+
+    The pickle is only taken apart, not run: this is for a message about what torch has refused already.
+    """
+    with suppress(Exception), ExitStack() as stack:  # a damaged file can raise anything in there
+        file: IO[bytes] = stack.enter_context(path.open("rb"))
+        if zipfile.is_zipfile(path):
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            file = stack.enter_context(archive.open(member))
+        texts: list[str] = []  # of which the last two name an object, in pickles since protocol 4
+        memo: list[str] = []
+        for _ in range(5):  # torch before 1.6 wrote five, one after another
+            for operation, argument, _ in pickletools.genops(file):
+                name = None
+                if operation.name == "GLOBAL":
+                    name = str(argument).replace(" ", ".")
+                elif operation.name == "STACK_GLOBAL":
+                    name = ".".join(texts[-2:])
+                elif operation.name == "MEMOIZE":
+                    memo.append(texts[-1] if texts else "")
+                elif operation.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int):
+                    texts.append(memo[argument] if argument < len(memo) else "")
+                elif isinstance(argument, str):
+                    texts.append(argument)
+                if name is not None and not _OF_TENSORS.fullmatch(name):
+                    return name
+    return None
 
 
 def _rename(name: str, in_layer: Mapping[str, str], outside: Mapping[str, str], old: str, new: str) -> str:

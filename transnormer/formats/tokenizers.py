@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import random
 import re
 import warnings
@@ -19,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ..config import ModelConfig
 from ..data.tokenizer import BYTE_LETTERS, END_OF_TEXT, GPT2_FILES, load_tokenizer
+from ..files import parse_json
 
 WAY_OUT = "; --no-tokenizer converts the weights alone"
 
@@ -244,10 +244,10 @@ def _special_tokens(folder: Path, ranks: dict[bytes, int], config: ModelConfig) 
     file = folder / "tokenizer_config.json"
     if file.is_file():
         try:
-            added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+            added = parse_json(file.read_bytes()).get("added_tokens_decoder", {})
             named = {int(number): str(token["content"]) for number, token in added.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file.name}: damaged added_tokens_decoder{WAY_OUT}") from error
+            raise ValueError(f"{file.name}: damaged added_tokens_decoder ({error}){WAY_OUT}") from error
     taken = set(ranks.values())
     if config.eos_token_id is not None and END_OF_TEXT not in named.values():
         named.setdefault(config.eos_token_id, END_OF_TEXT)

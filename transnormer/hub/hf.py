@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..config import ModelConfig, nearest
+from ..config import SHAPE, ModelConfig, nearest
 from ..data.tokenizer import end_of_text_id
 from ..files import FINGERPRINT
 from ..model import language_model
@@ -80,6 +80,14 @@ class TransNormerConfig(PreTrainedConfig):
         super().__init__(**values)
         for name, value in checked.items():
             setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """What a config.json holds. Raises ValueError where it does not say the model's shape."""
+        missing = [name for name in SHAPE if name not in config_dict]
+        if missing and "decoder_embed_dim" not in config_dict:  # of a published checkpoint __init__ says more
+            raise ValueError(f"config.json: no {', '.join(missing)}, so the model's shape is not known")
+        return super().from_dict(config_dict, **kwargs)
 
     def own(self) -> ModelConfig:
         """Our record. Raises ValueError where a field was set to what no model can have."""

@@ -20,18 +20,33 @@ from .. import __version__
 from ..config import ModelConfig
 from ..data.loader import Loader, TokenData, prepare
 from ..data.tokenizer import load_tokenizer
-from ..files import write_text
+from ..files import read_json, write_text
 from ..formats.folders import find_model
 from ..model.language_model import LanguageModel
 from . import lora
 from .metrics import say
 from .parallel import Mesh
-from .recipe import Recipe
+from .recipe import Data, Recipe
+
+
+def check_content(wanted: Data) -> None:
+    """Refuse settings that say of a folder prepared elsewhere what it does not hold; defaults say nothing."""
+    path = Path(wanted.path)
+    if wanted.text or not path.exists():  # then the folder is made, or compared, as a whole
+        return
+    source = {"format": "text"} | TokenData(path, "train").source
+    for key, value, nothing in (("format", wanted.format, "text"), ("chat_template", wanted.chat_template, "")):
+        if value != nothing and value != (made := source.get(key)):
+            raise ValueError(
+                f"{path} was prepared with {key} = {made!r}, the recipe says data.{key} = {value!r}; choose another "
+                f"data.path, or remove the setting"
+            )
 
 
 def open_data(recipe: Recipe) -> TokenData:
     """The training split, prepared first where data.text says from what."""
     wanted, path = recipe.data, Path(recipe.data.path)
+    check_content(wanted)
     asked: dict[str, Any] = {
         "vocab_size": wanted.vocab_size or None, "tokenizer": wanted.tokenizer or None, "split": wanted.split,
         "seed": wanted.seed, "text_field": wanted.text_field, "format": wanted.format,
@@ -140,7 +155,7 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
     if (cut := loader.cut()) is not None:
         say(f"warning: {loader.data.name}: {cut}")
     device, path = mesh.device, run / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() and done else []
+    starts = _starts(path) if path.exists() and done else []
     starts.append(
         {
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -155,6 +170,14 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
         }
     )  # fmt: skip
     write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
+
+
+def _starts(path: Path) -> list[Any]:
+    """The starts that a run.json tells of. Raises ValueError where it is not one."""
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
+        raise ValueError(f"{path}: damaged, or not the record of a run's starts; remove it to begin a new one")
+    return list(record["starts"])
 
 
 def _commit() -> str | None:
