@@ -232,6 +232,8 @@ def _results(x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, targets, *ctx.options, ctx.each, ctx.needs_x, ctx.needs_w = inputs[:8]
     ctx.words, ctx.inputs = inputs[8] if len(inputs) > 8 else None, len(inputs)
+    if len(inputs) == 8:  # the op of compiled graphs, which torch itself differentiates only once
+        ctx.mark_non_differentiable(*output[1:])
     ctx.weight_dtype = weight.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*((x, weight, targets) if ctx.each else output[1:]))

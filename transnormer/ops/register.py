@@ -32,11 +32,11 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(function)
-    def body(x: Tensor, *rest: Any) -> Any:
+    def body(x: Tensor, *rest: Any, **named: Any) -> Any:
         if not autocast_is_on(x.device.type):
-            return function(x, *rest)
+            return function(x, *rest, **named)
         with torch.autocast(x.device.type, enabled=False):
-            return function(x, *rest)
+            return function(x, *rest, **named)
 
     return body
 
