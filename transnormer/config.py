@@ -6,11 +6,10 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ class ModelConfig:
         if changes.get("mixer") == "softmax" and not {"position", "decay", "activation"} & changes.keys():
             raise ValueError(
                 "mixer = softmax alone keeps TransNormerLLM's positions (lrpe), decay (alibi), activation (swish), gate, "
-                "GLU and norm. For the Transformer say kind = \"transformer\" (in Python **TRANSFORMER); for a mixture, "
+                'GLU and norm. For the Transformer say kind = "transformer" (in Python **TRANSFORMER); for a mixture, '
                 "name the position, decay and activation that you want"
             )
         return cls(**SIZES[size]).replace(**changes)
@@ -242,7 +241,7 @@ class ModelConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-_WORDS = {
+_WORDS: dict[str, Collection[str]] = {
     "mixer": MIXERS, "position": POSITIONS, "decay": DECAYS, "activation": ACTIVATIONS, "glu": GLUS, "norm": NORMS,
 }  # fmt: skip
 
@@ -296,7 +295,7 @@ def _require(fits: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"model config: {name} = {value!r}, but must be {wanted}")
 
 
-def nearest(word: object, words: Sequence[str], prefix: str = "") -> str:
+def nearest(word: object, words: Collection[str], prefix: str = "") -> str:
     """The end of an error message: the known word closest to an unknown one, or with a prefix all of them."""
     close = difflib.get_close_matches(str(word).lower(), words, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(words)}" if prefix else ""

@@ -139,7 +139,7 @@ def test_weights_assigned_to_a_model_on_meta_bring_its_decays(model, ids) -> Non
 def test_decays_left_on_meta_are_refused(model, ids) -> None:
     for block in model.blocks():
         block.mixer.log_decay = block.mixer.log_decay.to("meta")
-    with pytest.raises(ValueError, match="one device; got .*log_decay on meta"):
+    with pytest.raises(ValueError, match=r"one device; got .*log_decay on meta"):
         model(ids)
 
 
@@ -245,7 +245,7 @@ def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measuremen
         passes_share(model.config)
     hub = pytest.importorskip("transnormer.hub").hf
     theirs = hub.TransNormerForCausalLM(hub.TransNormerConfig(**dataclasses.asdict(model.config)))
-    with pytest.raises(ValueError, match="mixer twin keeps 2 tensors a layer.*no place; transnormer.generate"):
+    with pytest.raises(ValueError, match=r"mixer twin keeps 2 tensors a layer.*no place; transnormer.generate"):
         theirs.generate(ids, max_new_tokens=1)
 
 

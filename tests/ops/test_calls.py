@@ -12,11 +12,10 @@ from torch import Tensor
 
 from transnormer.ops import add_rms_norm, lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
 from transnormer.ops.gla import gated_linear_attention
-from transnormer.ops.lightning import lightning_chunked, lightning_quadratic, lightning_reference
+from transnormer.ops.lightning import lightning_chunked, lightning_reference
 from transnormer.ops.lrpe import lrpe, swish_lrpe
 
 B, T, H, K = 2, 5, 3, 16
-INTERPRETED = not torch.cuda.is_available()
 
 
 def real(*shape: int) -> Tensor:
@@ -200,7 +199,9 @@ def test_no_rows_and_no_heads_in_the_other_ops(rows: int, heads: int, backend: s
     x = real(rows, T, 6)
     assert simple_rms_norm(x, gate=x.unflatten(-1, (2, 3)), backend=backend).shape == x.shape
     assert [y.shape for y in add_rms_norm(x, x, backend=backend)] == [x.shape] * 2
-    each = linear_cross_entropy(x, real(7, 6), torch.ones(rows, T, dtype=torch.int64), reduction="none", backend=backend)
+    each = linear_cross_entropy(
+        x, real(7, 6), torch.ones(rows, T, dtype=torch.int64), reduction="none", backend=backend
+    )
     assert each.shape == (rows, T)
 
 
@@ -256,7 +257,9 @@ def test_a_forward_derivative_is_right_or_refused_by_name(op: str, backend: str)
     name = op.partition(" ")[0]
     named = name.replace("add", "simple")  # they share their kernels
     direction = torch.randn_like(x)
-    refused = backend == "triton" or name == "linear_cross_entropy" or (backend == "torch" and name == "lightning_attention")
+    refused = (
+        backend == "triton" or name == "linear_cross_entropy" or (backend == "torch" and name == "lightning_attention")
+    )
     if refused:
         with pytest.raises(RuntimeError, match=f"{named}: .*no forward-mode derivative"):
             torch.func.jvp(call, (x,), (direction,))

@@ -22,7 +22,7 @@ _levels = [logger.level for logger in _quiet]
 for _logger in _quiet:
     _logger.setLevel(logging.ERROR)
 try:
-    from . import hf  # noqa: E402  only now, for what it raises without transformers says less
+    from . import hf  # only now, for what it raises without transformers says less
 finally:
     for _logger, _level in zip(_quiet, _levels, strict=True):
         _logger.setLevel(_level)

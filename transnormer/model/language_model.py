@@ -116,7 +116,7 @@ class LanguageModel(nn.Module):
         inputs: a list to which every layer's input [B, T, D] is appended.
         """
         self._check(ids, state, cu_seqlens, pad)
-        if state is not None and torch.is_grad_enabled():
+        if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             state = state.value()
         if pad is not None and len(ids):  # without padding, rows of unequal length are packed sequences
             real = _real(ids, pad)
@@ -194,7 +194,9 @@ class LanguageModel(nn.Module):
         if pad is not None and pad.shape != (rows,):
             raise ValueError(f"pad must be [{rows}], one count a row; got {list(pad.shape)}")
         if state is not None and len(state.layers) != len(self.layers):
-            raise ValueError(f"the state is of a model with {len(state.layers)} layers, this one has {len(self.layers)}")
+            raise ValueError(
+                f"the state is of a model with {len(state.layers)} layers, this one has {len(self.layers)}"
+            )
         if state is not None and len(state.seen) != rows:
             raise ValueError(f"the state holds {len(state.seen)} rows, the call {rows}")
 

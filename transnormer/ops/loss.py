@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .context import all_gather
 from .dispatch import check_devices, choose, forward_mode, product_dtype, triton_refusal
-from .register import define, define_backward, direct, refuse_second_derivative, without_autocast
+from .register import define, define_backward, refuse_second_derivative, without_autocast
 
 SLICE_ELEMENTS = 2**22  # logits held at a time on the CPU: 16 MiB in float32, which a large cache still serves
 CUDA_SLICE_BYTES = 2**29  # and on a GPU: 2^28 logits in bfloat16, 4,194 tokens of 64,000 words

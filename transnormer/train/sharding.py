@@ -190,7 +190,7 @@ class _NormOfShards(nn.Module):
 
     def __init__(self, norm: Any, mesh: DeviceMesh) -> None:
         super().__init__()
-        if not isinstance(norm, (SimpleRMSNorm, nn.RMSNorm, nn.LayerNorm)):
+        if type(norm) not in (SimpleRMSNorm, nn.RMSNorm, nn.LayerNorm):
             raise ValueError(f"parallel.tensor knows no sums over ranks for the norm {type(norm).__name__}")
         self.eps, self.mesh, self.centers = norm.eps, mesh, isinstance(norm, nn.LayerNorm)
         self.weight, self.bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
