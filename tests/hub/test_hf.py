@@ -797,6 +797,15 @@ def test_generate_goes_on_beside_a_row_that_is_padding_alone(both, width) -> Non
     assert torch.equal(written[:1, width:], rest[:, :5])
 
 
+def test_weights_assigned_to_a_model_on_meta_bring_its_decays(both) -> None:
+    _, model = both
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    ids = draw(2, 9)
+    assert torch.equal(empty(ids).logits, model(ids).logits)
+
+
 # Importing.
 
 

@@ -56,6 +56,7 @@ def lightning_attention(
     Raises ValueError where shapes, dtypes or devices do not fit or, on the CPU, a log_decay is no decay, RuntimeError
     where the named backend cannot run the call.
     """
+    _check_devices(q, k, v, log_decay, state, cu_seqlens)
     check(q, k, v, log_decay, state, cu_seqlens, whole=context is None)
     if context is not None and state is not None:
         raise ValueError("a state and a context exclude each other: segments hand their states on themselves")
@@ -89,6 +90,7 @@ def lightning_step_(
     q, k: [B, 1, H, K]; v: [B, 1, H, V]. One launch on a GPU, fit for CUDA graphs.
     There is no gradient: raises ValueError where one would be wanted, and as `lightning_attention` does.
     """
+    _check_devices(q, k, v, log_decay, state, None)
     check(q, k, v, log_decay, state, None)
     if q.shape[1] != 1:
         raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
@@ -367,11 +369,10 @@ def check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, *,
     whole: bool = True,
 ) -> None:  # fmt: skip
-    """Raises ValueError where the arguments of `lightning_attention` do not fit each other.
+    """Raises ValueError where the arguments of `lightning_attention`, on one device, do not fit each other.
 
     whole: cu_seqlens speaks of these tokens, not of a longer row that several processes share.
     """
-    _check_devices(q, k, v, log_decay, state, cu_seqlens)
     if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q and k must be [B, T, H, K] and v [B, T, H, V]; got {_shape(q)}, {_shape(k)} and {_shape(v)}"
