@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transnormer.ops import add_rms_norm, lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
 from transnormer.ops.gla import gated_linear_attention
-from transnormer.ops.lightning import lightning_chunked, lightning_reference
+from transnormer.ops.lightning import lightning_chunked, lightning_quadratic, lightning_reference
 from transnormer.ops.lrpe import lrpe, swish_lrpe
 
 B, T, H, K = 2, 5, 3, 16
@@ -40,6 +40,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Tensor]]]] = {
     "lightning_step_": (lightning_step_, lambda: attention_inputs(1)),
     "lightning_chunked": (lightning_chunked, attention_inputs),
     "lightning_reference": (lightning_reference, attention_inputs),
+    "lightning_quadratic": (
+        lightning_quadratic,
+        lambda: {name: x for name, x in attention_inputs().items() if name != "state"},
+    ),
     "gated_linear_attention": (
         gated_linear_attention,
         lambda: {"qkvu": real(B, T, H, 4, K), "log_decay": torch.zeros(H), "state": real(B, H, K, K)},

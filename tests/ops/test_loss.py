@@ -101,6 +101,7 @@ def test_one_loss_a_token(backend, exact):
 def test_the_mean_of_single_losses_has_the_gradients_of_the_mean(dtype, backend):
     """Though 1 / 6,000 of a soft-max of 37 is too small for float16."""
     x, weight, targets = draw(300, dtype=dtype)
+    x.data /= 4  # no soft-max that is all but certain
     each, mean = (
         linear_cross_entropy(x, weight, targets, reduction=kind, backend=backend) for kind in ("none", "mean")
     )

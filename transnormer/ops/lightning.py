@@ -157,6 +157,7 @@ def lightning_quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> T
 
     Every tensor in the input dtype, O(T^2) time and memory. Shapes as in `lightning_attention`.
     """
+    _check_devices(q, k, v, log_decay, None, None)
     mask = _decay_mask(log_decay, q.shape[1], q.dtype)  # [H, T, T]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, .]
     return ((q @ k.mT) * mask @ v).transpose(1, 2)

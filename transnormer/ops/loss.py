@@ -140,22 +140,24 @@ def _gradients_of_each(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients by x [N, D] and weight of the losses times d_losses [N]; [0] where not wanted. Logits are made again.
 
-    Every slice's gradient is multiplied by factors of at most 1, and the products' sums by the largest: half precision
-    would round small factors, such as 1 / N of a mean, to zero.
+    For the weight a slice's gradient is multiplied by factors of at most 1, and the sum of the products by the largest:
+    half precision would round small factors, such as 1 / N of a mean, to zero.
     """
     factors = d_losses.where(targets != ignore_index, 0)
     least = torch.finfo(factors.dtype).tiny  # where there is no token, or all factors are zero
     largest = F.pad(factors.abs().nan_to_num(0, 0, 0), (0, 1), value=least).amax()
-    factors = factors / largest
-    _, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, words, factors)
-    return _times(dx, largest, dx.dtype), _times(dw, largest, weight.dtype)
+    _, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, words, factors / largest)
+    return dx.mul_(factors.unsqueeze(1)) if needs_x else dx, _times(dw, largest, weight.dtype)
 
 
 def _walk(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, needs_x: bool, needs_w: bool,
     words: Words | None, factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(losses [N], gradients of their sum by x and weight), slice by slice. factors: [N], of each loss in the sum."""
+    """(losses [N], gradients of their sum by x and weight), slice by slice.
+
+    factors: [N], by which each loss counts in the sum whose gradient by the weight is taken.
+    """
     softmax_loss_ = _softmax_loss_
     if backend == "triton":
         from .loss_triton import softmax_loss_
@@ -177,11 +179,11 @@ def _walk(
         logits = buffer[: len(target)]
         torch.mm(x[rows], w.T, out=logits)
         softmax_loss_(logits, target, losses[rows], vocab, ignore_index, needs_x or needs_w, words)
-        if factors is not None:
-            logits.mul_(factors[rows].unsqueeze(1))
         if needs_x:
             torch.mm(logits, w, out=dx[rows])
         if needs_w:
+            if factors is not None:
+                logits.mul_(factors[rows].unsqueeze(1))
             _add_product(dw, logits.T, x[rows])
     return losses, dx, dw[:vocab]
 
