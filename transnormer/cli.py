@@ -402,7 +402,7 @@ def info(
     print(
         f"training        {loaded.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and backward, 2,048 tokens)"
     )
-    grows = " and grows with every token" if config.mixer == "softmax" else ", whatever the length"
+    grows = " and grows with every token" if not config.fixed_state else ", whatever the length"
     print(f"state           {State.new(loaded).nbytes / 2**20:,.2f} MiB per sequence{grows}")
     print(f"tokenizer       {f'{loaded.tokenizer.get_vocab_size():,} words' if loaded.tokenizer else 'none'}")
     print(config.to_json(), end="")

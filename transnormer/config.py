@@ -9,16 +9,38 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The words each switch knows. `model/layers.py` and `model/mixers.py` hold one class or function per word.
-MIXERS = ("gla", "softmax")
-POSITIONS = ("lrpe", "rope", "ape", "none")
+
+@dataclass(frozen=True)
+class MixerFacts:
+    """What a mixer is to the rest of the house.
+
+    fixed_state: what it remembers of a text has one size, [B, H, K, V] a layer, however long the text is.
+    norm: it has a norm over the output of all heads.
+    """
+
+    fixed_state: bool
+    norm: bool
+
+
+@dataclass(frozen=True)
+class PositionFacts:
+    """What a position does to q and k in the mixer. width: theirs afterwards, times head_dim; parameters: a channel."""
+
+    width: int = 1
+    parameters: int = 0
+
+
+# The words each switch knows, and what must be known of one without torch. `model/layers.py` and `model/mixers.py` hold
+# one class or function per word.
+MIXERS = {"gla": MixerFacts(fixed_state=True, norm=True), "softmax": MixerFacts(fixed_state=False, norm=False)}
+POSITIONS = {"lrpe": PositionFacts(width=2, parameters=1), "rope": PositionFacts(), "ape": None, "none": None}
 DECAYS = ("alibi", "paper", "none")
-NORMS = ("srmsnorm", "rmsnorm", "layernorm")
+NORMS = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}  # learned parameters a channel
 GLUS = ("sglu", "swiglu", "mlp")
 ACTIVATIONS = (
     "swish", "none", "1+elu", "2+elu", "elu", "relu", "leaky_relu", "gelu", "sigmoid", "sine", "exp",
@@ -128,9 +150,14 @@ class ModelConfig:
         """Width of all heads together, H * head_dim."""
         return self.num_attention_heads * self.head_dim
 
+    @property
+    def fixed_state(self) -> bool:
+        """Whether what the model remembers of a text has one size, however long the text is."""
+        return MIXERS[self.mixer].fixed_state
+
     def has_position(self, layer: int) -> bool:
-        """Whether the mixer of this layer (from 0) turns q and k by position (LRPE or RoPE)."""
-        if self.position not in ("lrpe", "rope"):
+        """Whether the mixer of this layer (from 0) turns q and k by position, as LRPE and RoPE do."""
+        if POSITIONS[self.position] is None:
             return False
         if isinstance(self.position_layers, str):
             return self.position_layers == "all" or layer == 0
@@ -162,11 +189,11 @@ class ModelConfig:
         if self.gate_rank is not None:
             linears += [(d, self.gate_rank), (self.gate_rank, inner)]
         block = sum(i * o + (o if self.bias else 0) for i, o in linears)
-        per_norm = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}[self.norm]
-        block += per_norm * (2 * d + (inner if self.mixer == "gla" else 0))
+        per_norm = NORMS[self.norm]
+        block += per_norm * (2 * d + (inner if MIXERS[self.mixer].norm else 0))
         total = layers * block + per_norm * d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        if self.position == "lrpe":
-            total += inner * sum(self.has_position(layer) for layer in range(layers))
+        if position := POSITIONS[self.position]:
+            total += position.parameters * inner * sum(self.has_position(layer) for layer in range(layers))
         if self.position == "ape":
             total += self.max_position_embeddings * d
         return total
@@ -179,9 +206,18 @@ class ModelConfig:
 
     @classmethod
     def named(cls, size: str, **changes: Any) -> ModelConfig:
-        """The configuration of a named size (`SIZES`), with some fields changed."""
+        """The configuration of a named size (`SIZES`), with some fields changed.
+
+        Raises ValueError where the mixer alone is changed to softmax: that is no Transformer yet.
+        """
         if size not in SIZES:
             raise ValueError(f"no model size {size!r}; there are {', '.join(SIZES)}")
+        if changes.get("mixer") == "softmax" and not {"position", "decay", "activation"} & changes.keys():
+            raise ValueError(
+                "mixer = softmax alone keeps TransNormerLLM's positions (lrpe), decay (alibi), activation (swish), gate, "
+                'GLU and norm. For the Transformer say kind = "transformer" (in Python **TRANSFORMER); for a mixture, '
+                "name the position, decay and activation that you want"
+            )
         return cls(**SIZES[size]).replace(**changes)
 
     @classmethod
@@ -224,7 +260,7 @@ class ModelConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-_WORDS = {
+_WORDS: dict[str, Collection[str]] = {
     "mixer": MIXERS, "position": POSITIONS, "decay": DECAYS, "activation": ACTIVATIONS, "glu": GLUS, "norm": NORMS,
 }  # fmt: skip
 
@@ -278,7 +314,7 @@ def _require(fits: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"model config: {name} = {value!r}, but must be {wanted}")
 
 
-def nearest(word: object, words: Sequence[str], prefix: str = "") -> str:
+def nearest(word: object, words: Collection[str], prefix: str = "") -> str:
     """The end of an error message: the known word closest to an unknown one, or with a prefix all of them."""
     close = difflib.get_close_matches(str(word).lower(), words, n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(words)}" if prefix else ""

@@ -87,9 +87,38 @@ def test_one_loss_a_token(backend, exact):
     targets[1, 2] = 5
     options = {"reduction": "none", "ignore_index": 5}
     found = linear_cross_entropy(x, weight, targets, backend=backend, **options)
-    same(found, whole(x, weight, targets, **options).detach())
+    want = whole(x, weight, targets, **options)
+    same(found, want)
     assert found[1, 2] == 0
-    assert not found.requires_grad
+    factors = torch.randn(3, 4, device=DEVICE, dtype=exact)  # of which each token has its own
+    factors[0, 1], factors[1, 2] = 0, float("nan")  # that of a token that does not count is nobody's
+    found, want = ((factors * value).nansum() for value in (found, want))
+    for ours, theirs in zip(gradients(found, x, weight), gradients(want, x, weight), strict=True):
+        same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_the_mean_of_single_losses_has_the_gradients_of_the_mean(dtype, backend):
+    """Though 1 / 6,000 of a soft-max of 37 is too small for float16."""
+    x, weight, targets = draw(300, dtype=dtype)
+    x.data /= 4  # no soft-max that is all but certain
+    each, mean = (
+        linear_cross_entropy(x, weight, targets, reduction=kind, backend=backend) for kind in ("none", "mean")
+    )
+    found, want = (gradients(value, x, weight, factor=0.05) for value in (each.sum() / 300, mean))
+    for ours, theirs in zip(found, want, strict=True):
+        assert ours.any()
+        torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_single_losses_that_are_not_wanted_have_zero_gradients(backend, exact):
+    x, weight, targets = draw(4, dtype=exact)
+    each = linear_cross_entropy(x, weight, targets, reduction="none", backend=backend)
+    for gradient in gradients((0 * each).sum(), x, weight, retain_graph=True):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    (found,) = gradients(each[1], x)
+    assert found[1].any()
+    assert not found[[0, 2, 3]].any()
 
 
 def test_no_token_counts(backend, exact):
@@ -105,7 +134,9 @@ def test_no_tokens(backend, exact):
     value = linear_cross_entropy(x, weight, targets, backend=backend)
     assert value == 0
     assert torch.equal(gradients(value, weight)[0], torch.zeros_like(weight))
-    assert linear_cross_entropy(x, weight, targets, reduction="none", backend=backend).shape == (0,)
+    each = linear_cross_entropy(x, weight, targets, reduction="none", backend=backend)
+    assert each.shape == (0,)
+    assert torch.equal(gradients(each.sum(), weight)[0], torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize("target", [37, -1, -101])
@@ -124,9 +155,11 @@ def test_only_the_gradients_that_are_asked_for(backend, exact):
     x, weight, targets = draw(6, dtype=exact)
     for ours, frozen in ((x, weight), (weight, x)):
         frozen.requires_grad_(False)
-        (found,) = gradients(linear_cross_entropy(x, weight, targets, backend=backend), ours)
-        (want,) = gradients(whole(x, weight, targets), ours)
-        same(found, want)
+        for reduction in ("mean", "none"):
+            options = {"reduction": reduction}
+            (found,) = gradients(linear_cross_entropy(x, weight, targets, backend=backend, **options).sum(), ours)
+            (want,) = gradients(whole(x, weight, targets, **options).sum(), ours)
+            same(found, want)
         frozen.requires_grad_(True)
     with torch.no_grad():
         assert not linear_cross_entropy(x, weight, targets, backend=backend).requires_grad
@@ -140,14 +173,19 @@ def assert_error_is_at_most_twice_that_of_plain_torch(x, weight, targets, backen
         logits = F.linear(x, weight).flatten(0, -2)
         return F.cross_entropy(logits, targets.flatten(), **options)
 
-    each = linear_cross_entropy(x, weight, targets, reduction="none", backend=backend)
+    each, usual, true = (
+        linear_cross_entropy(x, weight, targets, reduction="none", backend=backend),
+        plain(reduction="none").view(targets.shape),
+        whole(x, weight, targets, reduction="none"),
+    )
     assert each.dtype == torch.float32
-    true = whole(x, weight, targets, reduction="none")
-    assert distance(each, true) <= factor * max(distance(plain(reduction="none").view_as(true), true), least)
-    values = linear_cross_entropy(x, weight, targets, backend=backend), plain(), whole(x, weight, targets)
-    for ours, theirs, want in zip(*(gradients(value, x, weight) for value in values), strict=True):
-        assert ours.dtype == x.dtype
-        assert distance(ours, want) <= factor * max(distance(theirs, want), least)
+    assert distance(each, true) <= factor * max(distance(usual, true), least)
+    single = [(torch.linspace(-1, 2, x.shape[0], device=DEVICE) * value).sum() for value in (each, usual, true)]
+    means = linear_cross_entropy(x, weight, targets, backend=backend), plain(), whole(x, weight, targets)
+    for values in (single, means):
+        for ours, theirs, want in zip(*(gradients(value, x, weight) for value in values), strict=True):
+            assert ours.dtype == x.dtype
+            assert distance(ours, want) <= factor * max(distance(theirs, want), least)
 
 
 @pytest.mark.usefixtures("slices")
@@ -246,11 +284,14 @@ def test_the_same_graph_twice(backend):
         assert torch.equal(again, 4 * first)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused(reduction):
     x, weight, targets = draw(6)
-    (found,) = gradients(linear_cross_entropy(x, weight, targets), x, factor=weight.sum(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        found.sum().backward()
+    value = linear_cross_entropy(x, weight, targets, reduction=reduction).sum()
+    for factor in (1, weight.sum()):
+        (found,) = gradients(value, x, factor=factor, create_graph=True)
+        with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+            found.sum().backward(retain_graph=True)
 
 
 def test_large_logits_do_not_overflow(backend):
@@ -387,9 +428,12 @@ def test_compile_passes_through(dtype, backend, monkeypatch):
         assert torch.equal(found, want)
         for ours, theirs in zip(gradients(found, x, weight), gradients(want, x, weight), strict=True):
             assert torch.equal(ours, theirs)
+    factors = torch.randn(12, device=DEVICE)
     found, want = (f(x, weight, targets, backend, "none") for f in (compiled, function))
     assert torch.equal(found, want)
-    assert not found.requires_grad
+    found, want = ((factors * value).sum() for value in (found, want))
+    for ours, theirs in zip(gradients(found, x, weight), gradients(want, x, weight), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_registration(backend):
@@ -397,8 +441,12 @@ def test_registration(backend):
     op = torch.ops.transnormer.linear_cross_entropy
     for needs in ((True, True), (True, False), (False, True)):
         leaves = [leaf.detach().requires_grad_(need) for leaf, need in zip((x, weight), needs, strict=True)]
-        torch.library.opcheck(op, (*leaves, targets, -100, backend, False, *needs))
-    torch.library.opcheck(op, (x.detach(), weight.detach(), targets, -100, backend, True, False, False))
+        for each in (False, True):
+            torch.library.opcheck(op, (*leaves, targets, -100, backend, each, *needs))
+    fixed = (x.detach(), weight.detach(), targets)
+    torch.library.opcheck(op, (*fixed, -100, backend, True, False, False))
+    back = torch.ops.transnormer.linear_cross_entropy_backward
+    torch.library.opcheck(back, (*fixed, torch.randn(4, device=DEVICE), -100, backend, True, False))
     if backend == "triton":
         from transnormer.ops import loss_triton
 

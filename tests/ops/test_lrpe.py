@@ -92,9 +92,9 @@ class TestTriton:
         assert torch.equal(both(inputs, positions, gradients, backend="triton")[-1], torch.zeros_like(inputs[2]))
 
     def test_registration(self, device):
-        from transnormer.ops import lrpe_triton
+        from transnormer.ops import lrpe_triton  # noqa: F401
 
         (q, k, theta), positions, gradients = draw(length=5, width=4, device=device)
         leaves = [x.clone().requires_grad_() for x in (q, k, theta)]
         torch.library.opcheck(torch.ops.transnormer.swish_lrpe, (*leaves, positions))
-        torch.library.opcheck(lrpe_triton.backward_op, (q, k, theta, positions, *gradients))
+        torch.library.opcheck(torch.ops.transnormer.swish_lrpe_backward, (q, k, theta, positions, *gradients))

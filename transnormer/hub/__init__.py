@@ -1,5 +1,6 @@
 """`import transnormer.hub`: transformers' Auto classes then load our folders. Raises ImportError without transformers."""
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST = (5, 16)
@@ -14,6 +15,16 @@ if _found == "none" or tuple(int(part) for part in _found.split(".")[:2]) < OLDE
         "pip install 'transnormer[hf]'"
     )
 
-from . import hf  # noqa: E402  only now, for what it raises without transformers says less
+# transformers imports torchao where it is installed, although nothing here asks for float8. What that says of its own
+# kernels that do not load is nothing that a reader of our output could mend.
+_quiet = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+_levels = [logger.level for logger in _quiet]
+for _logger in _quiet:
+    _logger.setLevel(logging.ERROR)
+try:
+    from . import hf  # only now, for what it raises without transformers says less
+finally:
+    for _logger, _level in zip(_quiet, _levels, strict=True):
+        _logger.setLevel(_level)
 
 __all__ = ["hf"]

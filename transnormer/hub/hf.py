@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..config import SHAPE, ModelConfig, nearest
+from ..config import MIXERS, SHAPE, ModelConfig, nearest
 from ..data.tokenizer import end_of_text_id
 from ..files import FINGERPRINT
 from ..model import language_model
@@ -94,9 +95,14 @@ class TransNormerConfig(PreTrainedConfig):
         return ModelConfig(**{name: getattr(self, name) for name in FIELDS})
 
     @property
+    def fixed_state(self) -> bool:
+        """As in `ModelConfig`."""
+        return MIXERS[self.mixer].fixed_state
+
+    @property
     def layer_types(self) -> list[str]:
         """transformers' word for each layer, from which it makes the layer's cache."""
-        return ["linear_attention" if self.mixer == "gla" else "full_attention"] * self.num_hidden_layers
+        return ["linear_attention" if self.fixed_state else "full_attention"] * self.num_hidden_layers
 
     @property
     def number_of_conv_states(self) -> int:
@@ -244,10 +250,10 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         assert given is not None
         rows, length = given.shape[:2]
         cache = past_key_values if cache is None else cache
-        step = cache is not None and length == 1 and given.device.type != "cpu"  # a look at the GPU would wait for it
-        pad, right = (None, False) if attention_mask is None or step else _padding(attention_mask, length)
         state = None if cache is None else self._state(cache, attention_mask, rows, length)
         seen = None if state is None else state.seen
+        step = seen is not None and length == 1 and given.device.type != "cpu"  # a look at the GPU would wait for it
+        pad, right = (None, False) if attention_mask is None or step else _padding(attention_mask, length)
         if pad is not None and seen is not None and bool(((pad > 0) & (seen > 0)).any()):
             raise ValueError("attention_mask has a hole: padding after tokens that were read before")
         packed = packing.get("cu_seq_lens_q")
@@ -276,7 +282,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
 
     def _state(self, cache: Cache, mask: Tensor | None, rows: int, length: int) -> State | None:
         """What a cache holds, as our state; None where nothing was read."""
-        kind = LinearAttentionLayer if self.config.mixer == "gla" else DynamicLayer
+        kind = LinearAttentionLayer if self.config.fixed_state else DynamicLayer
         fits = len(cache.layers) == self.config.num_hidden_layers and {type(layer) for layer in cache.layers} == {kind}
         if kind is DynamicLayer:  # a DynamicCache() makes its layers later; offloaded ones are not at hand
             fits = (fits or not cache.layers) and not getattr(cache, "offloading", False)
@@ -303,9 +309,14 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         return State([(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers], seen)
 
     def _remember(self, cache: Cache, state: State, length: int) -> None:
-        """Put the state after `length` more tokens into the cache."""
+        """Put the state after `length` more tokens into the cache. Raises ValueError for what it has no place for."""
         for number, parts in enumerate(state.layers):
-            if self.config.mixer == "gla":
+            if len(parts) != (1 if self.config.fixed_state else 2):
+                raise ValueError(
+                    f"mixer {self.config.mixer} keeps {len(parts)} tensors a layer, for which transformers' cache has "
+                    "no place; transnormer.generate writes with any mixer"
+                )
+            if self.config.fixed_state:
                 cache.update_recurrent_state(parts[0].detach(), number)
                 cache.layers[number].device = parts[0].device  # transformers sets it for convolutions alone
                 continue
@@ -313,7 +324,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             new = [part[:, -length:].detach() for part in parts]
             new = [nn.functional.pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in new]
             cache.update(new[0].transpose(1, 2), new[1].transpose(1, 2), number)
-        if self.config.mixer == "gla":
+        if self.config.fixed_state:
             cache.update_recurrent_state(state.seen, 0, state_idx=1)
 
     # Generation.
@@ -321,7 +332,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     @property
     def _is_stateful(self) -> bool:
         """Whether what was read cannot be taken back: then transformers refuses assisted decoding."""
-        return self.config.mixer == "gla"
+        return self.config.fixed_state
 
     def prepare_inputs_for_generation(
         self,
@@ -336,7 +347,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         inputs_embeds and, for kwargs, whatever `forward` does.
         """
         cache, places = kwargs.get("cache", kwargs.get("past_key_values")), kwargs.get("position_ids")
-        if self.config.mixer == "gla" and next_sequence_length is None and cache is not None and places is not None:
+        if self.config.fixed_state and next_sequence_length is None and cache is not None and places is not None:
             state = self._state(cache, None, len(input_ids), input_ids.shape[1])
             if state is not None and places.shape[1] == input_ids.shape[1]:
                 row = int(state.seen.argmax())  # one that is not padding as far as was read
@@ -347,10 +358,26 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """transformers' own, but a row of padding alone stands before its first place: what it writes begins at 0."""
+        places: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        if mask is None or places.shape != mask.shape:
+            return places
+        real = mask.bool().any(1, keepdim=True)
+        if not bool(real.all()):
+            rows = (~real).flatten().nonzero().flatten().tolist()
+            warnings.warn(
+                f"rows {rows} are padding alone, so that their first token is drawn from equal logits; begin a text "
+                "with the token that begins or ends texts",
+                stacklevel=2,
+            )
+        return places.where(real, -1)
+
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
         if generation_config.is_assistant and self._is_stateful:
             raise ValueError(f"{type(self).__name__} cannot assist: its state cannot be rolled back")
-        if self.config.mixer == "gla" and "past_key_values" in model_kwargs:
+        if self.config.fixed_state and "past_key_values" in model_kwargs:
             # before 5.24, transformers asks a cache of this name for its length, which linear layers do not know
             cache = model_kwargs["past_key_values"]
             model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import ModelConfig
+from ..config import POSITIONS, ModelConfig
 from ..files import write_text
 
 CARD = "README.md"
@@ -19,11 +19,12 @@ def write_card(folder: Path, config: ModelConfig, parameters: int) -> None:
 def model_card(config: ModelConfig, parameters: int) -> str:
     """Markdown with the front matter that model hubs read. The licence, languages and data are its author's to add."""
     linear = config.mixer == "gla"
-    kind = "a language model with linear attention" if linear else "a Transformer language model, a baseline"
-    memory = "does not grow with the text" if linear else "grows with every token"
+    kinds = {"gla": "a language model with linear attention", "softmax": "a Transformer language model, a baseline"}
+    kind = kinds.get(config.mixer, f"a language model with the mixer {config.mixer}")
+    memory = "does not grow with the text" if config.fixed_state else "grows with every token"
     layers = {"first": "in the first layer", "all": "in every layer"}
     where = ""
-    if config.position in ("lrpe", "rope"):
+    if POSITIONS[config.position] is not None:
         known = isinstance(config.position_layers, str)
         where = f" {layers[str(config.position_layers)]}" if known else f" in layers {list(config.position_layers)}"
     tags = ["transnormer", *(["linear-attention"] if linear else [])]

@@ -116,7 +116,9 @@ class LanguageModel(nn.Module):
         inputs: a list to which every layer's input [B, T, D] is appended.
         """
         self._check(ids, state, cu_seqlens, pad)
-        if pad is not None:  # without padding, rows of unequal length are packed sequences
+        if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            state = state.value()
+        if pad is not None and len(ids):  # without padding, rows of unequal length are packed sequences
             real = _real(ids, pad)
             ends = (ids.shape[1] - pad.to(ids.device)).cumsum(0)
             packed, state = self.hidden(ids[real][None], state, cu_seqlens=F.pad(ends, (1, 0)), inputs=inputs)
@@ -180,6 +182,8 @@ class LanguageModel(nn.Module):
                 raise ValueError("cu_seqlens and pad exclude each other: packed sequences have no padding")
             if rows != 1:
                 raise ValueError(f"cu_seqlens needs one row of packed sequences; got {rows} rows")
+            if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+                raise ValueError(f"cu_seqlens must be [N + 1], N at least 1; got {list(cu_seqlens.shape)}")
             rows = len(cu_seqlens) - 1
             if cu_seqlens.device.type == "cpu":  # on a GPU a look would wait for it
                 bounds, length = cu_seqlens.tolist(), ids.shape[1] * (self.context.ranks if self.context else 1)
@@ -189,6 +193,10 @@ class LanguageModel(nn.Module):
             raise ValueError(f"pad must be from 0 to T = {ids.shape[1]}; got {pad.tolist()}")
         if pad is not None and pad.shape != (rows,):
             raise ValueError(f"pad must be [{rows}], one count a row; got {list(pad.shape)}")
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"the state is of a model with {len(state.layers)} layers, this one has {len(self.layers)}"
+            )
         if state is not None and len(state.seen) != rows:
             raise ValueError(f"the state holds {len(state.seen)} rows, the call {rows}")
 
@@ -204,11 +212,7 @@ class LanguageModel(nn.Module):
         """
         tables = self.embed_positions.weight.numel() if self.embed_positions is not None else 0
         tables += self.embed_tokens.weight.numel() if self.lm_head is not None else 0
-        mixers = 0.0
-        for layer in self.blocks():
-            k, v, heads = layer.mixer.key_dim, layer.mixer.head_dim, layer.mixer.heads
-            span = min(seq_len, chunk) if self.config.mixer == "gla" else seq_len / 2
-            mixers += heads * (2 * span * (k + v) + (4 * k * v if self.config.mixer == "gla" else 0))
+        mixers = sum(block.mixer.flops_per_token(seq_len, chunk) for block in self.blocks())
         return 6.0 * (self.parameter_count() - tables) + 3 * mixers
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import POSITIONS as POSITION_FACTS
 from ..config import ModelConfig
 from ..ops.context import Context
+from ..ops.dispatch import check_devices
 from ..ops.gla import gated_linear_attention
 from ..ops.lightning import lightning_attention
+from ..ops.register import without_autocast
 from .layers import ACTIVATIONS, LRPE, NORMS, POSITIONS, Linear, Place, SimpleRMSNorm, gated
 
 LayerState = tuple[Tensor, ...]
@@ -43,10 +46,12 @@ class Mixer(nn.Module, ABC):
         self.out_proj = Linear(inner, d, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
         self.position = POSITIONS[config.position](config) if config.has_position(layer) else None
-        self.key_dim = self.head_dim * (2 if config.has_position(layer) and config.position == "lrpe" else 1)
+        facts = POSITION_FACTS[config.position] if config.has_position(layer) else None
+        self.key_dim = self.head_dim * (facts.width if facts else 1)
         self._decays = config.log_decay(layer)
         self.register_buffer("log_decay", torch.tensor(self._decays, dtype=torch.float32), persistent=False)
         self.log_decay: Tensor
+        self.register_load_state_dict_post_hook(_give_decay)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
         # Decays are constants in float32 whatever the weights are cast to: exp(-1e-5) is 1 in bfloat16.
@@ -54,9 +59,9 @@ class Mixer(nn.Module, ABC):
         self.reset_decay()
         return self
 
-    def reset_decay(self) -> None:
-        """Give log_decay its values, which no file stores."""
-        self.log_decay = torch.tensor(self._decays, dtype=torch.float32, device=self.log_decay.device)
+    def reset_decay(self, device: torch.device | None = None) -> None:
+        """Give log_decay its values, which no file stores; on another device, where one is named."""
+        self.log_decay = torch.tensor(self._decays, dtype=torch.float32, device=device or self.log_decay.device)
 
     def keep_heads(self, part: int, parts: int) -> None:
         """Hold the heads of this part alone, for inputs and weights that do."""
@@ -67,6 +72,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def new_state(self, rows: int) -> LayerState:
         """What the layer remembers before the first token of `rows` texts."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int, chunk: int) -> float:
+        """Forward operations of a token beside the projections, on average over rows of seq_len tokens."""
 
     def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H, V] or [B, T, H * V] or None."""
@@ -80,6 +89,13 @@ class Mixer(nn.Module, ABC):
         return q, k, v, self.gate_proj(x) if self.gate_proj is not None else u[0] if u else None
 
 
+def _give_decay(mixer: nn.Module, _: object) -> None:
+    """After a state_dict was loaded: where assign=True replaced weights on meta, the decays come to the weights."""
+    assert isinstance(mixer, Mixer)
+    if mixer.log_decay.is_meta and not mixer.out_proj.weight.is_meta:
+        mixer.reset_decay(mixer.out_proj.weight.device)
+
+
 class GatedLinearAttention(Mixer):
     """O = Norm(Q (K^T V) with decay) * U, then a projection (paper equation 11). State: ([B, H, K, V] float32,)."""
 
@@ -91,7 +107,13 @@ class GatedLinearAttention(Mixer):
     def new_state(self, rows: int) -> LayerState:
         return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
 
+    def flops_per_token(self, seq_len: int, chunk: int) -> float:
+        k, v = self.key_dim, self.head_dim
+        return self.heads * (2 * min(seq_len, chunk) * (k + v) + 4 * k * v)
+
     def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
+        if state is not None and len(state) != 1:
+            raise ValueError(f"the state of a layer is [B, H, K, V] alone; got {len(state)} tensors of another mixer")
         before = None if state is None else state[0]
         if self._is_one_op():
             qkvu = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim))
@@ -126,12 +148,29 @@ class SoftmaxAttention(Mixer):
             weight.new_zeros(rows, 0, self.heads, self.head_dim),
         )
 
+    def flops_per_token(self, seq_len: int, chunk: int) -> float:
+        return self.heads * seq_len * (self.key_dim + self.head_dim)
+
     def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
         q, k, v, gate = self._project(x, place)
+        keys, values = self._past(state)
+        check_devices("softmax attention", x=x, log_decay=self.log_decay, keys=keys, values=values)
         attend = self._attend if place.cu_seqlens is None else self._attend_packed
         mixed, after = attend(q, k, v, state, place)
         mixed = mixed.flatten(-2)
         return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape)), after
+
+    def _past(self, state: LayerState | None) -> LayerState | tuple[None, None]:
+        """The keys and values of a state. Raises ValueError where they are another mixer's, or of other widths."""
+        if state is None:
+            return None, None
+        wanted = [[self.heads, self.key_dim], [self.heads, self.head_dim]]
+        if [list(part.shape[2:]) for part in state] != wanted:
+            raise ValueError(
+                f"the state of a layer is keys [B, P, {self.heads}, {self.key_dim}] and values [B, P, {self.heads}, "
+                f"{self.head_dim}]; got {[list(part.shape) for part in state]}"
+            )
+        return state
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, place: Place
@@ -141,7 +180,8 @@ class SoftmaxAttention(Mixer):
         mask = self._mask(q.shape[1], k.shape[1], place.seen) if state is not None or self.decays else None
         wide = q.dtype if mask is None or not self.decays else torch.promote_types(q.dtype, torch.float32)
         mask = None if mask is None else mask.to(wide)  # half precision cannot tell far distances apart
-        mixed = F.scaled_dot_product_attention(
+        attention = _exact_attention if self.decays else F.scaled_dot_product_attention
+        mixed = attention(
             q.transpose(1, 2).to(wide),
             k.transpose(1, 2).to(wide),
             v.transpose(1, 2).to(wide),
@@ -188,5 +228,8 @@ class SoftmaxAttention(Mixer):
         )
         return torch.cat(outputs, dim=1), state
 
+
+# Autocast would round the decays' mask, and with it far distances.
+_exact_attention = without_autocast(F.scaled_dot_product_attention)
 
 MIXERS: dict[str, Callable[[ModelConfig, int], Mixer]] = {"gla": GatedLinearAttention, "softmax": SoftmaxAttention}

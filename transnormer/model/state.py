@@ -44,9 +44,27 @@ class State:
         """A copy that shares no memory: a fork of the conversation so far."""
         return State([tuple(part.clone() for part in layer) for layer in self.layers], self.seen.clone())
 
-    def select(self, rows: Sequence[int] | Tensor) -> State:
-        """The state of some rows, in the order given; a row may be taken several times."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.seen.device)
+    def value(self) -> State:
+        """Itself or, where it was made under torch.inference_mode, a copy that gradients can be computed with."""
+        parts = (part for layer in (*self.layers, (self.seen,)) for part in layer)
+        return self.clone() if any(part.is_inference() for part in parts) else self
+
+    def select(self, rows: Sequence[int] | Sequence[bool] | Tensor) -> State:
+        """The state of some rows.
+
+        rows: their numbers (from the end where negative) in the order wanted, each as often as wanted; or a mask, [B]
+        bools, of the rows to keep. Raises ValueError for anything else.
+        """
+        index, held = torch.as_tensor(rows), len(self.seen)
+        if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
+            raise ValueError(f"rows are [N] integers, or a mask of {held} bools; got {list(index.shape)} {index.dtype}")
+        if index.dtype == torch.bool:
+            if len(index) != held:
+                raise ValueError(f"a mask of the state's {held} rows has as many bools; got {len(index)}")
+            index = index.nonzero().flatten()
+        if index.is_cpu and index.numel() and not -held <= int(index.min()) <= int(index.max()) < held:
+            raise ValueError(f"the state holds {held} rows; got {index.tolist()}")
+        index = index.to(self.seen.device, torch.int64)
         return State([tuple(part[index] for part in layer) for layer in self.layers], self.seen[index])
 
     def save(self, path: str | Path) -> None:

@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .decay import finite
+from .register import define, define_backward
+
 _groups: dict[str, dist.ProcessGroup] = {}  # by name, for an op takes no group
 # Its name since torch 2.13, and before.
 all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -50,7 +53,7 @@ def attend_segment(
     backend: "triton" or "torch", as `lightning_attention` chose. The state's gradient does not flow.
     """
     arguments = (q, k, v, log_decay, cu_seqlens, backend, context.rank, context.ranks, context.group)
-    output, last, *_ = torch.ops.transnormer.lightning_segment(*arguments)
+    output, last, *_ = _segment(*arguments)
     return output, last
 
 
@@ -60,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(output, last state; for the backward: the first state, and what each segment lets through of a state [R, H])."""
     edges = _Edges(q, cu_seqlens, rank)
-    through = (log_decay.double() * q.shape[1]).exp().to(torch.promote_types(q.dtype, torch.float32))
+    through = (finite(log_decay) * q.shape[1]).exp().to(torch.promote_types(q.dtype, torch.float32))
     if edges.through is not None:
         through = through * edges.through
     sums, through = _gather(_weighted_sum(k, v, log_decay, edges, backend, to_end=True), through, ranks, group)
@@ -148,7 +151,7 @@ def _weighted_sum(
     work = torch.promote_types(a.dtype, torch.float32)
     t = torch.arange(a.shape[1], device=a.device)
     away = a.shape[1] - 1 - t if to_end else t + 1
-    weights = (away[:, None] * log_decay.double()).exp()  # [T, H]
+    weights = (away[:, None] * finite(log_decay)).exp()  # [T, H]
     if window is not None:
         weights = weights * ((t >= window[0]) & (t < window[1]))[:, None]
     return torch.einsum("bthk,bthv->bhkv", a.to(work), b.to(work) * weights.to(work).unsqueeze(-1))
@@ -186,27 +189,13 @@ def _differentiate(ctx: Any, d_output: Tensor | None, *_: None) -> tuple[Tensor 
     if d_output is None:  # the others wait for the exchange all the same
         d_output = torch.zeros_like(v)
     arguments = (q, k, v, log_decay, cu_seqlens, *ctx.rest, state, through, d_output)
-    return *torch.ops.transnormer.lightning_segment_backward(*arguments), *[None] * 6
+    return *_segment_backward(*arguments), *[None] * 6
 
 
 # One op, exchange and all: nothing of it need be seen by the compiler, nor done where only shapes are wanted.
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? cu_seqlens, str backend, int rank, int ranks, str group"
-)
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-torch.library.define("transnormer::lightning_segment", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
-torch.library.define(
-    "transnormer::lightning_segment_backward",
-    f"({_INPUTS}, Tensor state, Tensor through, Tensor d_output) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-torch.library.impl("transnormer::lightning_segment", "default", _forward)
-torch.library.impl("transnormer::lightning_segment_backward", "default", _backward)
-torch.library.register_autograd("transnormer::lightning_segment", _differentiate, setup_context=_save_for_backward)
 
 
-@torch.library.register_fake("transnormer::lightning_segment")
-def _(q, k, v, log_decay, cu_seqlens, backend, rank, ranks, group):  # type: ignore[no-untyped-def]
+def _fake(q, k, v, log_decay, cu_seqlens, backend, rank, ranks, group):  # type: ignore[no-untyped-def]
     work = torch.promote_types(q.dtype, torch.float32)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=work)
@@ -214,6 +203,17 @@ def _(q, k, v, log_decay, cu_seqlens, backend, rank, ranks, group):  # type: ign
     return output, state, torch.empty_like(state), q.new_empty((ranks, q.shape[2]), dtype=work)
 
 
-@torch.library.register_fake("transnormer::lightning_segment_backward")
-def _(q, k, v, log_decay, cu_seqlens, backend, rank, ranks, group, state, through, d_output):  # type: ignore[no-untyped-def]
+def _fake_backward(q, k, v, *_):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? cu_seqlens, str backend, int rank, int ranks, str group"
+)
+_segment = define("lightning_segment", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _fake)
+torch.library.register_autograd("transnormer::lightning_segment", _differentiate, setup_context=_save_for_backward)
+_segment_backward = define_backward(
+    "lightning_segment_backward",
+    f"({_INPUTS}, Tensor state, Tensor through, Tensor d_output) -> (Tensor, Tensor, Tensor)",
+    _backward, _fake_backward, "lightning_attention", "without a context those of backend='reference'",
+)  # fmt: skip

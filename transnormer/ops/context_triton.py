@@ -33,6 +33,7 @@ def sum_kernel(
     row = (rest // H).to(tl.int64)
     head = (rest % H).to(tl.int64)
     rate = tl.load(log_decay + head).to(tl.float32)
+    rate = tl.where(rate < -1000.0, -1000.0, rate)  # `decay.STRONGEST`: -inf times 0 tokens would be NaN
     reach = (104.0 / tl.maximum(-rate, 1e-7)).to(tl.int32)  # exp(-104) is zero in float32
     start = n * part
     stop = tl.minimum(start + part, T)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import lightning_triton, norm_triton
-from .launch_triton import define, differentiable, direct, launch
+from .launch_triton import launch
+from .register import define_backward, differentiable
 
 BLOCK = 2_048  # numbers a program
 
@@ -74,8 +75,7 @@ def _differentiate(ctx, dy, d_last, *_):  # type: ignore[no-untyped-def]
     qkvu, log_decay, state, cu_seqlens, q, k, mixed = ctx.saved_tensors
     if dy is None:
         dy = qkvu.new_zeros(*mixed.shape[:2], mixed.shape[2] * mixed.shape[3])
-    inputs = qkvu, log_decay, state, cu_seqlens, ctx.eps, q, k, mixed, dy, d_last
-    gradient, d_state = (backward if direct(*inputs) else backward_op)(*inputs)
+    gradient, d_state = _backward(qkvu, log_decay, state, cu_seqlens, ctx.eps, q, k, mixed, dy, d_last)
     return gradient, None, None if state is None else d_state.to(state.dtype), None, None
 
 
@@ -92,10 +92,10 @@ def _fake_backward(qkvu, log_decay, state, cu_seqlens, eps, q, k, mixed, dy, d_l
 
 
 _INPUTS = "Tensor qkvu, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, float eps"
-backward_op = define(
+_backward = define_backward(
     "gla_triton_backward",
     f"({_INPUTS}, Tensor q, Tensor k, Tensor mixed, Tensor dy, Tensor? d_last) -> (Tensor, Tensor)",
-    backward, _fake_backward,
+    backward, _fake_backward, "gated_linear_attention", "those of lightning_attention with backend='reference'",
 )  # fmt: skip
 attend = differentiable(
     "gla_triton", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from .context import Context, attend_segment
-from .dispatch import choose, triton_refusal
+from .decay import check_decay, finite
+from .dispatch import check_devices, choose, forward_mode, triton_refusal
+from .register import define, define_backward, without_autocast
 
 
 def lightning_attention(
@@ -37,7 +39,8 @@ def lightning_attention(
     """Causal linear attention with decay, in O(T).
 
     q, k: [B, T, H, K]; v: [B, T, H, V], all of one floating dtype, any strides.
-    log_decay: [H], natural logarithm of the decay per token, <= 0, not learned (no gradient).
+    log_decay: [H], natural logarithm of the decay per token, from -inf (a token sees itself alone) to 0, not learned
+        (no gradient). Its values are looked at on the CPU only, for a GPU would be waited for.
     state: [B, H, K, V] to go on from, or None for zeros; its gradient flows.
     cu_seqlens: [N + 1] integers from 0 to T: row 0 (B = 1) holds N sequences one after another, each with its own
         state ([N, H, K, V]); empty sequences are allowed.
@@ -48,13 +51,21 @@ def lightning_attention(
         (chunked) or "reference" (the loop over T).
 
     Left padding is k = 0 on the padded tokens. Returns the output [B, T, H, V] in v's dtype, or (output, state).
-    Raises ValueError where shapes or dtypes do not fit, RuntimeError where the named backend cannot run the call.
+    Forward-mode and second derivatives: the reference has them, and "auto" takes it under torch.func.jvp; the gradients
+    of the other backends raise RuntimeError where they are differentiated again.
+    Raises ValueError where shapes, dtypes or devices do not fit or, on the CPU, a log_decay is no decay, RuntimeError
+    where the named backend cannot run the call.
     """
-    check(q, k, v, log_decay, state, cu_seqlens if context is None else None)
+    _check_devices(q, k, v, log_decay, state, cu_seqlens)
+    check(q, k, v, log_decay, state, cu_seqlens, whole=context is None)
     if context is not None and state is not None:
         raise ValueError("a state and a context exclude each other: segments hand their states on themselves")
     unshared = None if context is None else "segments of a row run on triton or torch"
-    refusals = {"triton": refusal(q, v, named=backend == "triton"), "torch": None, "reference": unshared}
+    refusals = {
+        "triton": refusal(q, k, v, state, named=backend == "triton"),
+        "torch": forward_mode(q, k, v, state),
+        "reference": unshared,
+    }
     chosen = choose("lightning_attention", backend, refusals)
     if context is not None:
         output, last = attend_segment(q, k, v, log_decay, cu_seqlens, context, chosen)
@@ -76,12 +87,16 @@ def lightning_step_(
 ) -> Tensor:
     """One token of inference: `state` [B, H, K, V] moves on in place, the output [B, 1, H, V] is returned.
 
-    q, k: [B, 1, H, K]; v: [B, 1, H, V]. No gradient. One launch on a GPU, fit for CUDA graphs.
+    q, k: [B, 1, H, K]; v: [B, 1, H, V]. One launch on a GPU, fit for CUDA graphs.
+    There is no gradient: raises ValueError where one would be wanted, and as `lightning_attention` does.
     """
+    _check_devices(q, k, v, log_decay, state, None)
     check(q, k, v, log_decay, state, None)
     if q.shape[1] != 1:
         raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
-    refusals = {"triton": refusal(q, v, named=backend == "triton"), "torch": None}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)):
+        raise ValueError("lightning_step_ has no gradient: call it under torch.no_grad(), or lightning_attention")
+    refusals = {"triton": refusal(q, k, v, state, named=backend == "triton"), "torch": forward_mode(q, k, v, state)}
     if choose("lightning_step_", backend, refusals) == "triton":
         from . import lightning_triton
 
@@ -103,15 +118,25 @@ def lightning_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification: the recurrence, one token after another, in `dtype` (default: at least float32).
 
-    Shapes as in `lightning_attention`. Differentiable in everything, log_decay too. Returns (output, state).
+    Shapes as in `lightning_attention`. Differentiable in everything, log_decay too, any number of times, forwards and
+    backwards. Returns (output, state).
     """
+    _check_devices(q, k, v, log_decay, state, cu_seqlens)
+    return _reference(q, k, v, log_decay, state, cu_seqlens, dtype)
+
+
+@without_autocast
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     work = dtype or _work_dtype(q)
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         parts = [
-            lightning_reference(
+            _reference(
                 q[:, start:stop], k[:, start:stop], v[:, start:stop], log_decay,
-                state=None if state is None else state[n : n + 1], dtype=work,
+                None if state is None else state[n : n + 1], None, work,
             )
             for n, (start, stop) in enumerate(itertools.pairwise(bounds))
         ]  # fmt: skip
@@ -132,6 +157,7 @@ def lightning_quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> T
 
     Every tensor in the input dtype, O(T^2) time and memory. Shapes as in `lightning_attention`.
     """
+    _check_devices(q, k, v, log_decay, None, None)
     mask = _decay_mask(log_decay, q.shape[1], q.dtype)  # [H, T, T]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, .]
     return ((q @ k.mT) * mask @ v).transpose(1, 2)
@@ -153,9 +179,11 @@ def lightning_chunked(
     1); short chunks are its successor's, O(T) in time, with nothing of size T x T. Backward walks the chunks again
     and stores none of them. Shapes as in `lightning_attention`; returns (output, state).
     """
-    return torch.ops.transnormer.lightning_chunked(q, k, v, log_decay, state, cu_seqlens, chunk or 64)
+    _check_devices(q, k, v, log_decay, state, cu_seqlens)
+    return _chunked_op(q, k, v, log_decay, state, cu_seqlens, chunk or 64)  # type: ignore[no-any-return]
 
 
+@without_autocast
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """One token: the recurrence itself."""
     work = _work_dtype(q)
@@ -174,14 +202,15 @@ class _Powers:
 
     def __init__(self, log_decay: Tensor, rows: int, chunk: int, work: torch.dtype):
         exponents = torch.arange(chunk + 1, device=log_decay.device, dtype=torch.float64)
-        powers = (log_decay.double()[:, None] * exponents).exp().to(work)  # [H, C + 1]: lambda^0 .. lambda^C
+        powers = (finite(log_decay)[:, None] * exponents).exp().to(work)  # [H, C + 1]: lambda^0 .. lambda^C
+        self._rows = rows
         self._mask = _decay_mask(log_decay, chunk, work)  # [H, C, C]: lambda^(i-j) where i >= j
         self._powers = powers.repeat(rows, 1).unsqueeze(-1)  # [B*H, C + 1, 1]
 
     def mask(self, scores: Tensor) -> Tensor:
         """scores [B*H, c, c] times the causal decay, in place."""
         c = scores.shape[-1]
-        scores.view(-1, self._mask.shape[0], c, c).mul_(self._mask[:, :c, :c])
+        scores.view(self._rows, self._mask.shape[0], c, c).mul_(self._mask[:, :c, :c])
         return scores
 
     def since_start(self, c: int) -> Tensor:
@@ -214,7 +243,7 @@ def _by_head(x: Tensor, work: torch.dtype) -> Tensor:
 
 def _by_token(x: Tensor, like: Tensor) -> Tensor:
     """[B*H, T, K] -> contiguous [B, T, H, K] in the dtype of `like`."""
-    return x.unflatten(0, (-1, like.shape[2])).transpose(1, 2).to(like.dtype).contiguous()
+    return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2).to(like.dtype).contiguous()
 
 
 def _states(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, work: torch.dtype) -> list[Tensor]:
@@ -226,7 +255,6 @@ def _states(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | Non
     return [q.new_zeros(q.shape[2], q.shape[3], v.shape[3], dtype=work) for _ in range(len(cu_seqlens) - 1)]
 
 
-@torch.library.custom_op("transnormer::lightning_chunked", mutates_args=())
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -242,18 +270,16 @@ def _chunked(
         inside = power.mask(qc @ kc.mT) @ vc
         output[:, start:stop] = torch.baddbmm(inside, qc * power.since_start(c), states[n])
         states[n] = torch.baddbmm(states[n] * power.whole(c), (kc * power.until_end(c)).mT, vc)
-    last = torch.stack(states) if cu_seqlens is not None else states[0].unflatten(0, (rows, -1))
+    last = torch.stack(states) if cu_seqlens is not None else states[0].unflatten(0, (rows, q.shape[2]))
     return _by_token(output, v), last.clone()  # an op may not return its own input, and FSDP warns of views
 
 
-@_chunked.register_fake
-def _(q, k, v, log_decay, state, cu_seqlens, chunk):  # type: ignore[no-untyped-def]
+def _fake_chunked(q, k, v, log_decay, state, cu_seqlens, chunk):  # type: ignore[no-untyped-def]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
     return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=_work_dtype(q))
 
 
-@torch.library.custom_op("transnormer::lightning_chunked_backward", mutates_args=())
 def _chunked_backward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, chunk: int,
     d_output: Tensor, d_last: Tensor | None,
@@ -279,12 +305,11 @@ def _chunked_backward(
         dk[:, start:stop] = torch.baddbmm(power.mask(gc @ vc.mT).mT @ qc, vc * left, d_states[n].mT)
         dv[:, start:stop] = torch.baddbmm(power.mask(qc @ kc.mT).mT @ gc, kc * left, d_states[n])
         d_states[n] = torch.baddbmm(d_states[n] * power.whole(c), (qc * power.since_start(c)).mT, gc)
-    d_state = torch.stack(d_states) if cu_seqlens is not None else d_states[0].unflatten(0, (rows, -1))
+    d_state = torch.stack(d_states) if cu_seqlens is not None else d_states[0].unflatten(0, (rows, q.shape[2]))
     return _by_token(dq, q), _by_token(dk, k), _by_token(dv, v), d_state.clone() if not chunks else d_state
 
 
-@_chunked_backward.register_fake
-def _(q, k, v, log_decay, state, cu_seqlens, chunk, d_output, d_last):  # type: ignore[no-untyped-def]
+def _fake_chunked_backward(q, k, v, log_decay, state, cu_seqlens, chunk, d_output, d_last):  # type: ignore[no-untyped-def]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_state = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=_work_dtype(q))
     return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), d_state
@@ -300,21 +325,26 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    dq, dk, dv, d_state = torch.ops.transnormer.lightning_chunked_backward(
-        q, k, v, log_decay, state, cu_seqlens, ctx.chunk, d_output, d_last
-    )
+    dq, dk, dv, d_state = _backward(q, k, v, log_decay, state, cu_seqlens, ctx.chunk, d_output, d_last)
     return dq, dk, dv, None, None if state is None else d_state.to(state.dtype), None, None
 
 
-_chunked.register_autograd(_differentiate, setup_context=_save_for_backward)
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, int chunk"
+_chunked_op = define("lightning_chunked", f"({_INPUTS}) -> (Tensor, Tensor)", _chunked, _fake_chunked)
+torch.library.register_autograd("transnormer::lightning_chunked", _differentiate, setup_context=_save_for_backward)
+_backward = define_backward(
+    "lightning_chunked_backward",
+    f"({_INPUTS}, Tensor d_output, Tensor? d_last) -> (Tensor, Tensor, Tensor, Tensor)",
+    _chunked_backward, _fake_chunked_backward, "lightning_attention", "those of backend='reference'",
+)  # fmt: skip
 
 
-def refusal(q: Tensor, v: Tensor, *, named: bool) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, *, named: bool) -> str | None:
     """Why the Triton kernels cannot run this call, or None."""
     for letter, width in (("K", q.shape[3]), ("V", v.shape[3])):
         if not 16 <= width <= 256:
             return f"{letter} = {width} is not from 16 to 256"
-    return triton_refusal(q, named=named)
+    return triton_refusal(q, k, v, state, named=named)
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:
@@ -333,11 +363,17 @@ def _decay_mask(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """[H, T, T]: lambda^(i-j) where i >= j, else 0."""
     index = torch.arange(length, device=log_decay.device, dtype=torch.float64)
     distance = index[:, None] - index[None, :]
-    return (log_decay.double()[:, None, None] * distance.clamp(min=0)).exp().tril().to(dtype)
+    return (finite(log_decay)[:, None, None] * distance.clamp(min=0)).exp().tril().to(dtype)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Raises ValueError where the arguments of `lightning_attention` do not fit each other."""
+def check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, *,
+    whole: bool = True,
+) -> None:  # fmt: skip
+    """Raises ValueError where the arguments of `lightning_attention`, on one device, do not fit each other.
+
+    whole: cu_seqlens speaks of these tokens, not of a longer row that several processes share.
+    """
     if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q and k must be [B, T, H, K] and v [B, T, H, V]; got {_shape(q)}, {_shape(k)} and {_shape(v)}"
@@ -345,24 +381,29 @@ def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | No
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
         raise ValueError(f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
     rows, _, heads, width = q.shape
-    if log_decay.shape != (heads,):
-        raise ValueError(f"log_decay must be [{heads}], one number a head; got {_shape(log_decay)}")
-    if log_decay.requires_grad:
-        raise ValueError(
-            "log_decay is fixed and gets no gradient; detach it (learned decay diverges: paper section 3.1)"
-        )
-    if cu_seqlens is not None:
-        if rows != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
-            raise ValueError(
-                f"cu_seqlens must be [N + 1] integers over one row (B = 1); got {_shape(cu_seqlens)}, B = {rows}"
-            )
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            bounds = cu_seqlens.tolist()
-            if bounds[0] != 0 or bounds[-1] != q.shape[1] or bounds != sorted(bounds):
-                raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[1]}; got {bounds}")
+    check_decay(log_decay, heads)
+    if cu_seqlens is not None and whole:
+        _check_bounds(cu_seqlens, rows, q.shape[1])
         rows = len(cu_seqlens) - 1
     if state is not None and state.shape != (rows, heads, width, v.shape[3]):
         raise ValueError(f"state must be {[rows, heads, width, v.shape[3]]}; got {_shape(state)}")
+
+
+def _check_devices(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    check_devices("lightning_attention", q=q, k=k, v=v, log_decay=log_decay, state=state, cu_seqlens=cu_seqlens)
+
+
+def _check_bounds(cu_seqlens: Tensor, rows: int, length: int) -> None:
+    if rows != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
+        raise ValueError(
+            f"cu_seqlens must be [N + 1] integers over one row (B = 1); got {_shape(cu_seqlens)}, B = {rows}"
+        )
+    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {length}; got {bounds}")
 
 
 def _shape(x: Tensor) -> list[int]:

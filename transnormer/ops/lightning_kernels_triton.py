@@ -196,6 +196,13 @@ def _count(cu_seqlens, N, lo, hi):
 
 
 @triton.jit
+def _rate(log_decay, head):
+    """A head's log_decay; -1000 where it is stronger, as `decay.STRONGEST` has it: -inf times 0 tokens would be NaN."""
+    rate = tl.load(log_decay + head).to(tl.float32)
+    return tl.where(rate < -1000.0, -1000.0, rate)
+
+
+@triton.jit
 def _reach(rate):
     """Tokens after which nothing of a state is left: exp(-104) is zero in float32."""
     return (104.0 / tl.maximum(-rate, 1e-7)).to(tl.int32)
@@ -216,7 +223,7 @@ def _program(
     Columns of the output and of raw are adjacent; outgoing states [N, H, K, V] and local ones [B, segments, H, K, V]
     are contiguous.
     """
-    rate = tl.load(log_decay + head).to(tl.float32)
+    rate = _rate(log_decay, head)
     lo = s * segment
     hi = tl.minimum(lo + segment, T)
     wide_row = row.to(tl.int64)
@@ -275,7 +282,7 @@ def _sum_segment(
     REVERSE: tl.constexpr, DESCRIBED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The state a segment's own tokens leave at its far end, for the sequence that goes on there."""
-    rate = tl.load(log_decay + head).to(tl.float32)
+    rate = _rate(log_decay, head)
     lo = s * segment
     hi = tl.minimum(lo + segment, T)
     start = lo

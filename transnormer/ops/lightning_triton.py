@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_triton import define, differentiable, direct, launch
+from .launch_triton import launch
 from .lightning_kernels_triton import backward_kernel, forward_kernel, segments_kernel, step_kernel
+from .register import define, define_backward, differentiable, direct
 
 # What to launch, and how.
 
@@ -350,10 +351,10 @@ def _fake_step(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
 _SEQUENCES = "Tensor? state, Tensor? cu_seqlens"
-backward_op = define(
+_backward = define_backward(
     "lightning_triton_backward",
     f"({_TENSORS}, {_SEQUENCES}, Tensor d_output, Tensor? d_last) -> (Tensor, Tensor, Tensor, Tensor)",
-    backward, _fake_backward,
+    backward, _fake_backward, "lightning_attention", "those of backend='reference'",
 )  # fmt: skip
 step_in_place_op = define(
     "lightning_triton_step_", f"({_TENSORS}, Tensor(a!) state) -> Tensor", _step_in_place,
@@ -372,8 +373,7 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    inputs = q, k, v, log_decay, state, cu_seqlens, d_output, d_last
-    dq, dk, dv, d_state = (backward if direct(*inputs) else backward_op)(*inputs)
+    dq, dk, dv, d_state = _backward(q, k, v, log_decay, state, cu_seqlens, d_output, d_last)
     gradients = (dq, dk, dv, None, None if state is None else d_state.to(state.dtype), None)
     return gradients[: ctx.inputs]
 

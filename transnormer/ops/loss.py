@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .context import all_gather
-from .dispatch import choose, product_dtype, triton_refusal
+from .dispatch import check_devices, choose, forward_mode, product_dtype, triton_refusal
+from .register import define, define_backward, refuse_second_derivative, without_autocast
 
 SLICE_ELEMENTS = 2**22  # logits held at a time on the CPU: 16 MiB in float32, which a large cache still serves
 CUDA_SLICE_BYTES = 2**29  # and on a GPU: 2^28 logits in bfloat16, 4,194 tokens of 64,000 words
@@ -35,14 +36,16 @@ def linear_cross_entropy(
     x: [..., D] floating; weight: [vocab, D]; targets: [...] int64, `ignore_index` where a token does not count.
     reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for one loss a token, [...], 0
     where ignored. Matrix products run in x's dtype, or autocast's where it is on, the soft-max and sums in at least
-    float32. Gradients are computed in the forward pass, slice by slice, where x or weight needs one.
+    float32. Gradients are computed in the forward pass, slice by slice, where x or weight needs one; those of "none",
+    which depend on every token's factor, by a second pass over the slices in backward.
     backend: how a slice of logits becomes losses and gradients: "auto", "triton" (one kernel) or "torch".
     weight may be a DTensor of which every process has some words, Shard(0) of one mesh dimension; x is then one too,
     the same on all. Each computes the logits of its words; of a token only the sums of the soft-max and the target's
     logit are exchanged.
-    Raises ValueError where shapes do not fit or, on the CPU, a target is out of range; a GPU, which is not waited for,
-    and compiled code assert it.
+    Raises ValueError where shapes or devices do not fit or, on the CPU, a target is out of range; a GPU, which is not
+    waited for, and compiled code assert it. RuntimeError where a forward-mode or a second derivative is asked for.
     """
+    check_devices("linear_cross_entropy", x=x, weight=weight, targets=targets)
     if targets.shape != x.shape[:-1] or weight.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"x [..., D], weight [vocab, D] and targets [...] do not fit: "
@@ -56,21 +59,23 @@ def linear_cross_entropy(
     if hasattr(weight, "device_mesh"):
         x, weight, words = _unshard(x, weight)
     x = x.to(product_dtype(x))
-    backend = choose(
-        "linear_cross_entropy", backend, {"triton": triton_refusal(x, named=backend == "triton"), "torch": None}
-    )
-    flat = x.reshape(-1, x.shape[-1])
+    refusals = {
+        "triton": triton_refusal(x, weight, named=backend == "triton"),
+        "torch": forward_mode(x, weight),
+    }
+    backend = choose("linear_cross_entropy", backend, refusals)
+    flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
     each = reduction == "none"
-    needs_x, needs_w = (not each and torch.is_grad_enabled() and leaf.requires_grad for leaf in (flat, weight))
+    needs_x, needs_w = (torch.is_grad_enabled() and leaf.requires_grad for leaf in (flat, weight))
     arguments = (flat, weight, target, ignore_index, backend, each, needs_x, needs_w)
     if torch.compiler.is_compiling() and words is None:
-        loss = torch.ops.transnormer.linear_cross_entropy(*arguments)[0]
+        loss = _op(*arguments)[0]
     elif needs_x or needs_w:
         loss = _SlicedLoss.apply(*arguments, words)[0]
     else:
         loss = _sliced_loss(*arguments, words)[0]
     if each:
-        return loss.detach().view(targets.shape)  # type: ignore[no-any-return]
+        return loss.view(targets.shape)  # type: ignore[no-any-return]
     if reduction == "sum":
         return loss  # type: ignore[no-any-return]
     return loss / (target != ignore_index).sum().clamp(min=1)  # type: ignore[no-any-return]
@@ -112,20 +117,46 @@ def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 @torch.no_grad()
+@without_autocast
 def _sliced_loss(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    backend: str,
-    each: bool,
-    needs_x: bool,
-    needs_w: bool,
-    words: Words | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, each: bool, needs_x: bool,
+    needs_w: bool, words: Words | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(losses [N] or their sum, its gradient by x [N, D], its gradient by weight), gradients [0] where not wanted.
 
+    Of single losses there are no gradients yet: they are `_gradients_of_each`.
     Losses and the weight's gradient come in at least float32, x's gradient in x's dtype.
+    """
+    needs_x, needs_w = needs_x and not each, needs_w and not each
+    losses, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, words)
+    return losses if each else losses.sum(), dx, dw
+
+
+@torch.no_grad()
+@without_autocast
+def _gradients_of_each(
+    x: Tensor, weight: Tensor, targets: Tensor, d_losses: Tensor, ignore_index: int, backend: str, needs_x: bool,
+    needs_w: bool, words: Words | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients by x [N, D] and weight of the losses times d_losses [N]; [0] where not wanted. Logits are made again.
+
+    For the weight a slice's gradient is multiplied by factors of at most 1, and the sum of the products by the largest:
+    half precision would round small factors, such as 1 / N of a mean, to zero.
+    """
+    factors = d_losses.where(targets != ignore_index, 0)
+    least = torch.finfo(factors.dtype).tiny  # where there is no token, or all factors are zero
+    largest = F.pad(factors.abs().nan_to_num(0, 0, 0), (0, 1), value=least).amax()
+    _, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, words, factors / largest)
+    return dx.mul_(factors.unsqueeze(1)) if needs_x else dx, _times(dw, largest, weight.dtype)
+
+
+def _walk(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, needs_x: bool, needs_w: bool,
+    words: Words | None, factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(losses [N], gradients of their sum by x and weight), slice by slice.
+
+    factors: [N], by which each loss counts in the sum whose gradient by the weight is taken.
     """
     softmax_loss_ = _softmax_loss_
     if backend == "triton":
@@ -151,8 +182,10 @@ def _sliced_loss(
         if needs_x:
             torch.mm(logits, w, out=dx[rows])
         if needs_w:
+            if factors is not None:
+                logits.mul_(factors[rows].unsqueeze(1))
             _add_product(dw, logits.T, x[rows])
-    return losses if each else losses.sum(), dx, dw[:vocab]
+    return losses, dx, dw[:vocab]
 
 
 def _softmax_loss_(
@@ -199,25 +232,37 @@ def _results(x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    weight, ctx.needs_x, ctx.needs_w, ctx.inputs = inputs[1], inputs[6], inputs[7], len(inputs)
-    _, dx, dw = output
+    x, weight, targets, *ctx.options, ctx.each, ctx.needs_x, ctx.needs_w = inputs[:8]
+    ctx.words, ctx.inputs = inputs[8] if len(inputs) > 8 else None, len(inputs)
+    if len(inputs) == 8:  # the op of compiled graphs, which torch itself differentiates only once
+        ctx.mark_non_differentiable(*output[1:])
     ctx.weight_dtype = weight.dtype
-    ctx.mark_non_differentiable(dx, dw)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dx, dw)
+    ctx.save_for_backward(*((x, weight, targets) if ctx.each else output[1:]))
 
 
-def _differentiate(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    dx, dw = ctx.saved_tensors
-    return (
-        _times(dx, d_loss, dx.dtype) if ctx.needs_x and d_loss is not None else None,
-        _times(dw, d_loss, ctx.weight_dtype) if ctx.needs_w and d_loss is not None else None,
-        *[None] * (ctx.inputs - 2),
-    )  # fmt: skip
+def _differentiate(ctx: Any, d_loss: Tensor | None, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    if any(d is not None for d in d_gradients):
+        refuse_second_derivative("linear_cross_entropy", INSTEAD)
+    rest = [None] * (ctx.inputs - 2)
+    if d_loss is None:
+        return None, None, *rest
+    if ctx.each:
+        arguments = (*ctx.saved_tensors, d_loss, *ctx.options, ctx.needs_x, ctx.needs_w)
+        dx, dw = _backward(*arguments) if ctx.words is None else _gradients_of_each(*arguments, ctx.words)
+    else:
+        dx, dw = ctx.saved_tensors
+        dx, dw = _times(dx, d_loss, dx.dtype), _times(dw, d_loss, ctx.weight_dtype)
+    return dx if ctx.needs_x else None, dw if ctx.needs_w else None, *rest
 
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In one pass, rounded once. Not in place: the same graph may be gone through again."""
+    """In one pass, rounded once. Not in place: the same graph may be gone through again.
+
+    Where somebody differentiates again, autograd must see it: the factor has a derivative, the gradient refuses one.
+    """
+    if torch.is_grad_enabled():
+        return (gradient * factor.reshape(1)).to(dtype)
     return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -227,20 +272,31 @@ class _SlicedLoss(torch.autograd.Function):
         return _sliced_loss(*inputs)
 
     setup_context = staticmethod(_save_for_backward)
-    backward = staticmethod(once_differentiable(_differentiate))  # type: ignore[assignment]
+    backward = staticmethod(_differentiate)
 
 
 # One op in a compiled graph: traced, the loop would be unrolled, and what it writes in place would be copied.
-torch.library.define(
-    "transnormer::linear_cross_entropy",
-    "(Tensor x, Tensor weight, Tensor targets, int ignore_index, str backend, bool each, bool needs_x, bool needs_w)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.impl("transnormer::linear_cross_entropy", "default", _sliced_loss)
+
+
+def _fake(x, weight, targets, ignore_index, backend, each, needs_x, needs_w):  # type: ignore[no-untyped-def]
+    return _results(x, weight, each, needs_x and not each, needs_w and not each)
+
+
+def _fake_backward(x, weight, targets, d_losses, ignore_index, backend, needs_x, needs_w):  # type: ignore[no-untyped-def]
+    _, dx, dw = _results(x, weight, False, needs_x, needs_w)
+    return dx, dw.to(weight.dtype)
+
+
+INSTEAD = "those of torch.nn.functional.cross_entropy of all logits"
+_INPUTS = "Tensor x, Tensor weight, Tensor targets"
+_op = define(
+    "linear_cross_entropy",
+    f"({_INPUTS}, int ignore_index, str backend, bool each, bool needs_x, bool needs_w) -> (Tensor, Tensor, Tensor)",
+    _sliced_loss, _fake,
+)  # fmt: skip
 torch.library.register_autograd("transnormer::linear_cross_entropy", _differentiate, setup_context=_save_for_backward)
-
-
-@torch.library.register_fake("transnormer::linear_cross_entropy")
-def _(x, weight, targets, ignore_index, backend, each, needs_x, needs_w):  # type: ignore[no-untyped-def]
-    return _results(x, weight, each, needs_x, needs_w)
+_backward = define_backward(
+    "linear_cross_entropy_backward",
+    f"({_INPUTS}, Tensor d_losses, int ignore_index, str backend, bool needs_x, bool needs_w) -> (Tensor, Tensor)",
+    _gradients_of_each, _fake_backward, "linear_cross_entropy", INSTEAD,
+)  # fmt: skip

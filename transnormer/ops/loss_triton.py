@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import define, direct, launch
+from .launch_triton import launch
+from .register import define, direct
 
 BLOCK = 4_096  # columns of a row that a program reads at a time, at most
 WARPS = 16  # of a program with so many columns; one with fewer columns has fewer, down to 4

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import define, differentiable, direct, launch
+from .launch_triton import launch
+from .register import define_backward, differentiable
 
 TOKENS = 16  # a program
 
@@ -148,8 +149,7 @@ def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, *gradients):  # type: ignore[no-untyped-def]
-    inputs = *ctx.saved_tensors, *gradients
-    return *(backward if direct(*inputs) else backward_op)(*inputs), None
+    return *_backward(*ctx.saved_tensors, *gradients), None
 
 
 def _fake(q, k, theta, positions):  # type: ignore[no-untyped-def]
@@ -161,10 +161,10 @@ def _fake_backward(q, k, theta, positions, d_q_out, d_k_out):  # type: ignore[no
     return dq, dk, torch.empty_like(theta, memory_format=torch.contiguous_format)
 
 
-backward_op = define(
+_backward = define_backward(
     "swish_lrpe_backward",
     "(Tensor q, Tensor k, Tensor theta, Tensor positions, Tensor d_q_out, Tensor d_k_out) -> (Tensor, Tensor, Tensor)",
-    backward, _fake_backward,
+    backward, _fake_backward, "swish_lrpe", "those of backend='torch'",
 )  # fmt: skip
 swish_lrpe = differentiable(
     "swish_lrpe", "(Tensor q, Tensor k, Tensor theta, Tensor positions) -> (Tensor, Tensor)",

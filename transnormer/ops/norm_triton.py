@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import define, differentiable, direct, launch
+from .launch_triton import launch
+from .register import define_backward, differentiable
 
 
 @triton.jit
@@ -155,8 +156,7 @@ def _differentiate(ctx, d_sum, dy):  # type: ignore[no-untyped-def]
         d_sum = None
     if dy is None:
         return d_sum, d_sum if ctx.adds else None, None, None, None
-    inputs = s, gate, dy, d_sum, ctx.eps
-    ds, d_gate = (backward if direct(*inputs) else backward_op)(*inputs)
+    ds, d_gate = _backward(s, gate, dy, d_sum, ctx.eps)
     return ds, ds if ctx.adds else None, None if gate is None else d_gate, None, None
 
 
@@ -170,9 +170,9 @@ def _fake_backward(s, gate, dy, d_sum, eps):  # type: ignore[no-untyped-def]
     return ds, s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-backward_op = define(
+_backward = define_backward(
     "rms_norm_backward", "(Tensor s, Tensor? gate, Tensor dy, Tensor? d_sum, float eps) -> (Tensor, Tensor)",
-    backward, _fake_backward,
+    backward, _fake_backward, "simple_rms_norm", "those of backend='torch'",
 )  # fmt: skip
 norm = differentiable(
     "rms_norm", "(Tensor x, Tensor? update, Tensor? gate, float eps, ScalarType dtype) -> (Tensor, Tensor)",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import ModelConfig
+from ..config import NORMS, ModelConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
 from .parallel import check, gathered_at_once, listed
@@ -203,7 +203,7 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
         if parts == 4 and not one_op and tensor < config.num_attention_heads:
             mixer += 2 * inner  # the gate, apart from q, k and v; of one head it is not copied
         if tensor > 1:  # ranks exchange the norm's sums: what comes of them is not computed again
-            wider = {"srmsnorm": 0, "rmsnorm": 2, "layernorm": 4}[config.norm]  # with gains it is kept in float32
+            wider = 2 * NORMS[config.norm]  # with gains it is kept in float32
             mixer += (2 * config.gate + wider) * inner
     else:
         mixer += 2 * inner * 2 + 4 * config.num_attention_heads  # q and k turned, the soft-max's sums
@@ -289,6 +289,8 @@ def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory
 
 def passes_share(config: ModelConfig) -> float:
     """What both passes of a model of this width reach of the rate of matrix products."""
+    if config.mixer not in PASSES_SHARE:
+        raise ValueError(f"no run with model.mixer = {config.mixer} was measured: plans know {', '.join(PASSES_SHARE)}")
     shares = PASSES_SHARE[config.mixer]
     return float(np.interp(config.hidden_size, list(shares), list(shares.values())))
 

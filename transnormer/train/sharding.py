@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..model.language_model import LanguageModel
-from ..model.layers import LRPE, local
+from ..model.layers import LRPE, SimpleRMSNorm, local
 from .parallel import Mesh, gathered_at_once
 
 
@@ -190,6 +190,8 @@ class _NormOfShards(nn.Module):
 
     def __init__(self, norm: Any, mesh: DeviceMesh) -> None:
         super().__init__()
+        if type(norm) not in (SimpleRMSNorm, nn.RMSNorm, nn.LayerNorm):
+            raise ValueError(f"parallel.tensor knows no sums over ranks for the norm {type(norm).__name__}")
         self.eps, self.mesh, self.centers = norm.eps, mesh, isinstance(norm, nn.LayerNorm)
         self.weight, self.bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         _distribute(self, mesh, Shard(0))
