@@ -223,10 +223,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """From a record with exactly our keys (Hugging Face's bookkeeping keys are passed over)."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known and key not in FOREIGN_KEYS:
-                raise ValueError(f"unknown model config key {key!r}{nearest(key, known)}")
+        _check_keys(values)
+        known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
     @classmethod
@@ -240,6 +238,7 @@ class ModelConfig:
                 raise ValueError("not a JSON object")
             if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
                 raise ValueError(f"a model of the type {kind!r}, not {MODEL_TYPE!r}")
+            _check_keys(values)
             if missing := [name for name in SHAPE if name not in values]:
                 raise ValueError(f"no {', '.join(missing)}, so the model's shape is not known")
             for name, most in LARGEST.items():
@@ -303,6 +302,13 @@ def _alibi_slopes(heads: int) -> list[float]:
 
     below = 2 ** (heads.bit_length() - 1)
     return geometric(below) + geometric(2 * below)[0::2][: heads - below]
+
+
+def _check_keys(values: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    for key in values:
+        if key not in known and key not in FOREIGN_KEYS:
+            raise ValueError(f"unknown model config key {key!r}{nearest(key, known)}")
 
 
 def _is_int(value: object) -> bool:
