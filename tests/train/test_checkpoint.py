@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -278,3 +279,71 @@ def test_a_loss_spike_is_refused_on_request(work: Path, spoil: Callable[..., Non
     assert lines[35]["loss"] > 1.3 * lines[34]["loss"]
     assert "is a spike" in lines[35]["refused"]
     assert len(record("refused", 38)["losses"]) == 32
+
+
+# Runs that diverge.
+
+
+LOST = ("optim.lr=1e18", "optim.warmup_steps=0", "train.steps=8", "checkpoint.every=1")
+
+
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_a_run_that_diverges_says_so_draws_its_curve_and_saves_nothing(work: Path, every: int) -> None:
+    for _ in range(2):  # the same command again finds nothing that it could crash on
+        with pytest.raises(
+            ValueError, match=r"step \d: .*; the run diverged, and there is no checkpoint to go back to"
+        ):
+            train(tiny("run=lost", *LOST, f"eval.every={every}"))
+        assert step_folders(Path("runs/lost/checkpoints")) == []
+        assert Path("runs/lost/loss.png").read_bytes().startswith(b"\x89PNG")
+        assert curve("lost")  # also the step that ended it
+
+
+@pytest.mark.parametrize("every", [0, 1, 3])
+@pytest.mark.parametrize("often", [True, False])
+def test_a_run_goes_back_past_the_update_that_ruined_its_weights(
+    work: Path, monkeypatch: pytest.MonkeyPatch, every: int, often: bool
+) -> None:
+    """The update of step 6 does, whose own loss and gradients are still finite."""
+
+    def rate(recipe: Any, step: int, steps: int) -> float:
+        ruined.append(step == 6 and (often or True not in ruined))
+        return 1e18 if ruined[-1] else learning_rate(recipe, step, steps)
+
+    ruined: list[bool] = []
+    learning_rate = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", rate)
+    recipe = tiny("run=hurt", "train.steps=8", "checkpoint.every=1", "checkpoint.keep=9", f"eval.every={every}")
+    if often:
+        with pytest.raises(ValueError, match="the run diverged, and went back to step 5 3 times, with other samples"):
+            train(recipe)
+    else:
+        assert math.isfinite(train(recipe).valid_loss or math.nan)
+        assert record("hurt", 8)["skipped"] == [[20, 24]]
+    saved = step_folders(Path("runs/hurt/checkpoints"))
+    assert saved[0].name == f"step-000000{5 if often else 8}"
+    for folder in saved:
+        assert all(weight.abs().max() < 1e3 for weight in state("hurt", int(folder.name[5:])).values())
+
+
+def test_the_validation_loss_alone_can_send_a_run_back(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def build(*inputs: Any) -> Callable[[str], dict[str, float]]:
+        evaluate, losses = evaluation(*inputs), iter([None, float("inf")])
+        return lambda text: evaluate(text) | ({} if (loss := next(losses, None)) is None else {"valid_loss": loss})
+
+    evaluation: Any = loop._evaluation
+    monkeypatch.setattr(loop, "_evaluation", build)
+    train(tiny("run=blind", "train.steps=6", "checkpoint.every=0", "checkpoint.keep_every=2", "eval.every=2"))
+    assert "step 4: the validation loss is inf; going back to step 2; samples 8 to 16" in capfd.readouterr().err
+    assert [line["step"] for line in read_metrics(Path("runs/blind/metrics.jsonl"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_steps_were_all_refused_is_not_finished(work: Path, spoil: Callable[..., None]) -> None:
+    spoil(*range(16))
+    recipe = tiny("run=idle", "train.steps=4", "train.patience=9", "checkpoint.every=2")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"step 4: all 4 steps were refused \(the last: loss nan, .*diverged"):
+            train(recipe)
+    assert [folder.name for folder in step_folders(Path("runs/idle/checkpoints"))] == ["step-0000002"]

@@ -23,7 +23,7 @@ from transnormer.train import loop, metrics
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Recipe
-from transnormer.train.step import STOPS
+from transnormer.train.stopping import STOPS
 
 from .runs import STEPS, curve, start, tiny
 
@@ -152,6 +152,36 @@ def test_ctrl_c_saves_and_says_how_to_go_on(work: Path) -> None:
         assert "the same command goes on from there" in process.stderr.read()
         (newest,) = step_folders(Path("runs") / run / "checkpoints")
         assert curve(run)[-1][0] == int(newest.name.removeprefix("step-"))
+
+
+@pytest.mark.parametrize("place", ["_prepare", "_model", "gradients"])
+def test_ctrl_c_in_the_first_seconds_is_obeyed_at_once(work: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """While data are made ready, the model is built, and the first step, which may compile for minutes, is computed."""
+    monkeypatch.setattr(loop, place, lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(loop.Interrupted, match="stopped at once; the same command begins again") as caught:
+        train(tiny("run=early"))
+    assert caught.value.signal_number == signal.SIGINT
+    assert caught.value.__suppress_context__
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[int] = []
+
+    def pressed(*inputs: Any) -> Any:
+        steps.append(len(steps) + 1)
+        if steps[-1] == 5:
+            signal.raise_signal(signal.SIGINT)
+            assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
+            signal.raise_signal(signal.SIGINT)
+        return gradients(*inputs)
+
+    gradients = loop.gradients
+    monkeypatch.setattr(loop, "gradients", pressed)
+    with pytest.raises(loop.Interrupted, match="stopped at once; the same command goes on from step 3"):
+        train(tiny("run=twice"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(work: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from ..config import ModelConfig
 from ..data.chat import find_template
-from ..data.loader import Loader, TokenData
+from ..data.loader import Batch, Loader, TokenData
 from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..files import step_folders, write_text
 from ..formats.folders import find_model, load
@@ -24,23 +24,16 @@ from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
 from . import checkpoint, float8, lora
 from .checkpoint import Checkpoints, Origin, Place, read_place
-from .feed import Feed, validation
+from .feed import Feed, Share, validation
 from .metrics import Metrics, console, plot, progress, read_metrics, say
 from .optim import learning_rate, new_optimizer, step_unless
 from .parallel import Mesh, check, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
+from .recovery import Recovery
 from .setup import check_memory, check_same, check_tokenizer, describe, only_one, open_data
-from .step import STOPS, Passes, agree, evaluation, gradients, refusal
-
-RETURNS = 3  # to one checkpoint, then the run ends
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, saved itself, and can go on. `signal_number` says who asked."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
+from .step import Passes, Told, agree, evaluation, gradients, refusal
+from .stopping import Interrupted as Interrupted
+from .stopping import StopRequests, stop_requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +68,14 @@ def train(recipe: Recipe, runs: str | Path = "runs") -> RunSummary:
     Raises ValueError or OSError (one line: what is wrong and what to do), on one process, and Elsewhere on the others;
     and Interrupted on all after SIGINT, SIGTERM or SIGHUP on any.
     """
-    with start(recipe.parallel, recipe.train.device) as mesh, _restored(recipe, mesh):
-        return _run(recipe, Path(runs) / recipe.run, mesh)
+    run = Path(runs) / recipe.run
+    try:
+        with start(recipe.parallel, recipe.train.device) as mesh, _restored(recipe, mesh):
+            return _run(recipe, run, mesh)
+    except KeyboardInterrupt:  # before there was anything to save, or by a second Ctrl-C
+        saved = step_folders(run / "checkpoints")
+        where = f"goes on from step {int(saved[0].name[5:])}" if saved else "begins again"
+        raise Interrupted(f"stopped at once; the same command {where}", signal.SIGINT) from None
 
 
 def _run(recipe: Recipe, run: Path, mesh: Mesh) -> RunSummary:
@@ -251,39 +250,30 @@ def _model(
 
 
 def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data: TokenData, mesh: Mesh) -> None:
-    settings, steps = recipe.train, recipe.train.steps
+    settings, steps, resets = recipe.train, recipe.train.steps, _resets(recipe, data)
     loader = Loader(
         data, seq_len=settings.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=settings.seed,
-        rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=_resets(recipe, data),
+        rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=resets,
     )  # fmt: skip
     optimizer = new_optimizer(model, recipe.optim)
-    evaluate = _evaluation(recipe, model, mesh, _resets(recipe, data))
+    evaluate = _evaluation(recipe, model, mesh, resets)
     note: dict[str, Any] = {}  # for the next line
-    returns: list[int] = []  # the steps that the run went back to
     model.train()
     with (
         Checkpoints(run / "checkpoints", mesh, origin, recipe.checkpoint) as checkpoints,
         Feed(loader, settings.accumulate, mesh) as feed, Passes(model, mesh, settings) as passes,
-        _stop_requests() as stop,
+        stop_requests(at_once=mesh.world == 1) as stop,
     ):  # fmt: skip
+        recovery = Recovery(checkpoints, model, optimizer, mesh, settings.patience, _probe(recipe, model, loader, mesh))
         place = checkpoints.resume(model, optimizer)
         feed.seek(place.position)
         if mesh.first:
             describe(recipe, run, model, loader, mesh, place.step)
         metrics = Metrics(run / "metrics.jsonl", place.step, settings.tensorboard, write=mesh.first)
-        with progress(steps, place.step) as show:
+        with _drawn(recipe, run, mesh), progress(steps, place.step) as show:
             while place.step < steps:
                 began, step, share = time.perf_counter(), place.step + 1, next(feed)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe.optim, step, steps)
-                loss = gradients(passes, share, mesh)
-                bad, tell = agree(mesh, loss, clip(model, mesh, recipe.optim.clip), stop, checkpoints.flags)
-                unseen = not settings.spike and step_unless(optimizer, bad)  # queued before the device is waited for
-                told = tell()
-                wrong = refusal(told, place.losses, settings.spike)
-                if wrong is None and not unseen:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                told, wrong = _step(recipe, model, optimizer, passes, share, place, mesh, stop, checkpoints.flags)
                 place.pass_step(share.samples[1], wrong is not None, [told.loss] if settings.spike else [])
                 checkpoints.advance(*told.saving)
                 speed = settings.batch_tokens / (time.perf_counter() - began)
@@ -294,18 +284,19 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
                 if wrong is not None:
                     say(f"step {step}: {wrong}; not applied (samples {share.samples[0]:,} to {share.samples[1]:,})")
                     line |= {"refused": wrong, "samples": share.samples}
-                if place.refused >= settings.patience:
-                    note = {"went_back": {"after_step": step, "for": wrong}}
-                    place = _go_back(checkpoints, model, optimizer, place, returns, mesh)
-                    feed.seek(place.position)
-                    metrics.cut(place.step)
-                    continue
                 note, last = {}, step == steps
+                saves = bool(last or told.stop or _due(step, recipe.checkpoint))
                 if evaluate and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
                     line |= evaluate(f"step {step}/{steps}  loss {told.loss:.3f}")
                 metrics.write(line)
                 show(step, told.loss, speed)
-                if last or told.stop or _due(step, recipe.checkpoint):
+                trouble = recovery.trouble(place, wrong, line.get("valid_loss"), saves=saves, last=last)
+                if trouble is not None:
+                    place, note = recovery.go_back(place, trouble), {"went_back": {"after_step": step, "for": trouble}}
+                    feed.seek(place.position)
+                    metrics.cut(place.step)
+                    continue
+                if saves:
                     metrics.flush()
                     checkpoints.save(model, optimizer, place)
                 if mesh.first and (last or "valid_loss" in line):
@@ -320,34 +311,51 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
     say(f"finished: model in {run}, curve in {run / 'loss.png'}")
 
 
+def _step(
+    recipe: Recipe, model: LanguageModel, optimizer: torch.optim.Optimizer, passes: Passes, share: Share, place: Place,
+    mesh: Mesh, stop: StopRequests, saving: tuple[int, int],
+) -> tuple[Told, str | None]:  # fmt: skip
+    """The step after `place` on all ranks: what all of them know of it, and why it was not applied (None: it was)."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe.optim, place.step + 1, recipe.train.steps)
+    loss = gradients(passes, share, mesh)
+    stop.at_once = False  # all is compiled: from here on a step takes as long as the next one, and is worth saving
+    bad, tell = agree(mesh, loss, clip(model, mesh, recipe.optim.clip), stop, saving)
+    unseen = not recipe.train.spike and step_unless(optimizer, bad)  # queued before the device is waited for
+    told = tell()
+    wrong = refusal(told, place.losses, recipe.train.spike)
+    if wrong is None and not unseen:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return told, wrong
+
+
+@contextmanager
+def _drawn(recipe: Recipe, run: Path, mesh: Mesh) -> Iterator[None]:
+    """Draw the curve also of a run that diverges or is stopped."""
+    try:
+        yield
+    except (ValueError, Interrupted):
+        if mesh.first:
+            plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
+        raise
+
+
 def _due(step: int, recipe: Checkpoint) -> bool:
     return any(every and step % every == 0 for every in (recipe.every, recipe.keep_every))
 
 
-def _go_back(
-    checkpoints: Checkpoints, model: LanguageModel, optimizer: torch.optim.Optimizer, place: Place,
-    returns: list[int], mesh: Mesh,
-) -> Place:  # fmt: skip
-    """The newest checkpoint from before the steps that were refused, loaded, to go on with the samples after them.
+def _probe(recipe: Recipe, model: LanguageModel, loader: Loader, mesh: Mesh) -> Callable[[], float] | None:
+    """Measures the loss of one micro-batch of the training split, always the same one, without gradients.
 
-    Passing over only them would change nothing, as they never reached the weights: all samples since the checkpoint
-    are passed over. Raises ValueError where there is no checkpoint, or going back to it did not help.
+    Of rows in segments it reads the first segment, so that it needs no more memory than training.
     """
-    back = checkpoints.go_back(model, optimizer)
-    why = f"step {place.step}: {place.refused} steps in a row were refused for their loss or gradient norm, none reached the weights"
-    advice = "try run=NAME with a lower optim.lr or a longer warm-up"
-    if back is None:
-        raise mesh.failure(f"{why}; there is no checkpoint to go back to; {advice}")
-    if returns[-RETURNS:] == [back.step] * RETURNS:
-        raise mesh.failure(
-            f"{why}; the run went back to step {back.step} {RETURNS} times, with other samples; {advice}"
-        )
-    returns.append(back.step)
-    back.refused_in_all = place.refused_in_all
-    say(f"going back to step {back.step}; samples {back.position:,} to {place.position:,} are passed over")
-    back.skipped.append([back.position, place.position])
-    back.position = place.position
-    return back
+    rows = recipe.rows // mesh.data_ranks
+    mine = range(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
+    ids, targets, cu_seqlens = mesh.split(loader.batch(number % loader.count for number in mine))
+    if recipe.train.segment:  # then rows are whole ones
+        ids, targets = ids[:, : recipe.train.segment], targets[:, : recipe.train.segment]
+    return evaluation(model, [Batch(ids, targets, cu_seqlens)], mesh, recipe.train.dtype)
 
 
 def _evaluation(
@@ -370,29 +378,3 @@ def _evaluation(
         return {"valid_loss": loss, "valid_bits_per_byte": bits}
 
     return figures
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that SIGINT, SIGTERM and SIGHUP are put into; a second SIGINT (Ctrl-C) has its usual effect.
-
-    Not a second SIGTERM: where a scheduler sends it to all processes, torchrun hands it to its own once more.
-    """
-    received: list[int] = []
-
-    def note(got: int, frame: object) -> None:
-        received.append(got)
-        if got == signal.SIGINT:
-            signal.signal(got, previous[got])
-
-    previous: dict[int, Any] = {}
-    try:
-        for asked in STOPS:
-            previous[asked] = signal.signal(asked, note)
-    except ValueError:  # not the main thread: nobody can signal us
-        previous.clear()
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

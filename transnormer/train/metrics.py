@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -28,6 +29,7 @@ class Metrics:
     """metrics.jsonl: one JSON object a line, each step once, appended and never rewritten but on going back.
 
     What is not finite is written as null. write: of several processes only the first does; for the others it is nothing.
+    It is said how many of the steps up to `after_step` have no line, because the file was damaged or lost.
     """
 
     def __init__(self, path: Path, after_step: int, tensorboard: bool = False, write: bool = True):
@@ -41,7 +43,13 @@ class Metrics:
         if not self._writes:
             return
         self.close()
-        kept = [line for line in read_metrics(self._path) if line["step"] <= after_step] if self._path.exists() else []
+        damaged: list[int] = []
+        found = read_metrics(self._path, damaged) if self._path.exists() else []
+        kept = [line for line in found if line["step"] <= after_step]
+        if lost := after_step - len({line["step"] for line in kept}):
+            lines = f"line {', '.join(map(str, damaged))} is damaged" if damaged else "the lines are not there"
+            why = lines if self._path.exists() else "the file is missing"
+            say(f"{self._path}: {why}; {lost:,} of {after_step:,} steps are missing from the curve")
         text = "".join(json.dumps(line) + "\n" for line in kept)
         replace_file(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self._file = self._path.open("a", encoding="utf-8")
@@ -80,17 +88,22 @@ class Metrics:
             self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, up to the first torn one."""
+def read_metrics(path: Path, damaged: list[int] | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without those that are damaged, whose numbers (from 1) are added to `damaged`.
+
+    Every line returned has `step` and `tokens`, whole numbers, and `loss`, a float, or None where it was not finite.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            line = json.loads(text) if text.endswith("\n") else None
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or "step" not in line:
-            break
-        lines.append(line)
+            line = json.loads(text)
+            whole = type(line["step"]) is type(line["tokens"]) is int and type(line["loss"]) in (float, NoneType)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            whole = False
+        if whole:
+            lines.append(line)
+        elif text and damaged is not None:
+            damaged.append(number)
     return lines
 
 
@@ -129,7 +142,10 @@ def progress(steps: int, done: int) -> Iterator[Any]:
 
 
 def plot(metrics: Path, picture: Path, title: str) -> None:
-    """The loss curve of a metrics.jsonl as a PNG: training loss, its running mean, validation loss; nats a token."""
+    """The loss curve of a metrics.jsonl as a PNG: training loss, its running mean, validation loss; nats a token.
+
+    Steps that were refused are red lines. The last validation loss that is a number stands in the legend.
+    """
     import numpy as np
     from matplotlib.figure import Figure  # not pyplot, which chooses how all figures of the process are drawn
     from matplotlib.ticker import EngFormatter
@@ -142,20 +158,22 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
     window = max(1, len(loss) // 50)
     known = np.where(np.isnan(loss), np.nanmean(loss) if np.isfinite(loss).any() else 0, loss)
     mean = np.convolve(known, np.ones(window) / window, mode="valid")
-    valid = [(line["tokens"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    valid = [(line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss") is not None]
+    refused = [line["tokens"] for line in lines if "refused" in line]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(tokens[window - 1 :], mean, color="tab:blue", label="training")
     if valid:
-        axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-        axes.annotate(
-            f"{valid[-1][1]:.3f}", valid[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="tab:orange"
-        )
+        label = f"validation, last {valid[-1][1]:.3f}"
+        axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
+    if refused:
+        edges = axes.get_xaxis_transform()  # from the lower to the upper edge, whatever the losses are
+        axes.vlines(refused, 0, 1, transform=edges, color="tab:red", linewidth=0.8, label="refused steps")
     axes.set(xlabel="tokens read", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)  # where no curve runs through it
     try:
         replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))
     except OSError as error:  # a picture must not cost a run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,8 +20,7 @@ from .feed import Share
 from .graph import Graph
 from .parallel import Mesh, reshard
 from .recipe import Train
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from .stopping import STOPS
 
 
 class Told(NamedTuple):

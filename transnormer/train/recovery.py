@@ -1,0 +1,72 @@
+"""Runs that go wrong: how that is known before it is saved, and how a run goes on from before it went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..model.language_model import LanguageModel
+from .checkpoint import Checkpoints, Place
+from .metrics import say
+from .parallel import Mesh
+
+RETURNS = 3  # to one checkpoint, then the run ends
+ADVICE = "try run=NAME with a lower optim.lr or a longer warm-up"
+
+
+class Recovery:
+    """Knows when a run cannot go on from its weights, and goes back to its newest checkpoint. All ranks call it alike.
+
+    patience: refused steps in a row that are too many. probe: measures the loss of the present weights, in nats per
+    token, None where no token can be learned.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, model: LanguageModel, optimizer: torch.optim.Optimizer, mesh: Mesh,
+        patience: int, probe: Callable[[], float] | None,
+    ):  # fmt: skip
+        self._checkpoints, self._model, self._optimizer, self._mesh = checkpoints, model, optimizer, mesh
+        self._patience, self._probe = patience, probe
+        self._returns: list[int] = []  # the steps that the run went back to
+
+    def trouble(
+        self, place: Place, refused: str | None, valid_loss: float | None, *, saves: bool, last: bool
+    ) -> str | None:
+        """Why the run must not go on from these weights, or end with them; None where it may.
+
+        refused: why the last step was. valid_loss: what these weights have, where that is known. saves: they are about
+        to be saved; then their loss is measured on other tokens, because an update that ruins them shows in the losses
+        of later steps alone. last: the run ends here.
+        """
+        if refused and last and place.refused == place.step:
+            return f"all {place.step} steps were refused (the last: {refused})"
+        if refused and place.refused >= self._patience:
+            return f"{place.refused} steps in a row were refused (the last: {refused})"
+        name, loss = "validation loss", valid_loss
+        if loss is None and saves and self._probe is not None:
+            name, loss = "loss of the weights that were to be saved", self._probe()
+        if loss is None or math.isfinite(loss := self._mesh.gather(loss)[0]):
+            return None
+        return f"the {name} is {loss}"
+
+    def go_back(self, place: Place, why: str) -> Place:
+        """The newest checkpoint from before the steps that were refused, loaded, to go on with the samples after them.
+
+        Passing over only them would change nothing, as they never reached the weights: all samples since the checkpoint
+        are passed over. Raises ValueError where there is no checkpoint, or going back to it did not help.
+        """
+        back = self._checkpoints.go_back(self._model, self._optimizer)
+        why = f"step {place.step}: {why}"
+        if back is None:
+            raise self._mesh.failure(f"{why}; the run diverged, and there is no checkpoint to go back to; {ADVICE}")
+        if self._returns[-RETURNS:] == [back.step] * RETURNS:
+            raise self._mesh.failure(
+                f"{why}; the run diverged, and went back to step {back.step} {RETURNS} times, with other samples; {ADVICE}"
+            )
+        self._returns.append(back.step)
+        say(f"{why}; going back to step {back.step}; samples {back.position:,} to {place.position:,} are passed over")
+        back.skipped.append([back.position, place.position])
+        back.position, back.refused_in_all = place.position, place.refused_in_all
+        return back
