@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +15,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,8 +182,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(
 
     gradients = loop.gradients
     monkeypatch.setattr(loop, "gradients", pressed)
-    with pytest.raises(loop.Interrupted, match="stopped at once; the same command goes on from step 3"):
-        train(tiny("run=twice"))
+    with pytest.raises(loop.Interrupted, match=r"stopped at once; the same command goes on from step [34]"):
+        train(tiny("run=twice", "checkpoint.every=1"))  # each save waits until the one before is there
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(work: Path) -> None:
@@ -215,7 +217,8 @@ def test_what_cannot_work_is_said_before_it_costs_anything(work: Path, prepared:
         train(tiny("run=none", "model.vocab_size=10"))
     with pytest.raises(ValueError, match=r"device 'tpuu' is not supported"):
         train(tiny("run=none", "train.device=tpuu"))
-    with pytest.raises(ValueError, match=r"was prepared with vocab_size = 300, the recipe says 400"):
+    made = r"was prepared with data\.vocab_size = 300, but the recipe says 400; choose another data\.path, or remove"
+    with pytest.raises(ValueError, match=made):
         train(tiny("run=none", "data.vocab_size=400", "data.text=x.txt", "data.split=0.1"))
     with pytest.raises(
         ValueError, match=r"was prepared with format = 'text', the recipe says data.format = 'messages'"
@@ -225,7 +228,87 @@ def test_what_cannot_work_is_said_before_it_costs_anything(work: Path, prepared:
         ValueError, match=r"was prepared with chat_template = None, the recipe says data\.chat_template = 'a\.jinja'"
     ):
         train(tiny("run=none", "data.chat_template=a.jinja"))
+    with pytest.raises(ValueError, match=r"data\.vocab_size = 300, but the recipe does not set it"):
+        train(tiny("run=none", "data.text=x.txt", "data.split=0.1"))
+    with pytest.raises(ValueError, match=r"was prepared without data\.tokenizer, but the recipe says 'x'"):
+        train(tiny("run=none", "data.vocab_size=300", "data.tokenizer=x", "data.text=x.txt", "data.split=0.1"))
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 200, but the tokenizer of .* has 300 words"):
+        train(tiny("run=none", "model.vocab_size=200"))
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 200, but a tokenizer has at least 257 words"):
+        train(tiny("run=none", "model.vocab_size=200", "data.path=new", "data.text=x.txt", "data.vocab_size=4096"))
     assert not Path("runs/none").exists()
+
+
+def test_where_no_run_can_be_written_one_line_says_so(work: Path) -> None:
+    Path("runs").mkdir()
+    Path("runs/taken").touch()
+    with pytest.raises(ValueError, match=r"^runs/taken is a file, where the run's folder should be; give another run="):
+        train(tiny("run=taken"))
+    Path("notes").touch()  # under a file as in a folder that is read-only nothing can be made
+    with pytest.raises(OSError, match=r"^notes/one: nothing can be written there \(Not a directory\)") as caught:
+        train(tiny("run=one"), runs="notes")
+    assert "Errno" not in str(caught.value)
+
+
+def test_a_run_is_made_longer_and_what_is_not_learned_may_change(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The rates are those of a run that was as long from the start, from the step on at which it was made longer."""
+    train(tiny("run=whole", "train.steps=8"))
+    train(tiny("run=grown", "train.steps=4", "optim.schedule=constant"))
+    moved = ("eval.every=2", "eval.tokens=256", "train.patience=5")
+    with pytest.raises(ValueError, match=r"optim\.schedule was \"constant\" and is now \"cosine\""):
+        train(tiny("run=grown", "train.steps=8", *moved))
+    train(tiny("run=grown", "train.steps=8", "optim.schedule=constant", *moved))
+    assert "train.steps was 4 and is now 8" in capfd.readouterr().err
+    train(tiny("run=risen", "train.steps=4"))
+    train(tiny("run=risen", "train.steps=8"))
+    rates = {
+        run: [line["learning_rate"] for line in read_metrics(Path(f"runs/{run}/metrics.jsonl"))]
+        for run in ("whole", "grown", "risen")
+    }
+    assert rates["grown"] == [2.5e-3, 5e-3, 7.5e-3, *[1e-2] * 5]
+    assert rates["risen"][4:] == rates["whole"][4:]
+    assert [line["step"] for line in read_metrics(Path("runs/grown/metrics.jsonl")) if "valid_loss" in line] == [
+        4,
+        6,
+        8,
+    ]
+    with pytest.raises(
+        ValueError, match=r"runs/grown has made 8 steps already, more than train\.steps = 6; write more"
+    ):
+        train(tiny("run=grown", "train.steps=6", "optim.schedule=constant"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("optim.warmup_steps=4",), None), (("optim.warmup_steps=16",), "than the 4 steps .* beyond 25% of optim.lr"),
+        (("optim.warmup_steps=3", "optim.schedule=wsd", "optim.decay_share=0.5"), "than the 2 steps .* beyond 67%"),
+    ],
+)  # fmt: skip
+def test_a_warm_up_that_does_not_end_is_mentioned(
+    work: Path, settings: tuple[str, ...], message: str | None, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop(*_: object) -> None:
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(loop, "gradients", stop)
+    with pytest.raises(RuntimeError, match="far enough"):
+        train(tiny("run=warm", "train.steps=4", *settings))
+    said = capfd.readouterr().err
+    assert re.search(message, said) if message else "warm" not in said.replace("run warm", "")
+
+
+def test_a_token_past_the_vocabulary_names_its_shard(work: Path, prepared: Path) -> None:
+    shutil.copytree(prepared, "spoilt")
+    shard = Path("spoilt/train-00000.bin")
+    ids = np.fromfile(shard, np.uint16)
+    ids[40:] = 300
+    ids.tofile(shard)
+    with pytest.raises(
+        ValueError, match=r"^spoilt/train-00000\.bin: damaged; it has the token 300, and the vocabulary 300"
+    ):
+        train(tiny("run=none", "data.path=spoilt"))
 
 
 @pytest.mark.parametrize(

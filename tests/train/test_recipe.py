@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from transnormer.config import ModelConfig
+from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.train.optim import learning_rate
 from transnormer.train.parallel import Mesh, check, sizes
-from transnormer.train.recipe import Optim, Recipe
+from transnormer.train.recipe import Optim, Recipe, model_overrides
 from transnormer.train.setup import check_memory
 
 from ..conftest import REPOSITORY
@@ -55,16 +55,120 @@ def test_the_resolved_recipe_reads_back_equal(recipe_file: Path, tmp_path: Path)
         "train.recompute=true",
         "train.device=cpu",
         "checkpoint.keep=7",
+        "train.steps=7",
+        "eval.every=3",
+        "eval.tokens=64",
+        "train.patience=9",
+        "train.tensorboard=true",
     ]
     assert Recipe.load(recipe_file).difference(Recipe.load(recipe_file, elsewhere)) is None
-    first = Recipe.load(recipe_file).difference(Recipe.load(recipe_file, ["train.steps=7"]))
-    assert first == "train.steps was 1000 and is now 7"
+    first = Recipe.load(recipe_file).difference(Recipe.load(recipe_file, ["train.seed=7"]))
+    assert first == "train.seed was 0 and is now 7"
     recipe_file.write_text(recipe_file.read_text().replace('size = "10m"', 'from = "runs/x"'))
     tuned = Recipe.load(recipe_file, ["lora.targets=out_proj", "train.reset_state=false", "lora.alpha=3"])
     (tmp_path / "resolved.toml").write_text(tuned.to_toml())
     assert Recipe.load(tmp_path / "resolved.toml").difference(tuned) is None
     assert (tuned.lora.rank, tuned.lora.targets, tuned.base) == (8, ("out_proj",), Path("runs/x"))
     assert Recipe.load(recipe_file).lora is Recipe.load(recipe_file).train.reset_state is None
+
+
+@pytest.mark.parametrize("text", ["2024_05_01", "0x10", "1_000", "2024-05-01", "007", "1e3", "true", "None", "inf"])
+def test_text_that_looks_like_something_else_stays_text(recipe_file: Path, text: str, tmp_path: Path) -> None:
+    keys = ("run", "data.path", "data.text", "data.tokenizer", "data.text_field", "train.device")
+    recipe = Recipe.load(recipe_file, [f"{key}={text}" for key in keys])
+    assert (recipe.run, recipe.data.path, recipe.data.text, recipe.data.tokenizer) == (text, text, (text,), text)
+    assert (recipe.data.text_field, recipe.train.device) == (text, text)
+    quoted = Recipe.load(recipe_file, [f"run='{text}'", f'data.text=["{text}", "b"]'])
+    assert (quoted.run, quoted.data.text) == (text, (text, "b"))
+    (tmp_path / "resolved.toml").write_text(recipe.to_toml())
+    assert Recipe.load(tmp_path / "resolved.toml") == recipe
+    recipe_file.write_text(f'[data]\npath = "d"\n[model]\nfrom = "{text}"\n')
+    for overrides in ([], [f"model.from={text}"]):
+        assert Recipe.load(recipe_file, overrides).base == Path(text)
+    with pytest.raises(ValueError, match=rf"mixer = '{text}', but must be one of"):
+        model_overrides("7b", [f"model.mixer={text}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("run = 2024_05_01", r"run = 20240501, but must be text, in quotes"),
+        ("run = 2024-05-01", r"run = 2024-05-01, but must be text, in quotes"),
+        ("run = 07:32:00", r"run = 07:32:00, but must be text, in quotes"),
+    ],
+)
+def test_a_file_puts_text_in_quotes(recipe_file: Path, line: str, message: str) -> None:
+    recipe_file.write_text(f"{line}\n{recipe_file.read_text()}")
+    with pytest.raises(ValueError, match=message):
+        Recipe.load(recipe_file)
+
+
+def test_the_baseline_is_one_word_beside_which_fields_may_change(recipe_file: Path) -> None:
+    config = Recipe.load(recipe_file, ["model.kind=transformer", "model.norm=srmsnorm"]).model_config(300)
+    assert config == ModelConfig.named("10m", vocab_size=300, **TRANSFORMER | {"norm": "srmsnorm"})
+    assert Recipe.load(recipe_file, ["model.kind=published"]).model_config(300) == ModelConfig.named(
+        "10m", vocab_size=300
+    )
+    assert model_overrides("7b", ["model.kind=transformer"]) == ModelConfig.named("7b", **TRANSFORMER)
+    recipe_file.write_text(recipe_file.read_text() + 'kind = "transformer"\nglu = "sglu"\n')
+    assert Recipe.load(recipe_file).model_config(300).glu == "sglu"
+    asked = Recipe.load(recipe_file, ["model.kind=published"])  # then the file's other words no longer count
+    assert asked.model_config(300) == ModelConfig.named("10m", vocab_size=300)
+    for call in (
+        lambda: Recipe.load(recipe_file, ["model.kind=tranformer"]),
+        lambda: model_overrides("7b", ["model.kind=tranformer"]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"model\.kind = 'tranformer', but must be one of published, transformer; did"
+        ):
+            call()
+
+
+def test_names_in_a_recipe_are_those_of_the_working_folder_or_of_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("clone/recipes/a.toml", "clone/text.txt", "clone/tok/tokenizer.json", "clone/base/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "clone/recipes/a.toml").write_text(
+        '[data]\npath = "data/new"\ntext = ["../text.txt", "lost.txt"]\ntokenizer = "../tok"\n[model]\nfrom = "../base"\n'
+    )
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    away = Recipe.load("../clone/recipes/a.toml")
+    there = tmp_path.resolve() / "clone"
+    assert away.data.text == (str(there / "text.txt"), "lost.txt")
+    assert (away.data.tokenizer, away.base, away.data.path) == (str(there / "tok"), there / "base", "data/new")
+    assert Recipe.load("../clone/recipes/a.toml", ["data.tokenizer=../tok"]).data.tokenizer == "../tok"
+    monkeypatch.chdir(there)
+    assert Recipe.load("recipes/a.toml").data.text == ("text.txt", "lost.txt")
+    (there / "lost.txt").touch()
+    (there / "recipes/lost.txt").touch()
+    assert Recipe.load("recipes/a.toml").data.text == ("text.txt", "lost.txt")
+
+
+def test_the_repositorys_recipes_find_their_text_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in sorted((REPOSITORY / "recipes").glob("*.toml")):
+        assert all(Path(name).is_file() for name in Recipe.load(path).data.text)
+
+
+def test_the_resolved_recipe_says_nothing_of_data_that_were_made_already(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(recipe_file, ["data.vocab_size=1024", "data.split=0.05"])
+    assert recipe == Recipe.load(recipe_file)
+    assert '[data]\npath = "d"\n\n' in recipe.to_toml()
+    assert 'format = "alpaca"' in Recipe.load(recipe_file, ["data.format=alpaca"]).to_toml()
+    assert "vocab_size = 1024" in Recipe.load(recipe_file, ["data.vocab_size=1024", "data.text=a"]).to_toml()
+    with pytest.raises(ValueError, match=r"data\.format = 'mesages', but must be one of"):
+        Recipe.load(recipe_file, ["data.format=mesages"])
+
+
+@pytest.mark.parametrize("overrides", [["run=a", "run=b"], ["optim.lr=1", " optim.lr = 1"]])
+def test_a_setting_is_given_once(recipe_file: Path, overrides: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"(run|optim\.lr) is given twice, as '.' and '.'; write it once"):
+        Recipe.load(recipe_file, overrides)
+    with pytest.raises(ValueError, match=r"model\.norm is given twice"):
+        model_overrides("7b", ["model.norm=srmsnorm", "model.norm=rmsnorm"])
 
 
 @pytest.mark.parametrize(

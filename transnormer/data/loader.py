@@ -384,6 +384,7 @@ class TokenData:
             self.fingerprint += f" {record['chat_template_sha256']}"
         self.source: dict[str, Any] = record["source"]
         self.name = f"{folder} {split}"
+        self._files = [folder / shard["file"] for shard in found["shards"]]
         self._shards = [_map(folder / shard["file"], record["dtype"], shard["tokens"]) for shard in found["shards"]]
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])  # [shards + 1]
 
@@ -409,7 +410,7 @@ class TokenData:
         return np.concatenate([*starts, [self.tokens]])[1:].astype(np.int64)
 
     def _words(self, start: int, length: int) -> np.ndarray:
-        """Ids with their flags as int64 [length]."""
+        """Ids with their flags as int64 [length]. ValueError names the shard that holds an id past the vocabulary."""
         stop = start + length
         if start < 0 or length < 0 or stop > self.tokens:
             raise ValueError(f"{self.name} has {self.tokens} tokens; there is no window from {start} to {stop}")
@@ -418,7 +419,14 @@ class TokenData:
         while at < stop:
             n = int(np.searchsorted(self._starts, at, side="right")) - 1
             end = min(stop, int(self._starts[n + 1]))
-            words[at - start : end - start] = self._shards[n][at - self._starts[n] : end - self._starts[n]]
+            part = words[at - start : end - start]
+            part[:] = self._shards[n][at - self._starts[n] : end - self._starts[n]]
+            ids = part & (BEGINS - 1) if self.flags else part
+            if (largest := int(ids.max())) >= self.vocab_size:
+                raise ValueError(
+                    f"{self._files[n]}: damaged; it has the token {largest:,}, and the vocabulary {self.vocab_size:,} "
+                    f"words; prepare the folder again"
+                )
             at = end
         return words
 

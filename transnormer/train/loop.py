@@ -17,7 +17,7 @@ import torch
 from ..config import ModelConfig
 from ..data.chat import find_template
 from ..data.loader import Batch, Loader, TokenData
-from ..data.tokenizer import SMALLEST, load_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..files import step_folders, write_text
 from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
@@ -30,7 +30,7 @@ from .optim import learning_rate, new_optimizer, step_unless
 from .parallel import Mesh, check, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
 from .recovery import Recovery
-from .setup import check_memory, check_same, check_tokenizer, describe, only_one, open_data
+from .setup import check_memory, check_same, check_tokenizer, check_vocabulary, describe, only_one, open_data
 from .step import Passes, Told, agree, evaluation, gradients, refusal
 from .stopping import Interrupted as Interrupted
 from .stopping import StopRequests, stop_requests
@@ -142,17 +142,24 @@ def _summary(recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memo
 
 
 def _finished(run: Path, recipe: Recipe) -> bool:
-    """Whether nothing is left to do. ValueError where the folder is another run's."""
+    """Whether nothing is left to do. ValueError where the folder is another run's, or has made more steps already."""
     checkpoints = step_folders(run / "checkpoints")
     check_same(run, recipe, bool(checkpoints))
-    done = bool(checkpoints) and int(checkpoints[0].name[5:]) >= recipe.train.steps
-    return done and not checkpoint.damaged(checkpoints[0])
+    if not checkpoints or checkpoint.damaged(checkpoints[0]):
+        return False
+    step = int(checkpoints[0].name[5:])
+    if step > recipe.train.steps:
+        raise ValueError(
+            f"{run} has made {step} steps already, more than train.steps = {recipe.train.steps}; write more, or give "
+            f"another run=NAME"
+        )
+    return step == recipe.train.steps
 
 
 def _prepare(recipe: Recipe, base: LanguageModel | None) -> None:
     """See to it that the data are there and fit `base`."""
     if base is None:
-        recipe.model_config(SMALLEST)  # refused before any text is prepared for it
+        check_vocabulary(recipe)
     data = open_data(recipe)
     if base is not None:
         check_tokenizer(recipe, base, data)
@@ -198,7 +205,6 @@ def _resets(recipe: Recipe, data: TokenData) -> bool:
 @contextmanager
 def _opened(run: Path, recipe: Recipe) -> Iterator[None]:
     """The run's folder, for this process alone."""
-    run.mkdir(parents=True, exist_ok=True)
     with only_one(run):
         for leftover in run.glob(".*.partial"):
             leftover.unlink()

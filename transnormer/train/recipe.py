@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import tomllib
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from ..config import SIZES, ModelConfig, nearest
+from ..config import SIZES, TRANSFORMER, ModelConfig, nearest
 from ..data.chat import FORMATS
 
+KINDS: dict[str, dict[str, Any]] = {"published": {}, "transformer": TRANSFORMER}  # in the model's words
 OPTIMIZERS = ("adamw", "adam", "muon")
-# what is learned does not depend on these
-MOVABLE = re.compile(r"(parallel|checkpoint)\..*|train\.(accumulate|recompute|compile|graph|device)")
+# What may change when a run goes on. Nothing of it decides what a step learns but train.steps, which decides the length
+# of the schedule (`optim.learning_rate`): a run may be made longer.
+MOVABLE = re.compile(
+    r"(parallel|checkpoint|eval)\..*"
+    r"|train\.(steps|accumulate|recompute|segment|compile|graph|device|patience|tensorboard)"
+)
 SCHEDULES = ("cosine", "constant", "wsd")
 DTYPES = ("float32", "bfloat16")
 SCALINGS = ("", "tensorwise", "rowwise")
@@ -108,7 +115,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a run depends on. `model` holds `size` and any field of ModelConfig, or `from` alone."""
+    """Everything a run depends on. `model` holds `size`, `kind` and any field of ModelConfig, or `from` alone."""
 
     run: str
     model: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +131,7 @@ class Recipe:
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a TOML file and apply `key=value` overrides, e.g. `optim.lr=1e-3`; `run` defaults to the file's name.
 
+        Files and folders that the TOML file names are looked for in the working directory, then beside the TOML file.
         Raises ValueError or OSError with one line that names the key, the value and what would fit.
         """
         path = Path(path)
@@ -133,16 +141,18 @@ class Recipe:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: not TOML ({error})") from error
+        _look_beside(path.parent, values)
         values.setdefault("run", path.stem)
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise ValueError(f"{override!r} is not an override; write key=value, e.g. optim.lr=1e-3")
-            _set(values, key.strip(), _parse(text.strip()))
-        named = {override.partition("=")[0].strip() for override in overrides}
-        if "model.size" in named:  # a size asked for is that size, whatever shape the file describes
-            shape = [*next(iter(SIZES.values())), "head_dim"]
-            values["model"] = {k: v for k, v in values["model"].items() if k not in shape or f"model.{k}" in named}
+        named = _split(overrides)
+        for key, text in named.items():
+            _set(values, key, _parse(key, text))
+        replaced: set[str] = set()  # a size or kind asked for is that one, whatever model the file describes
+        if "model.size" in named:
+            replaced |= {*next(iter(SIZES.values())), "head_dim"}
+        if "model.kind" in named:
+            replaced |= set(TRANSFORMER)
+        if replaced:
+            values["model"] = {k: v for k, v in values["model"].items() if k not in replaced or f"model.{k}" in named}
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -151,15 +161,18 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """From nested tables, every key and type checked."""
-        recipe = _build(cls, values, "")
+        recipe: Recipe = _build(cls, values, "")
         if not re.fullmatch(r"[\w][\w.-]*", recipe.run):
             raise ValueError(f"run = {recipe.run!r}, but must be a name of letters, digits, '.', '_' and '-'")
         recipe._check()
-        return recipe
+        data = recipe.data
+        if not data.text:  # they are made already: what else the table says of making them is true of no data
+            data = Data(path=data.path, format=data.format, chat_template=data.chat_template)
+        return dataclasses.replace(recipe, data=data)
 
     def _check(self) -> None:
         train, optim, lora = self.train, self.optim, self.lora or Lora()
-        fields = ["from", "size", *(f.name for f in dataclasses.fields(ModelConfig))]
+        fields = ["from", "size", "kind", *(f.name for f in dataclasses.fields(ModelConfig))]
         for key in self.model:
             if key not in fields:
                 raise ValueError(f"unknown key model.{key}{nearest(key, fields, 'model.')}")
@@ -176,10 +189,9 @@ class Recipe:
             ("optim.name", optim.name, OPTIMIZERS),
             ("data.format", self.data.format, ("text", *FORMATS)),
             ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
+            ("model.kind", self.model.get("kind", "published"), tuple(KINDS)),
         ):  # fmt: skip
-            if word not in words:
-                choices = ", ".join(word or "''" for word in words)
-                raise ValueError(f"{key} = {word!r}, but must be one of {choices}{nearest(word, words)}")
+            _check_choice(key, word, words)
         for key, number in (
             ("train.steps", train.steps), ("train.seq_len", train.seq_len), ("train.accumulate", train.accumulate),
             ("train.batch_tokens", train.batch_tokens), ("checkpoint.keep", self.checkpoint.keep),
@@ -240,17 +252,24 @@ class Recipe:
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model's configuration; its vocabulary is the data's where the recipe names none."""
-        fields = {key: value for key, value in self.model.items() if key != "size"}
-        fields.setdefault("vocab_size", vocab_size)
-        if fields["vocab_size"] < vocab_size:
+        config = _named(self.model.get("size", "10m"), {"vocab_size": vocab_size} | self.model)
+        if config.vocab_size < vocab_size:
             raise ValueError(
-                f"model.vocab_size = {fields['vocab_size']}, but the tokenizer of {self.data.path} has {vocab_size} words"
+                f"model.vocab_size = {config.vocab_size}, but the tokenizer of {self.data.path} has {vocab_size} words"
             )
-        return ModelConfig.named(self.model.get("size", "10m"), **fields)
+        return config
 
     def to_toml(self) -> str:
-        """The resolved recipe: a file that `load` reads back to an equal one."""
+        """The resolved recipe: a file that `load` reads back to an equal one.
+
+        It does not say how the data were made where the recipe does not know: their data.json does.
+        """
         values = dataclasses.asdict(self)
+        if not self.data.text:
+            known = ("path", "format", "chat_template")  # which `check_content` compares, unless they are the defaults
+            values["data"] = {
+                key: getattr(self.data, key) for key in known if getattr(self.data, key) != getattr(Data, key)
+            }
         lines = [f"run = {_toml(values.pop('run'))}"]
         for table, content in values.items():
             if content is None:
@@ -289,8 +308,6 @@ def _build(kind: type, values: object, prefix: str) -> Any:
             continue
         if wanted is float and type(value) is int:
             value = float(value)
-        if wanted is str and type(value) is int:  # run=2024 needs no quotes
-            value = str(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{prefix}{key} = {value}, but must be a finite number")
         if typing.get_origin(wanted) is tuple:
@@ -300,10 +317,11 @@ def _build(kind: type, values: object, prefix: str) -> Any:
         else:
             fits = type(value) is (typing.get_origin(wanted) or wanted)
         if not fits:
-            word = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+            word = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}.get(
                 wanted, "a list or table"
             )
-            raise ValueError(f"{prefix}{key} = {value!r}, but must be {word}")
+            shown = value if isinstance(value, (date, time)) else repr(value)  # TOML has them, too
+            raise ValueError(f"{prefix}{key} = {shown}, but must be {word}")
         built[key] = value
     return kind(**built)
 
@@ -317,24 +335,87 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _parse(text: str) -> Any:
-    """A TOML value, or else the text itself: `run=second` needs no quotes."""
+def _split(overrides: Sequence[str], example: str = "optim.lr=1e-3") -> dict[str, str]:
+    """Setting -> text of `key=value` overrides. Raises ValueError for anything else, and for a setting given twice."""
+    named: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ValueError(f"{override!r} is not an override; write key=value, e.g. {example}")
+        if key in named:
+            raise ValueError(f"{key} is given twice, as {named[key]!r} and {text.strip()!r}; write it once")
+        named[key] = text.strip()
+    return named
+
+
+def _parse(key: str, text: str) -> Any:
+    """What an override says: a TOML value, or else the text itself. `run=second` and `run=2024_05_01` need no quotes.
+
+    A setting that is text, or a list of texts, keeps what was written, however much it looks like a number or a date.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return {"True": True, "False": False, "null": None, "None": None}.get(text, text)
+        value = {"True": True, "False": False, "null": None, "None": None}.get(text, text)
+    wanted = _type(key)
+    if (wanted is str and not isinstance(value, str)) or (
+        wanted == tuple[str, ...] and not isinstance(value, (str, list))
+    ):
+        return text
+    return value
+
+
+def _type(key: str) -> Any:
+    """The type of a setting, e.g. int of train.steps; None where there is no such setting."""
+    table, _, name = key.partition(".")
+    if table == "model":
+        return typing.get_type_hints(ModelConfig).get(name, str)  # the others are size, kind and from
+    kinds = {"train": Train, "data": Data, "optim": Optim, "lora": Lora}
+    return typing.get_type_hints(kinds.get(table, Recipe)).get(name or table)
+
+
+def _look_beside(folder: Path, values: dict[str, Any]) -> None:
+    """Complete, in place, what a recipe in `folder` calls by names that are there, and not in the working directory."""
+
+    def found(name: object) -> object:
+        if isinstance(name, list):
+            return [found(each) for each in name]
+        if not isinstance(name, str) or os.path.exists(name) or not os.path.exists(folder / name):
+            return name
+        path, here = (folder / name).resolve(), Path.cwd()
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+    for table, key in (
+        ("data", "path"), ("data", "text"), ("data", "tokenizer"), ("data", "chat_template"), ("model", "from"),
+    ):  # fmt: skip
+        settings = values.get(table)
+        if isinstance(settings, dict) and settings.get(key):
+            settings[key] = found(settings[key])
+
+
+def _check_choice(key: str, word: object, words: Sequence[str]) -> None:
+    if word not in words:
+        choices = ", ".join(word or "''" for word in words)
+        raise ValueError(f"{key} = {word!r}, but must be one of {choices}{nearest(word, words)}")
+
+
+def _named(size: str, model: dict[str, Any]) -> ModelConfig:
+    """The configuration of a named size with the fields that a recipe's table `model` names."""
+    kind = model.get("kind", "published")
+    _check_choice("model.kind", kind, tuple(KINDS))
+    return ModelConfig.named(size, **KINDS[kind] | {k: v for k, v in model.items() if k not in ("size", "kind")})
 
 
 def model_overrides(size: str, overrides: Sequence[str]) -> ModelConfig:
     """A named size with `model.key=value` overrides, as a recipe takes them. Raises ValueError for any other."""
     fields: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        table, _, name = key.strip().partition(".")
-        if not equals or table != "model" or not name:
-            raise ValueError(f"{override!r} is no field of the model; write e.g. model.hidden_size=4096")
-        fields[name] = _parse(text.strip())
-    return ModelConfig.named(size.lower(), **fields)
+    for key, text in _split(overrides, "model.hidden_size=4096").items():
+        table, _, name = key.partition(".")
+        if table != "model" or not name:
+            raise ValueError(f"{f'{key}={text}'!r} is no field of the model; write e.g. model.hidden_size=4096")
+        fields[name] = _parse(key, text)
+    return _named(size.lower(), fields)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from .. import __version__
 from ..config import ModelConfig
 from ..data.loader import Loader, TokenData, prepare
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..files import read_json, write_text
 from ..formats.folders import find_model
 from ..model.language_model import LanguageModel
@@ -64,38 +65,62 @@ def open_data(recipe: Recipe) -> TokenData:
     elif wanted.text:
         # what folders of text do not say; the tokenizer of model.from is looked at, not its name
         source = {"format": "text", "chat_template": None} | TokenData(path, "train").source
-        for key, value in (asked | {"inputs": list(wanted.text)}).items():
+        for key, value in (asked | {"text": list(wanted.text)}).items():
+            made = source["inputs" if key == "text" else key]
             taken = key == "tokenizer" and recipe.base is not None and value is None
-            if source[key] != value and not taken:
+            if not taken and made != value and not (key == "text" and _same_files(made, value)):
+                with_ = f"without data.{key}" if made is None else f"with data.{key} = {made!r}"
+                says = "does not set it" if value is None else f"says {value!r}"
                 raise ValueError(
-                    f"{path} was prepared with {key} = {source[key]!r}, the recipe says {value!r}; "
-                    f"remove it or choose another data.path"
+                    f"{path} was prepared {with_}, but the recipe {says}; choose another data.path, or remove the "
+                    f"folder to prepare it again"
                 )
     return TokenData(path, "train")
 
 
+def _same_files(some: list[str], others: list[str]) -> bool:
+    """Whether two lists name the same files, relative to the working directory or from the root."""
+    return [os.path.realpath(name) for name in some] == [os.path.realpath(name) for name in others]
+
+
+def check_vocabulary(recipe: Recipe) -> None:
+    """Refuse a model that cannot be, or has too few words for any tokenizer, before text is prepared for it."""
+    words = recipe.model.get("vocab_size", SMALLEST)
+    if type(words) is int and 0 < words < SMALLEST and not Path(recipe.data.path).exists():
+        raise ValueError(
+            f"model.vocab_size = {words}, but a tokenizer has at least {SMALLEST} words: every byte and the end of text"
+        )
+    recipe.model_config(1)
+
+
 def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> None:
     """Refuse data that were encoded otherwise than the model's were."""
+    assert recipe.base is not None
     if data.vocab_size > base.config.vocab_size:
         raise ValueError(
             f"{recipe.data.path} has {data.vocab_size:,} words, {recipe.base} {base.config.vocab_size:,}; "
-            f"prepare it with --tokenizer {recipe.base}"
+            f"prepare it with --tokenizer {find_model(recipe.base)}"
         )
     if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(recipe.data.path).to_str():
         raise ValueError(
-            f"{recipe.data.path} was not encoded with the tokenizer of {recipe.base}; prepare it with --tokenizer, "
-            f"or set data.text and another data.path"
+            f"{recipe.data.path} was not encoded with the tokenizer of {recipe.base}; prepare it with --tokenizer "
+            f"{find_model(recipe.base)}, or set data.text and another data.path"
         )
 
 
 def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
     """Refuse to go on with other settings. A start that saved nothing binds nobody."""
     path = run / "recipe.toml"
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file, where the run's folder should be; give another run=NAME or remove it")
     if path.exists():
-        if begun and (difference := Recipe.load(path).difference(recipe)):
+        before = Recipe.load(path)
+        if begun and (difference := before.difference(recipe)):
             raise ValueError(
                 f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}"
             )
+        if begun and before.train.steps != recipe.train.steps:
+            say(f"train.steps was {before.train.steps} and is now {recipe.train.steps}; so is the schedule's length")
     elif run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
         raise ValueError(f"{run} exists and is not a run of ours; give another run=NAME or remove it")
 
@@ -154,6 +179,13 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
     )
     if (cut := loader.cut()) is not None:
         say(f"warning: {loader.data.name}: {cut}")
+    optim, steps = recipe.optim, recipe.train.steps
+    whole = steps - int(optim.decay_share * steps) if optim.schedule == "wsd" else steps  # before the rate must fall
+    if optim.warmup_steps > whole:
+        say(
+            f"warning: optim.warmup_steps = {optim.warmup_steps:,} is longer than the {whole:,} steps that the run has "
+            f"for it; the learning rate does not get beyond {whole / optim.warmup_steps:.0%} of optim.lr"
+        )
     device, path = mesh.device, run / "run.json"
     starts = _starts(path) if path.exists() and done else []
     starts.append(
@@ -194,13 +226,21 @@ def _commit() -> str | None:
 
 @contextmanager
 def only_one(run: Path) -> Iterator[None]:
-    """Hold the run's lock; the system lets go of it however the process ends."""
+    """Make the run's folder and hold its lock; the system lets go of it however the process ends.
+
+    Raises ValueError where another process holds it, OSError naming the folder where nothing can be written there.
+    """
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-    with (run / ".lock").open("w") as file:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("w")
+    except OSError as error:
+        raise OSError(f"{run}: nothing can be written there ({error.strerror}); train where you may write") from error
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            yield
+            return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
