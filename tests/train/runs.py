@@ -16,6 +16,8 @@ from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Recipe
 
 STEPS = 40
+PATIENCE = 900  # seconds after which what a test waits for is given up; nothing else depends on how fast a machine is
+ENDLESS = "train.steps=1000000"  # for a run that something else is to end
 RECIPE = """
 [data]
 path = "{data}"

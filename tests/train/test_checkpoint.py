@@ -24,7 +24,7 @@ from transnormer.train.feed import Share
 from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 
-from .runs import curve, tiny
+from .runs import PATIENCE, curve, tiny
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 OFTEN = ("train.steps=24", "checkpoint.every=4", "checkpoint.keep=9")
@@ -142,7 +142,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(work: Path, monkeypatch:
 
     def slow(path: Path, *content: Any) -> dict[str, object]:
         started.set()
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         return write_pieces(path, *content)
 
     def watched(model: Any, share: Share, *rest: Any) -> Tensor:

@@ -20,7 +20,7 @@ import pytest
 from transnormer.train.metrics import read_metrics
 
 from ..conftest import REPOSITORY
-from .runs import write_recipe
+from .runs import PATIENCE, write_recipe
 
 STEPS = 120
 SETTINGS = (
@@ -138,7 +138,7 @@ def curve(folder: Path, run: str) -> list[tuple[int, float, float, float | None]
     return [(line["step"], line["loss"], line["gradient_norm"], line.get("valid_loss")) for line in found]
 
 
-def end(agents: list[subprocess.Popen[str]], folder: Path, timeout: float = 240) -> list[int]:
+def end(agents: list[subprocess.Popen[str]], folder: Path, timeout: float = PATIENCE) -> list[int]:
     try:
         return [agent.wait(timeout) for agent in agents]
     except subprocess.TimeoutExpired:
@@ -147,7 +147,8 @@ def end(agents: list[subprocess.Popen[str]], folder: Path, timeout: float = 240)
 
 
 def wait_for(done: Callable[[], bool], agents: list[subprocess.Popen[str]], folder: Path) -> None:
-    for _ in range(12_000):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         if done():
             return
         logs = "\n".join((folder / f"host{number}.log").read_text()[-3_000:] for number in range(2))

@@ -15,7 +15,7 @@ import torch
 
 import transnormer
 
-from .runs import curve, start
+from .runs import PATIENCE, curve, start
 
 
 @pytest.mark.parametrize(("processes", "steps"), [(1, 240), (2, 160)])
@@ -39,7 +39,7 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
         wait_for_work(process, steps=draw.randrange(4, 28))
         time.sleep(draw.random() * 0.1)
         strike(process, draw, alone=processes > 1 and number % 2 == 1)
-        assert process.wait(60) != 0, "it finished before it could be killed: give it more steps"
+        assert process.wait(PATIENCE) != 0, "it finished before it could be killed: give it more steps"
         saves += any(Path("runs/killed/checkpoints").glob(".step-*.partial"))
     finish(start("run=killed", *settings, processes=processes))
     assert curve("killed") == curve("whole")
@@ -53,7 +53,7 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
 
 
@@ -62,7 +62,7 @@ def wait_for_work(process: subprocess.Popen[str], steps: int) -> None:
     path = Path("runs/killed/metrics.jsonl")
     before = path.stat().st_ino if path.exists() else 0  # which is another when the lines are cut back
     wanted: int | None = None
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.stat().st_ino != before:
             done = path.read_bytes().count(b"\n")

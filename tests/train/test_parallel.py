@@ -18,6 +18,7 @@ from transnormer.train.parallel import Mesh, check, clip, full_tensors, parallel
 from transnormer.train.recipe import Parallel, Recipe
 
 from .processes import TINY, Case, build, run
+from .runs import PATIENCE
 
 FSDP, HSDP, TP, CP = Parallel(), Parallel(replicate=2), Parallel(tensor=2), Parallel(context=2)
 EVERYTHING = {  # that a model of ours may have beside the defaults
@@ -215,7 +216,7 @@ if mesh.first:
 def test_torchrun_starts_and_ends_it() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     done = subprocess.run(
-        [*command, sys.executable, "-W", "error", "-c", SCRIPT], capture_output=True, text=True, timeout=120,
+        [*command, sys.executable, "-W", "error", "-c", SCRIPT], capture_output=True, text=True, timeout=PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
