@@ -46,7 +46,12 @@ def write_recipe(folder: Path, data: Path) -> None:
 
 
 def tiny(*overrides: str) -> Recipe:
-    return Recipe.load("tiny.toml", overrides)
+    return load("tiny.toml", *overrides)
+
+
+def load(path: str | Path, *overrides: str) -> Recipe:
+    """A recipe with overrides, of which later ones stand for earlier ones: shared settings may be changed in a test."""
+    return Recipe.load(path, list({override.partition("=")[0]: override for override in overrides}.values()))
 
 
 def start(*overrides: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:

@@ -32,6 +32,7 @@ from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Lora, Recipe
 
 from ..test_cli import call
+from .runs import load
 
 PLACES = {
     "Ann": "Rome", "Bob": "Oslo", "Cal": "Lima", "Dot": "Bonn", "Eve": "Cork", "Flo": "Kiev", "Gus": "Riga",
@@ -95,7 +96,7 @@ def small_model(prepared: Path, folder: Path, **changes) -> LanguageModel:
 
 
 def tune(*overrides: str) -> Recipe:
-    return Recipe.load("tune.toml", overrides)
+    return load("tune.toml", *overrides)
 
 
 def curve(run: str) -> list[tuple[int, float, float | None]]:
@@ -199,7 +200,7 @@ def test_what_was_learned_is_said_in_a_chat(work: Path, prepared: Path) -> None:
     path.write_text(Path("tune.toml").read_text().replace('from = "base"', "num_hidden_layers = 2\nhidden_size = 64"))
     sizes = ("model.num_attention_heads=2", "model.intermediate_size=128", "model.embed_scale=true")
     text = ("data.text=[]", "data.format=text", f"data.path={prepared}", "train.steps=100")
-    base = train(Recipe.load(path, [*sizes, *options, *text])).folder
+    base = train(load(path, *sizes, *options, *text)).folder
     run = train(tune("run=say", f"model.from={base}", "train.steps=120", "data.split=0", *options)).folder
     losses = [loss for _, loss, _ in curve("say")]
     assert losses[0] > 4
