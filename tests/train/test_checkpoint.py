@@ -284,10 +284,10 @@ def test_a_loss_spike_is_refused_on_request(work: Path, spoil: Callable[..., Non
 # Runs that diverge.
 
 
-LOST = ("optim.lr=1e18", "optim.warmup_steps=0", "train.steps=8", "checkpoint.every=1")
+LOST = ("eval.tokens=64", "optim.lr=1e18", "optim.warmup_steps=0", "train.steps=8", "checkpoint.every=1")
 
 
-@pytest.mark.parametrize("every", [0, 1, 3])
+@pytest.mark.parametrize("every", [0, 1])
 def test_a_run_that_diverges_says_so_draws_its_curve_and_saves_nothing(work: Path, every: int) -> None:
     for _ in range(2):  # the same command again finds nothing that it could crash on
         with pytest.raises(
@@ -299,7 +299,7 @@ def test_a_run_that_diverges_says_so_draws_its_curve_and_saves_nothing(work: Pat
         assert curve("lost")  # also the step that ended it
 
 
-@pytest.mark.parametrize("every", [0, 1, 3])
+@pytest.mark.parametrize("every", [0, 3])
 @pytest.mark.parametrize("often", [True, False])
 def test_a_run_goes_back_past_the_update_that_ruined_its_weights(
     work: Path, monkeypatch: pytest.MonkeyPatch, every: int, often: bool
@@ -313,7 +313,8 @@ def test_a_run_goes_back_past_the_update_that_ruined_its_weights(
     ruined: list[bool] = []
     learning_rate = loop.learning_rate
     monkeypatch.setattr(loop, "learning_rate", rate)
-    recipe = tiny("run=hurt", "train.steps=8", "checkpoint.every=1", "checkpoint.keep=9", f"eval.every={every}")
+    saving = ("checkpoint.every=1", "checkpoint.keep=9", f"eval.every={every}", "eval.tokens=64")
+    recipe = tiny("run=hurt", "train.steps=8", *saving)
     if often:
         with pytest.raises(ValueError, match="the run diverged, and went back to step 5 3 times, with other samples"):
             train(recipe)
