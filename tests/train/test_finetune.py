@@ -387,7 +387,7 @@ def test_data_must_be_encoded_with_the_models_tokenizer(work: Path, prepared: Pa
     with pytest.raises(ValueError, match="fewer was not encoded with the tokenizer of base"):
         train(tune("data.path=fewer", "data.text=[]"))
     train(tune("train.steps=1"))
-    with pytest.raises(ValueError, match=r"data was prepared with format = 'messages', the recipe says 'alpaca'"):
+    with pytest.raises(ValueError, match=r"was prepared with data\.format = 'messages', but the recipe says 'alpaca'"):
         train(tune("run=other", "data.format=alpaca"))
     assert not Path("runs/words").exists()
 
@@ -397,7 +397,8 @@ def test_data_must_be_encoded_with_the_models_tokenizer(work: Path, prepared: Pa
     [
         (["model.hidden_size=64", "model.size=10m"], r"model\.from says what the model is; remove model\.hidden_size, model\.size"),
         (["model.from=nowhere"], "nowhere: no such folder"),
-        (["model.from=3"], r"model\.from = 3, but must be a model's folder"),
+        (["model.from=3"], "3: no such folder"),
+        (["model.from=''"], r"model\.from = '', but must be a model's folder"),
         (["lora.dropout=0.1", "train.segment=8"], r"train\.segment reads rows twice"),
         (["lora.dropout=0.1", "train.graph=true", "train.recompute=true"], r"train\.graph cannot recompute what lora\.dropout"),
         (["lora.rnak=3"], r"unknown key lora\.rnak; did you mean lora\.rank\?"),
