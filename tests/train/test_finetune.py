@@ -382,10 +382,10 @@ def test_data_must_be_encoded_with_the_models_tokenizer(work: Path, prepared: Pa
 
     prepare([text_file], work / "words", vocab_size=310, split=0.1)
     with pytest.raises(ValueError, match=r"words has 310 words, base 300; prepare it with --tokenizer base"):
-        train(tune("data.path=words", "data.text=[]"))
+        train(tune("data.path=words", "data.text=[]", "data.format=text"))
     prepare([text_file], work / "fewer", vocab_size=290, split=0.1)
     with pytest.raises(ValueError, match="fewer was not encoded with the tokenizer of base"):
-        train(tune("data.path=fewer", "data.text=[]"))
+        train(tune("data.path=fewer", "data.text=[]", "data.format=text"))
     train(tune("train.steps=1"))
     with pytest.raises(ValueError, match=r"was prepared with data\.format = 'messages', but the recipe says 'alpaca'"):
         train(tune("run=other", "data.format=alpaca"))
