@@ -98,7 +98,7 @@ def measure(run: Run, corpus: Path, work: Path, side_by_side: int, commit: str |
         "test_loss": scores["test"]["loss"] if "test" in scores else None,
         "scores": scores, "refused": summary.refused,
         "gradient_norm": {"mean": statistics.fmean(norms), "largest": max(norms), "last": norms[-1]},
-        "valid_curve": [[line["tokens"], line["valid_loss"]] for line in lines if "valid_loss" in line],
+        "valid_curve": [[line["tokens"], line["valid_loss"]] for line in lines if line.get("valid_loss") is not None],
         "curve": curve, "model": model.config.to_dict(), "recipe": wanted.to_toml(),
         "data": data.fingerprint, **provenance("cuda" if cuda else "cpu", of=commit, command=command),
     }  # fmt: skip
