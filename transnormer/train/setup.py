@@ -76,16 +76,15 @@ def open_data(recipe: Recipe) -> TokenData:
 
 def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> None:
     """Refuse data that were encoded otherwise than the model's were."""
+    path, advice = recipe.data.path, f"prepare its text again with --tokenizer {recipe.base} and another --out"
     if data.vocab_size > base.config.vocab_size:
+        fewer = f"prepare its text again with at most {base.config.vocab_size:,} words"
         raise ValueError(
-            f"{recipe.data.path} has {data.vocab_size:,} words, {recipe.base} {base.config.vocab_size:,}; "
-            f"prepare it with --tokenizer {recipe.base}"
+            f"{path} has {data.vocab_size:,} words, {recipe.base} {base.config.vocab_size:,}; "
+            f"{fewer if base.tokenizer is None else advice}"
         )
-    if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(recipe.data.path).to_str():
-        raise ValueError(
-            f"{recipe.data.path} was not encoded with the tokenizer of {recipe.base}; prepare it with --tokenizer, "
-            f"or set data.text and another data.path"
-        )
+    if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(path).to_str():
+        raise ValueError(f"{path} was not encoded with the tokenizer of {recipe.base}; {advice}")
 
 
 def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
