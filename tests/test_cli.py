@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 import transnormer
+from transnormer.__main__ import interrupt
 from transnormer.cli import main
 from transnormer.data.chat import DEFAULT, Template
 from transnormer.inference.engine import Session
@@ -262,6 +264,46 @@ def test_the_system_s_errors_are_said_without_their_number(
 ) -> None:
     monkeypatch.setattr("transnormer.data.loader.prepare", Mock(side_effect=raised))
     assert refused("prepare", "a.txt", "--out", "o", "--vocab-size", 300) == f"error: {line}"
+
+
+def test_prepare_takes_the_tokenizer_of_a_run(work: Path, tmp_path: Path) -> None:
+    (work / "short.txt").write_text("Who goes there?\nWho is it?\n")
+    call("prepare", "short.txt", "--out", tmp_path / "again", "--tokenizer", "runs/small", folder=work)
+    newest = max((work / "runs" / "small" / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    assert (tmp_path / "again/tokenizer.json").read_text().strip() == (newest / "tokenizer.json").read_text()
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    options = ("--out", tmp_path / "other", "--tokenizer", tmp_path / "new")
+    assert "no checkpoint with a tokenizer yet" in refused("prepare", "short.txt", *options, folder=work)
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["transnormer", "info"]
+from transnormer.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "numpy"])  # before a verb, in it, and where C code imports
+def test_ctrl_c_while_a_verb_is_imported_is_silent(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED.format(module=module)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_in_a_verb_is_silent(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        interrupt(signal.SIGINT, sys._getframe())
+
+    monkeypatch.setattr("transnormer.data.loader.prepare", interrupted)
+    assert call("prepare", "short.txt", "--out", "o", "--vocab-size", 300, code=130, folder=work) == ("", "")
 
 
 def test_a_closed_pipe_is_no_error(work: Path) -> None:
