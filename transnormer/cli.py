@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
+    from rich.console import Console
+
     from .data.chat import Template
     from .evaluation.perplexity import Score
     from .formats.convert import Written
@@ -418,56 +420,64 @@ def plan(
     gpu: Annotated[str, typer.Option(help="Their kind, e.g. h100, h200, a100, b200.")] = "h100",
     tokens: Annotated[str, typer.Option(help="To train on, e.g. 300B, 2T.")] = "1T",
     seq: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 2_048,
-    batch_tokens: Annotated[str, typer.Option(help="A step; here K is 2^10, M 2^20.")] = "4M",
-    replicate: Annotated[
-        int | None, typer.Option(min=1, help="As in a recipe; by default the best, as all below.")
+    batch_tokens: Annotated[
+        str, typer.Option(help="Tokens a step; K is 2^10, M 2^20. By default about 4M that the GPUs can share.")
+    ] = "",
+    replicate: Annotated[int | None, typer.Option(min=1, help="Hold this many copies of the model.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Hold this many GPUs that share each row.")] = None,
+    tensor: Annotated[
+        int | None, typer.Option(min=1, help="Hold this many GPUs that share each matrix product.")
     ] = None,
-    context: Annotated[int | None, typer.Option(min=1)] = None,
-    tensor: Annotated[int | None, typer.Option(min=1)] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1)] = None,
-    recompute: Annotated[bool | None, typer.Option("--recompute/--no-recompute")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Hold this many micro-batches a step.")] = None,
+    recompute: Annotated[
+        bool | None, typer.Option("--recompute/--no-recompute", help="Hold whether activations are computed twice.")
+    ] = None,
     compare_tensor: Annotated[
-        bool, typer.Option(help="Instead: tensor = 1, 2, 4, 8, beside the Transformer's.")
+        bool, typer.Option("--compare-tensor", help="Instead: --tensor 1, 2, 4, 8, beside the Transformer's.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
-    """Find the meshes on which a training run fits, what they need, and how long it takes."""
+    """Find the meshes of GPUs on which a training run fits, what they need, and how long it takes."""
     import json
 
     from rich.console import Console
 
     from .config import TRANSFORMER
-    from .train import plan as planning
-    from .train.plan_check import check_plan, compared, record, table
+    from .train import plan_search
+    from .train.plan_check import as_settings, check_plan, compared, record, table
     from .train.recipe import model_overrides
 
     config = model_overrides(size, overrides or ())
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = _console(100)
     if compare_tensor:
         models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
-        found = {name: planning.compare_tensor(each, gpus, seq, gpu) for name, each in models.items()}
+        found = {name: plan_search.compare_tensor(each, gpus, seq, gpu.lower()) for name, each in models.items()}
         if as_json:
             print(json.dumps({name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}, indent=2))
         else:
             console.print(compared(found))
         return
-    job = planning.Job(
+    job = plan_search.Job(
         config=config, gpus=gpus, kind=gpu.lower(), tokens=_count(tokens, 1_000), seq_len=seq,
-        batch_tokens=_count(batch_tokens, 1_024), replicate=replicate, context=context, tensor=tensor,
-        accumulate=accumulate, recompute=recompute,
+        batch_tokens=_count(batch_tokens, 1_024) if batch_tokens else 0, replicate=replicate, context=context,
+        tensor=tensor, accumulate=accumulate, recompute=recompute,
     )  # fmt: skip
     with Console(stderr=True).status("looking for meshes") as status:
-        plans = job.best()
+        plans, checked = job.best(), True
         for number, each in enumerate(plans):
             status.update(f"cutting the model for plan {number + 1} of {len(plans)}")
-            check_plan(config, each)
+            checked &= check_plan(config, each)
     if as_json:
         print(json.dumps(record(job, plans), indent=2))
         return
     console.print(table(job, plans))
-    print("Shares of weights, and so of gradients and optimizer, are checked against the real sharding code.")
+    if checked:
+        print("Shares of weights, and so of gradients and optimizer, are checked against the real sharding code.")
+    else:
+        print("So many processes take too long to pretend: shares are not checked against the real sharding code.")
     if any(each.layout.tensor * each.layout.context > 1 for each in plans):
         print("Speeds are those of GPUs that wait for no host: under tensor and context with train.graph = true.")
+    print("The best as settings of `transnormer train`:", *as_settings(job, plans[0]))
 
 
 @app.callback(invoke_without_command=True)
@@ -517,6 +527,13 @@ def _stream(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _console(width: int) -> Console:
+    """Where tables are printed: as wide as the terminal, or so wide where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def _bytes(size: str) -> int:
