@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,11 +20,21 @@ if TYPE_CHECKING:
     from .formats.convert import Written
     from .model.language_model import LanguageModel
 
+
+def see(example: str, page: str) -> str:
+    """What ends a verb's help: an example, and where to read on. An argument of the command line's `epilog`."""
+    return f"Example: {example.replace('[', chr(92) + '[')}\n\nRead on: {page}"
+
+
 app = typer.Typer(
     help="TransNormerLLM: train, measure and use a linear-attention language model.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    epilog=see("transnormer train recipes/demo.toml", "README.md"),
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
+evaluation = typer.Typer(
+    help="Measure a model.", no_args_is_help=True,
+    epilog=see("transnormer eval perplexity --model runs/demo --text book.txt", "docs/evaluation.md"),
+)  # fmt: skip
 app.add_typer(evaluation, name="eval")
 
 Model = Annotated[Path, typer.Option("--model", help="A run, an exported model or a published checkpoint: its folder.")]
@@ -45,9 +56,11 @@ def main() -> None:
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="transnormer", standalone_mode=False) or 0)
     except usage_error as error:
-        print(f"error: {error.format_message()} (--help says more)", file=sys.stderr)
+        if message := error.format_message():  # there is none where nothing was asked for, and the help was shown
+            command = error.ctx.command_path if error.ctx else "transnormer"
+            print(f"error: {message} ({command} --help says more)", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
@@ -64,7 +77,29 @@ def main() -> None:
         sys.exit(1)
 
 
-@app.command()
+class TrainCommand(TyperCommand):
+    """Its help ends with the tables of settings, read from the recipe when it is shown."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        import dataclasses
+        import typing
+
+        from .train.recipe import Recipe
+
+        tables = ["Settings, any of which may be given as key=value, by table:"]
+        for name, kind in typing.get_type_hints(Recipe).items():
+            keys = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
+            if keys is not None:
+                tables.append(f"{name}: {', '.join(field.name for field in dataclasses.fields(keys))}")
+            elif name == "model":
+                tables.append("model: size and any field of ModelConfig, e.g. hidden_size, or from alone")
+        self.epilog = "\n\n".join([*tables, self.epilog or ""])
+        super().format_help(ctx, formatter)
+
+
+@app.command(
+    cls=TrainCommand, epilog=see("transnormer train recipes/demo.toml optim.lr=1e-3 run=second", "docs/training.md")
+)
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/demo.toml.")],
     overrides: Annotated[
@@ -90,7 +125,7 @@ def train(
         raise typer.Exit(1) from error
 
 
-@app.command()
+@app.command(epilog=see("transnormer generate --model runs/demo --prompt ROMEO: --max-tokens 100", "docs/inference.md"))
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from; '-' reads it from standard input.")] = "",
@@ -140,7 +175,7 @@ def generate(
         _stream(conversation.answer())
 
 
-@app.command()
+@app.command(epilog=see("transnormer chat --model runs/demo", "docs/inference.md"))
 def chat(
     model: Model,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a turn at most.")] = 256,
@@ -173,7 +208,7 @@ def chat(
         talk(conversation, str(model))
 
 
-@app.command()
+@app.command(epilog=see("transnormer prepare book.txt papers/ --out data/mine --vocab-size 4096", "docs/data.md"))
 def prepare(
     inputs: Annotated[list[Path], typer.Argument(help="txt, markdown, jsonl, parquet files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -209,7 +244,7 @@ def prepare(
     print(f"vocabulary {record['vocab_size']:,}, in {out}")
 
 
-@app.command()
+@app.command(epilog=see("transnormer convert TransNormerLLM-1B tnl-1b", "docs/published.md"))
 def convert(
     source: Annotated[Path, typer.Argument(help="A published TransNormerLLM or TransNormerLLM2 folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
@@ -234,7 +269,7 @@ def convert(
     _tell(written)
 
 
-@app.command()
+@app.command(epilog=see("transnormer export --model runs/demo --out demo --dtype bfloat16", "docs/published.md"))
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -255,7 +290,7 @@ def export(
     _tell(run(model, out, format=format, dtype=kind, shard_bytes=_bytes(max_shard)))
 
 
-@evaluation.command()
+@evaluation.command(epilog=see("transnormer eval perplexity --model runs/demo --text book.txt", "docs/inference.md"))
 def perplexity(
     model: Model,
     text: Annotated[
@@ -315,7 +350,9 @@ def perplexity(
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-@evaluation.command()
+@evaluation.command(
+    epilog=see("transnormer eval harness --model runs/demo --tasks boolq,piqa --data documents", "docs/evaluation.md")
+)
 def harness(
     model: Model,
     tasks: Annotated[
@@ -370,7 +407,7 @@ def harness(
         write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
-@app.command()
+@app.command(epilog=see("transnormer info runs/demo", "docs/training.md"))
 def info(
     model: Annotated[
         str | None, typer.Argument(help="A run, another model's folder, or the name of a size, e.g. 385m.")
@@ -427,7 +464,7 @@ def _say_model(model: LanguageModel) -> None:
     print(config.to_json(), end="")
 
 
-@app.command()
+@app.command(epilog=see("transnormer compare runs/demo runs/second --out curves.png", "docs/training.md"))
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, e.g. runs/first runs/second.")],
     out: Annotated[Path | None, typer.Option(help="A PNG to draw the loss curves into, one over the other.")] = None,
@@ -446,7 +483,7 @@ def compare(
         print(f"curves in {out}")
 
 
-@app.command()
+@app.command(epilog=see("transnormer plan --size 7b --gpus 64 --gpu h100 --tokens 1T", "docs/planning.md"))
 def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields of the model to change, e.g. model.hidden_size=25600.")
