@@ -15,6 +15,7 @@ PACKAGE = Path(transnormer.__file__).parent
 ARROWS = {
     "config": {"files"},  # to read a config.json, when it is called
     "files": set(),
+    "provenance": set(),
     "ops": set(),
     "data": {"files"},
     "model": {"config", "files", "ops"},
