@@ -170,7 +170,7 @@ def run_command(line: str, following: str, monkeypatch: pytest.MonkeyPatch) -> N
         subprocess.run(line, shell=True, check=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)  # "proof" alone would be taken for the mark
 def test_what_a_page_shows_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks(page):
         try:

@@ -76,15 +76,17 @@ def open_data(recipe: Recipe) -> TokenData:
 
 def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> None:
     """Refuse data that were encoded otherwise than the model's were."""
-    path, advice = recipe.data.path, f"prepare its text again with --tokenizer {recipe.base} and another --out"
+    path, folder = recipe.data.path, recipe.base
     if data.vocab_size > base.config.vocab_size:
-        fewer = f"prepare its text again with at most {base.config.vocab_size:,} words"
-        raise ValueError(
-            f"{path} has {data.vocab_size:,} words, {recipe.base} {base.config.vocab_size:,}; "
-            f"{fewer if base.tokenizer is None else advice}"
-        )
+        sizes = f"{path} has {data.vocab_size:,} words, {folder} {base.config.vocab_size:,}"
+        if base.tokenizer is None:
+            raise ValueError(f"{sizes}; prepare its text again with a smaller --vocab-size and another --out")
+        raise ValueError(f"{sizes}; prepare its text again with --tokenizer {folder} and another --out")
     if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(path).to_str():
-        raise ValueError(f"{path} was not encoded with the tokenizer of {recipe.base}; {advice}")
+        raise ValueError(
+            f"{path} was not encoded with the tokenizer of {folder}; prepare its text again with --tokenizer {folder} "
+            f"and another --out"
+        )
 
 
 def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
