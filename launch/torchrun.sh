@@ -7,6 +7,10 @@
 # When a process fails, all of them start again from the newest checkpoint, as often as --max-restarts says.
 # torchrun's own variables change what is not an argument here, e.g. PET_NPROC_PER_NODE=2.
 set -eu
+if [ $# -lt 3 ] || [[ ! $1 =~ ^[0-9]+(:[0-9]+)?$ ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2 # the comment above
+    exit 2
+fi
 nodes=$1 head=$2 recipe=$3
 shift 3
 # Else one store serves every restart, and processes may read in it where those before them listened ("Connection refused"):

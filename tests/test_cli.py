@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import typing
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import typer
 
 import transnormer
-from transnormer.cli import main
+from transnormer.__main__ import interrupt
+from transnormer.cli import app, main
 from transnormer.data.chat import DEFAULT, Template
 from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
+from transnormer.train.recipe import Recipe
 
-from .conftest import PUBLISHED
+from .conftest import PUBLISHED, REPOSITORY
 
 
 def call(*arguments: object, text: str | None = None, code: int = 0, folder: Path | None = None) -> tuple[str, str]:
@@ -147,16 +155,79 @@ def test_info_says_what_a_model_costs(work: Path) -> None:
     assert "whatever the length" in out
     out, _ = call("info", "--model", "runs/small", folder=work)
     assert "320 words" in out
+    assert re.search(r"runs/small: 30 of 30 steps\ntraining loss .*\nvalidation loss .* bits per byte", out)
     out, _ = call("info", PUBLISHED, folder=work)
     assert "tokenizer       none" in out
 
 
+def commands(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command below the group, by what is typed for it; also the groups."""
+    yield name, group
+    for word, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{name} {word}".strip())
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
 def test_help_lists_the_verbs() -> None:
     out, _ = call("--help")
-    for verb in ("train", "generate", "chat", "eval", "prepare", "info"):
-        assert re.search(rf"\b{verb}\b", out)
+    for verb in ("train", "generate", "chat", "eval", "prepare", "info", "compare", "--install-completion"):
+        assert re.search(rf"(?<![\w-]){verb}\b", out)
+    assert call("-h")[0] == out
     out, _ = call("--version")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_an_example_and_a_page(name: str) -> None:
+    out, _ = call(*name.split(), "-h")
+    example, page = re.search(r"Example: +transnormer (.*?)\s+Read on: (\S+)", out, re.DOTALL).groups()
+    assert (REPOSITORY / page).is_file()
+    verb, *words = example.split()
+    if verb == "eval":
+        verb = f"eval {words.pop(0)}"
+    assert name in ("", "eval", verb)
+    COMMANDS[verb].make_context(verb, words)  # or it raises what is wrong with the example
+    for param in COMMANDS[name].params:
+        if not getattr(param, "hidden", False):
+            assert param.help, f"{name} {param.name} is not described"
+
+
+def test_the_help_of_train_lists_the_settings() -> None:
+    out = " ".join(call("train", "-h")[0].split())
+    for table, kind in typing.get_type_hints(Recipe).items():
+        for part in (kind, *typing.get_args(kind)):
+            if dataclasses.is_dataclass(part):
+                assert f"{table}: {', '.join(field.name for field in dataclasses.fields(part))}" in out
+    assert "model: size" in out
+
+
+@pytest.mark.parametrize("words", [(), ("eval",)])
+def test_without_a_verb_the_help_is_shown(words: tuple[str, ...]) -> None:
+    out, error = call(*words, code=2)
+    assert "Commands" in out
+    assert error == ""
+
+
+def test_a_wrong_command_line_is_one_line_that_names_the_help() -> None:
+    for words, message in {
+        ("train",): "error: Missing argument 'recipe'. (transnormer train --help says more)\n",
+        ("eval", "perplexity", "--nonsense"): "(transnormer eval perplexity --help says more)\n",
+    }.items():
+        _, error = call(*words, code=2)
+        assert error.endswith(message)
+        assert error.count("\n") == 1
+
+
+def test_shells_complete_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "_TRANSNORMER_COMPLETE": "complete_bash",
+        "COMP_WORDS": "transnormer tr",
+        "COMP_CWORD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert call()[0].split() == ["train"]
 
 
 def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
@@ -165,6 +236,7 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Zürich\n".encode("latin-1"))
     assert "did you mean" in refused("train", "small.toml", "optim.lrr=1", folder=work)
     assert "no such recipe" in refused("train", "nothing.toml", folder=work)
+    assert "neither a folder nor a size (10m," in refused("info", "2b")
     assert "no such folder" in refused("generate", "--model", "nowhere")
     assert "neither a run" in refused("generate", "--model", tmp_path)
     assert "no tokenizer" in refused("generate", "--model", PUBLISHED, "--prompt", "x")
@@ -262,6 +334,46 @@ def test_the_system_s_errors_are_said_without_their_number(
 ) -> None:
     monkeypatch.setattr("transnormer.data.loader.prepare", Mock(side_effect=raised))
     assert refused("prepare", "a.txt", "--out", "o", "--vocab-size", 300) == f"error: {line}"
+
+
+def test_prepare_takes_the_tokenizer_of_a_run(work: Path, tmp_path: Path) -> None:
+    (work / "short.txt").write_text("Who goes there?\nWho is it?\n")
+    call("prepare", "short.txt", "--out", tmp_path / "again", "--tokenizer", "runs/small", folder=work)
+    newest = max((work / "runs" / "small" / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    assert (tmp_path / "again/tokenizer.json").read_text().strip() == (newest / "tokenizer.json").read_text()
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    options = ("--out", tmp_path / "other", "--tokenizer", tmp_path / "new")
+    assert "no checkpoint with a tokenizer yet" in refused("prepare", "short.txt", *options, folder=work)
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["transnormer", "info"]
+from transnormer.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "numpy"])  # before a verb, in it, and where C code imports
+def test_ctrl_c_while_a_verb_is_imported_is_silent(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED.format(module=module)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_in_a_verb_is_silent(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        interrupt(signal.SIGINT, sys._getframe())
+
+    monkeypatch.setattr("transnormer.data.loader.prepare", interrupted)
+    assert call("prepare", "short.txt", "--out", "o", "--vocab-size", 300, code=130, folder=work) == ("", "")
 
 
 def test_a_closed_pipe_is_no_error(work: Path) -> None:

@@ -22,6 +22,17 @@ def test_scripts_are_bash(path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("torchrun.sh", ()), ("torchrun.sh", ("1", "localhost:29400")), ("torchrun.sh", ("a.toml", "1", "x")), ("slurm.sbatch", ())],
+)  # fmt: skip
+def test_a_script_without_its_arguments_says_how_it_is_called(script: str, arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(["bash", str(LAUNCH / script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(rf"launch/{script} .*RECIPE \[key=value", done.stderr)
+    assert "unbound" not in done.stderr
+
+
 def test_kubernetes_counts_its_nodes_once() -> None:
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     name, pods = job["metadata"]["name"], job["spec"]["template"]["spec"]

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import SIZES, TRANSFORMER, ModelConfig
-from .model.language_model import LanguageModel
-from .model.state import State
-from .ops import lightning_attention, linear_cross_entropy, simple_rms_norm
+if TYPE_CHECKING:
+    from .config import SIZES, TRANSFORMER, ModelConfig
+    from .model.language_model import LanguageModel
+    from .model.state import State
+    from .ops import lightning_attention, linear_cross_entropy, simple_rms_norm
 
 __version__ = "0.1.0"
 __all__ = [
     "SIZES", "TRANSFORMER", "LanguageModel", "ModelConfig", "State", "generate", "lightning_attention",
     "linear_cross_entropy", "load", "simple_rms_norm",
 ]  # fmt: skip
+
+# Where the names are that are imported when they are first used: torch takes seconds, and nothing here needs it before.
+_HOMES = {
+    "SIZES": "config", "TRANSFORMER": "config", "ModelConfig": "config",
+    "LanguageModel": "model.language_model", "State": "model.state",
+    "lightning_attention": "ops", "linear_cross_entropy": "ops", "simple_rms_norm": "ops",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    globals()[name] = found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
 
 
 def load(path: str, **options: Any) -> LanguageModel:

@@ -7,21 +7,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from contextlib import AbstractContextManager
+
+    from rich.console import Console
 
     from .data.chat import Template
     from .evaluation.perplexity import Score
     from .formats.convert import Written
     from .model.language_model import LanguageModel
 
+
+def see(example: str, page: str) -> str:
+    """What ends a verb's help: an example, and where to read on. An argument of the command line's `epilog`."""
+    return f"Example: {example.replace('[', chr(92) + '[')}\n\nRead on: {page}"
+
+
 app = typer.Typer(
     help="TransNormerLLM: train, measure and use a linear-attention language model.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    epilog=see("transnormer train recipes/demo.toml", "README.md"),
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-evaluation = typer.Typer(help="Measure a model.", no_args_is_help=True)
+evaluation = typer.Typer(
+    help="Measure a model.", no_args_is_help=True,
+    epilog=see("transnormer eval perplexity --model runs/demo --text book.txt", "docs/evaluation.md"),
+)  # fmt: skip
 app.add_typer(evaluation, name="eval")
 
 Model = Annotated[Path, typer.Option("--model", help="A run, an exported model or a published checkpoint: its folder.")]
@@ -43,9 +56,11 @@ def main() -> None:
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="transnormer", standalone_mode=False) or 0)
     except usage_error as error:
-        print(f"error: {error.format_message()} (--help says more)", file=sys.stderr)
+        if message := error.format_message():  # there is none where nothing was asked for, and the help was shown
+            command = error.ctx.command_path if error.ctx else "transnormer"
+            print(f"error: {message} ({command} --help says more)", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
@@ -62,7 +77,29 @@ def main() -> None:
         sys.exit(1)
 
 
-@app.command()
+class TrainCommand(TyperCommand):
+    """Its help ends with the tables of settings, read from the recipe when it is shown."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        import dataclasses
+        import typing
+
+        from .train.recipe import Recipe
+
+        tables = ["Settings, any of which may be given as key=value, by table:"]
+        for name, kind in typing.get_type_hints(Recipe).items():
+            keys = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
+            if keys is not None:
+                tables.append(f"{name}: {', '.join(field.name for field in dataclasses.fields(keys))}")
+            elif name == "model":
+                tables.append("model: size and any field of ModelConfig, e.g. hidden_size, or from alone")
+        self.epilog = "\n\n".join([*tables, self.epilog or ""])
+        super().format_help(ctx, formatter)
+
+
+@app.command(
+    cls=TrainCommand, epilog=see("transnormer train recipes/demo.toml optim.lr=1e-3 run=second", "docs/training.md")
+)
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/demo.toml.")],
     overrides: Annotated[
@@ -88,7 +125,7 @@ def train(
         raise typer.Exit(1) from error
 
 
-@app.command()
+@app.command(epilog=see("transnormer generate --model runs/demo --prompt ROMEO: --max-tokens 100", "docs/inference.md"))
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from; '-' reads it from standard input.")] = "",
@@ -138,7 +175,7 @@ def generate(
         _stream(conversation.answer())
 
 
-@app.command()
+@app.command(epilog=see("transnormer chat --model runs/demo", "docs/inference.md"))
 def chat(
     model: Model,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a turn at most.")] = 256,
@@ -171,7 +208,7 @@ def chat(
         talk(conversation, str(model))
 
 
-@app.command()
+@app.command(epilog=see("transnormer prepare book.txt papers/ --out data/mine --vocab-size 4096", "docs/data.md"))
 def prepare(
     inputs: Annotated[list[Path], typer.Argument(help="txt, markdown, jsonl, parquet files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -207,7 +244,7 @@ def prepare(
     print(f"vocabulary {record['vocab_size']:,}, in {out}")
 
 
-@app.command()
+@app.command(epilog=see("transnormer convert TransNormerLLM-1B tnl-1b", "docs/published.md"))
 def convert(
     source: Annotated[Path, typer.Argument(help="A published TransNormerLLM or TransNormerLLM2 folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
@@ -232,7 +269,7 @@ def convert(
     _tell(written)
 
 
-@app.command()
+@app.command(epilog=see("transnormer export --model runs/demo --out demo --dtype bfloat16", "docs/published.md"))
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -253,7 +290,7 @@ def export(
     _tell(run(model, out, format=format, dtype=kind, shard_bytes=_bytes(max_shard)))
 
 
-@evaluation.command()
+@evaluation.command(epilog=see("transnormer eval perplexity --model runs/demo --text book.txt", "docs/inference.md"))
 def perplexity(
     model: Model,
     text: Annotated[
@@ -313,7 +350,9 @@ def perplexity(
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-@evaluation.command()
+@evaluation.command(
+    epilog=see("transnormer eval harness --model runs/demo --tasks boolq,piqa --data documents", "docs/evaluation.md")
+)
 def harness(
     model: Model,
     tasks: Annotated[
@@ -368,21 +407,24 @@ def harness(
         write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
-@app.command()
+@app.command(epilog=see("transnormer info runs/demo", "docs/training.md"))
 def info(
-    model: Annotated[str | None, typer.Argument(help="A model's folder or the name of a size, e.g. 385m.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A run, another model's folder, or the name of a size, e.g. 385m.")
+    ] = None,
     model_option: Annotated[str | None, typer.Option("--model", help="The same.")] = None,
 ) -> None:
-    """What a model is and costs; without one, what is installed here."""
+    """What a model is and costs, and how a run stands; without one, what is installed here."""
     import platform
 
     import torch
 
     from . import __version__
-    from .config import SIZES, ModelConfig
+    from .config import SIZES, ModelConfig, nearest
+    from .files import step_folders
     from .formats.folders import load
     from .model.language_model import LanguageModel
-    from .model.state import State
+    from .train.runs import describe_run, is_run, read_run
 
     wanted = model or model_option
     if wanted is None:
@@ -391,24 +433,57 @@ def info(
         for size in SIZES:
             print(f"  {size:>5}  {ModelConfig.named(size).parameter_count():>15,} parameters")
         return
-    if wanted.lower() in SIZES:
+    folder = Path(wanted)
+    if wanted.lower() in SIZES:  # a folder of that name is ./NAME
         with torch.device("meta"):
-            loaded = LanguageModel(ModelConfig.named(wanted.lower()))
-    else:
-        loaded = load(wanted)
-    config = loaded.config
-    weights = sum(p.nbytes for p in loaded.parameters())
-    print(f"parameters      {loaded.parameter_count():,} ({weights / 2**20:,.1f} MiB in memory)")
+            _say_model(LanguageModel(ModelConfig.named(wanted.lower())))
+        return
+    if not folder.exists():
+        sizes = f"a size ({', '.join(SIZES)}){nearest(wanted, list(SIZES))}"
+        raise FileNotFoundError(f"{wanted}: neither a folder nor {sizes}")
+    if is_run(folder):
+        print(*describe_run(read_run(folder)), sep="\n")
+        if not step_folders(folder / "checkpoints"):
+            print("model           no checkpoint yet")
+            return
+    _say_model(load(folder))
+
+
+def _say_model(model: LanguageModel) -> None:
+    from .model.state import State
+
+    config = model.config
+    weights = sum(p.nbytes for p in model.parameters())
+    print(f"parameters      {model.parameter_count():,} ({weights / 2**20:,.1f} MiB in memory)")
     print(
-        f"training        {loaded.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and backward, 2,048 tokens)"
+        f"training        {model.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and backward, 2,048 tokens)"
     )
     grows = " and grows with every token" if not config.fixed_state else ", whatever the length"
-    print(f"state           {State.new(loaded).nbytes / 2**20:,.2f} MiB per sequence{grows}")
-    print(f"tokenizer       {f'{loaded.tokenizer.get_vocab_size():,} words' if loaded.tokenizer else 'none'}")
+    print(f"state           {State.new(model).nbytes / 2**20:,.2f} MiB per sequence{grows}")
+    print(f"tokenizer       {f'{model.tokenizer.get_vocab_size():,} words' if model.tokenizer else 'none'}")
     print(config.to_json(), end="")
 
 
-@app.command()
+@app.command(epilog=see("transnormer compare runs/demo runs/second --out curves.png", "docs/training.md"))
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, e.g. runs/first runs/second.")],
+    out: Annotated[Path | None, typer.Option(help="A PNG to draw the loss curves into, one over the other.")] = None,
+) -> None:
+    """Runs side by side: their losses and speed, the settings in which they differ, their curves in one picture."""
+    from .train.runs import compare as read
+
+    figures, settings = read(runs, out)
+    console = _console(200)
+    console.print(figures)
+    if settings is not None:
+        console.print(settings)
+    elif len(runs) > 1:
+        print("All settings are the same.")
+    if out is not None:
+        print(f"curves in {out}")
+
+
+@app.command(epilog=see("transnormer plan --size 7b --gpus 64 --gpu h100 --tokens 1T", "docs/planning.md"))
 def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields of the model to change, e.g. model.hidden_size=25600.")
@@ -418,56 +493,64 @@ def plan(
     gpu: Annotated[str, typer.Option(help="Their kind, e.g. h100, h200, a100, b200.")] = "h100",
     tokens: Annotated[str, typer.Option(help="To train on, e.g. 300B, 2T.")] = "1T",
     seq: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 2_048,
-    batch_tokens: Annotated[str, typer.Option(help="A step; here K is 2^10, M 2^20.")] = "4M",
-    replicate: Annotated[
-        int | None, typer.Option(min=1, help="As in a recipe; by default the best, as all below.")
+    batch_tokens: Annotated[
+        str, typer.Option(help="Tokens a step; K is 2^10, M 2^20. By default about 4M that the GPUs can share.")
+    ] = "",
+    replicate: Annotated[int | None, typer.Option(min=1, help="Hold this many copies of the model.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Hold this many GPUs that share each row.")] = None,
+    tensor: Annotated[
+        int | None, typer.Option(min=1, help="Hold this many GPUs that share each matrix product.")
     ] = None,
-    context: Annotated[int | None, typer.Option(min=1)] = None,
-    tensor: Annotated[int | None, typer.Option(min=1)] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1)] = None,
-    recompute: Annotated[bool | None, typer.Option("--recompute/--no-recompute")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Hold this many micro-batches a step.")] = None,
+    recompute: Annotated[
+        bool | None, typer.Option("--recompute/--no-recompute", help="Hold whether activations are computed twice.")
+    ] = None,
     compare_tensor: Annotated[
-        bool, typer.Option(help="Instead: tensor = 1, 2, 4, 8, beside the Transformer's.")
+        bool, typer.Option("--compare-tensor", help="Instead: --tensor 1, 2, 4, 8, beside the Transformer's.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
-    """Find the meshes on which a training run fits, what they need, and how long it takes."""
+    """Find the meshes of GPUs on which a training run fits, what they need, and how long it takes."""
     import json
 
     from rich.console import Console
 
     from .config import TRANSFORMER
-    from .train import plan as planning
-    from .train.plan_check import check_plan, compared, record, table
+    from .train import plan_search
+    from .train.plan_check import as_settings, check_plan, compared, record, table
     from .train.recipe import model_overrides
 
     config = model_overrides(size, overrides or ())
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = _console(100)
     if compare_tensor:
         models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
-        found = {name: planning.compare_tensor(each, gpus, seq, gpu) for name, each in models.items()}
+        found = {name: plan_search.compare_tensor(each, gpus, seq, gpu.lower()) for name, each in models.items()}
         if as_json:
             print(json.dumps({name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}, indent=2))
         else:
             console.print(compared(found))
         return
-    job = planning.Job(
+    job = plan_search.Job(
         config=config, gpus=gpus, kind=gpu.lower(), tokens=_count(tokens, 1_000), seq_len=seq,
-        batch_tokens=_count(batch_tokens, 1_024), replicate=replicate, context=context, tensor=tensor,
-        accumulate=accumulate, recompute=recompute,
+        batch_tokens=_count(batch_tokens, 1_024) if batch_tokens else 0, replicate=replicate, context=context,
+        tensor=tensor, accumulate=accumulate, recompute=recompute,
     )  # fmt: skip
     with Console(stderr=True).status("looking for meshes") as status:
-        plans = job.best()
+        plans, checked = job.best(), True
         for number, each in enumerate(plans):
             status.update(f"cutting the model for plan {number + 1} of {len(plans)}")
-            check_plan(config, each)
+            checked &= check_plan(config, each)
     if as_json:
         print(json.dumps(record(job, plans), indent=2))
         return
     console.print(table(job, plans))
-    print("Shares of weights, and so of gradients and optimizer, are checked against the real sharding code.")
+    if checked:
+        print("Shares of weights, and so of gradients and optimizer, are checked against the real sharding code.")
+    else:
+        print("So many processes take too long to pretend: shares are not checked against the real sharding code.")
     if any(each.layout.tensor * each.layout.context > 1 for each in plans):
         print("Speeds are those of GPUs that wait for no host: under tensor and context with train.graph = true.")
+    print("The best as settings of `transnormer train`:", *as_settings(job, plans[0]))
 
 
 @app.callback(invoke_without_command=True)
@@ -517,6 +600,13 @@ def _stream(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _console(width: int) -> Console:
+    """Where tables are printed: as wide as the terminal, or so wide where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def _bytes(size: str) -> int:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from transnormer.cli import app
+from transnormer.cli import _count, app
 from transnormer.config import SIZES, TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import Place, rotation
@@ -34,18 +34,16 @@ from transnormer.train.parallel import make_mesh, parallelize
 from transnormer.train.plan import (
     GPUS,
     WORKSPACE_BYTES,
-    Job,
     Layout,
-    compare_tensor,
     find_memory,
     find_speed,
     measure,
     saved_bytes,
-    saving,
     sent_bytes,
 )
-from transnormer.train.plan_check import check_plan, held, pretended
-from transnormer.train.recipe import Optim, model_overrides
+from transnormer.train.plan_check import check_plan, held, pretended, weight_bytes
+from transnormer.train.plan_search import BATCH_TOKENS, Job, compare_tensor, saving, spelled
+from transnormer.train.recipe import Optim, Recipe, model_overrides
 
 from .processes import TINY
 
@@ -247,6 +245,23 @@ def test_which_blocks_are_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert parallel.gathered_at_once([], "") == []
 
 
+@pytest.mark.parametrize("words", [{}, {"position_layers": (1, 2)}, EVERYTHING, OTHER, BASELINE], ids=str)
+def test_one_block_of_each_kind_stands_for_all(words: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(TINY).replace(num_hidden_layers=5, **words)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    shape = measure(config, 64)
+    assert shape.share(Layout()) == (model.parameter_count(), len(list(model.parameters())))
+    assert shape.flops_per_token == model.flops_per_token(64)
+    assert shape.blocks == sum(p.numel() for p in model.layers.parameters())
+    for layout in (Layout(), Layout(shard=3), Layout(replicate=2, shard=2, tensor=2)):
+        with pretended(layout, torch.device("cpu")) as mesh:
+            parallelize(model, mesh)
+        assert weight_bytes(config, layout) == sum(held(p).nbytes for p in model.parameters())
+        with torch.device("meta"):
+            model = LanguageModel(config)
+
+
 MESHES = [Layout(shard=4), Layout(replicate=2, shard=2), Layout(shard=2, tensor=2), Layout(context=2, tensor=2),
           Layout(tensor=2, replicate=2), Layout(replicate=2, context=2)]  # fmt: skip
 CASES = [(layout, words) for layout in MESHES for words in (EVERYTHING, OTHER if layout.context > 1 else BASELINE)]
@@ -349,25 +364,99 @@ def test_more_of_everything_costs_what_it_must() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("command", "message", "advice"),
     [
-        ({"size": "175b", "gpus": 8}, r"nothing fits 8 x h100: at best .* of which optimizer .*; 64 GPUs would fit"),
-        ({"size": "7b", "gpus": 8, "recompute": False, "tensor": 1, "accumulate": 1}, "of which activations .* would fit"),
-        ({"size": "7b", "gpus": 8, "tensor": 3}, "parallel.tensor = 3 does not divide the 8 processes"),
-        ({"size": "7b", "gpus": 64, "tensor": 3}, "parallel.tensor = 3 does not divide the 64 processes; 1, 2, 4, 8"),
-        ({"size": "7b", "gpus": 64, "replicate": 3}, "parallel.replicate = 3 does not divide the 64 processes"),
-        ({"size": "7b", "gpus": 7}, "parallel.replicate x shard = 7 does not divide the 2048 rows of a micro-batch"),
-        ({"size": "7b", "gpus": 8, "accumulate": 3}, "accumulate = 3 does not divide the 2048 rows of a step; 1, 2, 4, 8"),
-        ({"size": "7b", "gpus": 1, "tensor": 2}, "parallel.tensor = 2 needs that many processes, and there is one"),
-        ({"size": "7b", "gpus": 8, "kind": "v100"}, "no GPU 'v100'; there are a100, h100"),
-        ({"size": "7b", "gpus": 8, "seq_len": 3_000}, "is not whole rows of 3,000; 4,194,000 would be"),
+        (
+            "--size 175b --gpus 8",
+            "nothing fits 8 x h100: at best .* of which optimizer .*; --gpus 64 would fit",
+            "--gpus 64",
+        ),
+        ("--size 7b --gpus 8 --no-recompute --tensor 1 --accumulate 1", "of which activations .* would fit", None),
+        (
+            "--size 175b --gpus 2 --replicate 2",
+            "; --gpus 64 without --replicate 2 would fit",
+            "--gpus 64 --replicate 1",
+        ),
+        (
+            "--size 10m --gpus 8 --batch-tokens 16K --seq 16384 --tensor 1 --context 1 --replicate 8",
+            "; --batch-tokens 128K",
+            "--batch-tokens 128K",
+        ),
+        ("--size 7b --gpus 8 --tensor 3", "--tensor 3 does not divide --gpus 8; 1, 2, 4 or 8 would", "--tensor 4"),
+        ("--size 7b --gpus 64 --replicate 3", "--replicate 3 does not divide --gpus 64; 1, 2, 4,", "--replicate 2"),
+        (
+            "--size 7b --gpus 8 --tensor 4 --context 4",
+            "--context 4 does not divide the 2 GPUs that are left for it; 1 or 2 would",
+            "--context 2",
+        ),
+        (
+            "--size 385m --gpus 16 --tensor 16",
+            "--tensor 16 does not divide model.num_attention_heads = 8; 1, 2, 4 or 8 would",
+            "--tensor 8",
+        ),
+        (
+            "--size 10m --gpus 2 --context 2 model.mixer=softmax",
+            "--context 2 needs linear attention, model.mixer=gla",
+            "--context 1",
+        ),
+        ("--size 10m --gpus 3 --context 3", "--context 3 does not divide rows of --seq 2048", "--context 1"),
+        (
+            "--size 45m --gpus 7 --batch-tokens 4M",
+            "2,048 rows of 2,048 tokens cannot be shared by 7 GPUs; --batch-tokens 3.9375M",
+            "--batch-tokens 3.9375M",
+        ),
+        (
+            "--size 10m --gpus 8 --accumulate 3 --batch-tokens 4M",
+            "--accumulate 3 does not divide the 2,048 rows of a step; --batch-tokens",
+            None,
+        ),
+        ("--size 7b --tensor 2", "--tensor 2 needs at least 2 GPUs; --gpus is 1", "--gpus 2"),
+        ("--size 7b --gpu v100", "no GPU 'v100'; there are a100, h100", "--gpu h200"),
+        (
+            "--size 10m --seq 3000 --batch-tokens 4M",
+            "is not whole rows of 3,000; --batch-tokens 4194000 would be",
+            "--batch-tokens 4194000",
+        ),
+        (
+            "--size 10m model.num_hidden_layers=1000000",
+            "model.num_hidden_layers = 1,000,000, but a plan has at most 4,096",
+            None,
+        ),
+        (
+            "--size 10m --batch-tokens 1T",
+            "--batch-tokens is 1,099,511,627,776, but must be from 0 to 17,179,869,184",
+            None,
+        ),
+        (
+            "--size 10m --gpus 720720 --seq 8388608 --batch-tokens 8192M",
+            "more than 50,000 layouts .* hold factors, e.g. --context 1 --accumulate 1",
+            None,
+        ),
     ],
-)  # fmt: skip
-def test_errors_say_what_would_fit(settings: dict[str, Any], message: str) -> None:
-    config = ModelConfig.named(settings.pop("size"))
+)
+def test_errors_say_what_would_fit(command: str, message: str, advice: str | None) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        Job(config=config, **settings).best()
+        run(*command.split())
     assert "\n" not in str(error.value)
+    assert not re.search("parallel|train|process|launch", str(error.value))
+    if advice is None and "; --" in str(error.value):
+        advice = str(error.value).rpartition("; ")[2].partition(" would")[0].partition(" could")[0]
+    if advice is not None:
+        assert "best" in run(*command.split(), *advice.split())
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 7, 24, 100, 1_000, 6_144])
+def test_by_default_a_step_is_one_that_the_gpus_can_share(gpus: int) -> None:
+    job = Job(config=ModelConfig.named("10m"), gpus=gpus)
+    assert job.layouts()
+    assert job.rows == 2_048 if 2_048 % gpus == 0 else 0.9 < job.rows / max(2_048, gpus) < 1.1
+    assert Job(config=job.config, gpus=gpus, seq_len=3_000).layouts()
+
+
+def test_numbers_of_tokens_are_spelled_as_they_are_read() -> None:
+    for tokens in (1, 1_000, 1_024, 3_000_000, 3_932_160, 4_194_304, 2**30, 2**40, 2**34 + 2_048):
+        assert _count(spelled(tokens), 1_024) == tokens
+    assert [spelled(2**22), spelled(3_932_160), spelled(2_560)] == ["4M", "3.75M", "2.5K"]
 
 
 def run(*arguments: str) -> str:
@@ -382,7 +471,13 @@ def test_the_verb() -> None:
     assert memory.pop("total") == sum(memory.values())
     shown = run("--size", "45m", "--gpus", "2")
     assert "tokens/s a GPU" in shown
-    assert all(len(line) <= 100 for line in shown.splitlines())
+    *lines, settings = shown.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    overrides = settings.partition(": ")[2].split()
+    assert len(overrides) == 10
+    recipe = Recipe.load(ROOT / "recipes/385m.toml", overrides)
+    assert recipe.rows * recipe.train.accumulate * recipe.train.seq_len == BATCH_TOKENS
     assert "saved" in run("--size", "1b", "--gpus", "8", "--compare-tensor")
+    assert "saved" in run("--size", "10m", "--gpus", "4", "--compare-tensor")  # five heads: tensor 2 and 4 are left out
     with pytest.raises(ValueError, match=r"'optim.lr=1' is no field of the model; write e.g. model.hidden_size=4096"):
         run("optim.lr=1")

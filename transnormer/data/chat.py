@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .corpus import normalised, records, unicode
-from .tokenizer import encode, require_end_of_text
+from .tokenizer import encode, require_end_of_text, tokenizer_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,7 +142,7 @@ def choose_template(tokenizer: Tokenizer, format: str, folder: Path, given: str 
         return read_template(given)
     if format == "prompt":
         return PLAIN
-    found = find_template(folder, tokenizer) if folder.is_dir() else None
+    found = find_template(tokenizer_folder(folder), tokenizer) if folder.is_dir() else None
     return DEFAULT if found is None else found
 
 

@@ -81,8 +81,8 @@ def _trained(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.json, a folder that holds one, or a folder with GPT-2's encoder.json and vocab.bpe (or
-    vocab.json and merges.txt).
+    """Load a tokenizer.json, a folder that holds one, a run (its newest checkpoint's), or a folder with GPT-2's
+    encoder.json and vocab.bpe (or vocab.json and merges.txt).
 
     Special tokens spelled in a text are encoded as text, and nothing is truncated or padded, whatever the file says.
     Raises ValueError in one line where there is no tokenizer or it is damaged.
@@ -92,6 +92,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
+    path = tokenizer_folder(path)
     if not path.is_dir() or (path / "tokenizer.json").exists():
         file = path / "tokenizer.json" if path.is_dir() else path
         text = _json_text(file)
@@ -104,6 +105,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return _text_only(_load_gpt2(path / vocab, path / merges))
     pairs = " or ".join(" with ".join(pair) for pair in GPT2_FILES)
     raise ValueError(f"{path}: no tokenizer in this folder; wanted is tokenizer.json, or {pairs}")
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The folder that holds the tokenizer of `path` and its chat template.
+
+    That is the newest checkpoint of a run whose tokenizer.json is undamaged, and `path` itself otherwise. All checkpoints
+    of a run hold the same tokenizer. Raises ValueError where a run has no such checkpoint.
+    """
+    if not (path / "checkpoints").is_dir():
+        return path
+    from ..files import damage, step_folders
+
+    for folder in step_folders(path / "checkpoints"):
+        if damage(folder, ["tokenizer.json"]) is None:
+            return folder
+    raise ValueError(f"{path}: this run has no checkpoint with a tokenizer yet; train it first")
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

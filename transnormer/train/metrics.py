@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
@@ -141,6 +141,19 @@ def progress(steps: int, done: int) -> Iterator[Any]:
     yield show
 
 
+def running_mean(losses: Any) -> Any:
+    """The mean of each fiftieth of so many losses; losses that are no number (None, NaN) count as the mean of all.
+
+    losses: N numbers, as a list or an array [N]. Returns [M] float64 with M <= N, the last of which is that of the end.
+    """
+    import numpy as np
+
+    loss = np.array(losses, float)
+    window = max(1, len(loss) // 50)
+    known = np.where(np.isnan(loss), np.nanmean(loss) if np.isfinite(loss).any() else 0, loss)
+    return np.convolve(known, np.ones(window) / window, mode="valid") if len(loss) else loss
+
+
 def plot(metrics: Path, picture: Path, title: str) -> None:
     """The loss curve of a metrics.jsonl as a PNG: training loss, its running mean, validation loss; nats a token.
 
@@ -155,15 +168,13 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
         return
     tokens = np.array([line["tokens"] for line in lines])
     loss = np.array([line["loss"] for line in lines], float)  # of None, which is no number, NaN
-    window = max(1, len(loss) // 50)
-    known = np.where(np.isnan(loss), np.nanmean(loss) if np.isfinite(loss).any() else 0, loss)
-    mean = np.convolve(known, np.ones(window) / window, mode="valid")
+    mean = running_mean(loss)
     valid = [(line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss") is not None]
     refused = [line["tokens"] for line in lines if "refused" in line]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(tokens[window - 1 :], mean, color="tab:blue", label="training")
+    axes.plot(tokens[len(tokens) - len(mean) :], mean, color="tab:blue", label="training")
     if valid:
         label = f"validation, last {valid[-1][1]:.3f}"
         axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
@@ -178,3 +189,35 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
         replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))
     except OSError as error:  # a picture must not cost a run
         say(f"warning: {error}")
+
+
+def draw_runs(runs: Mapping[str, list[dict[str, Any]]], picture: Path) -> None:
+    """The losses of several runs in one PNG: running means as lines, validation losses as dots of the same colour.
+
+    runs: name -> the lines of its metrics.jsonl. Raises ValueError where no run has any, OSError naming the picture.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    if not any(runs.values()):
+        raise ValueError(f"{picture}: there is nothing to draw, because no step of {', '.join(runs)} is recorded")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for number, (name, lines) in enumerate(runs.items()):
+        if not lines:
+            continue
+        tokens, mean = np.array([line["tokens"] for line in lines]), running_mean([line["loss"] for line in lines])
+        # Ten colours, then the same dashed: so that more than ten runs can still be told apart.
+        color, style = f"C{number % 10}", ["-", "--", ":", "-."][number // 10 % 4]
+        valid = [(line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss") is not None]
+        label = f"{name}, validation {valid[-1][1]:.3f}" if valid else name
+        axes.plot(tokens[len(tokens) - len(mean) :], mean, color=color, linestyle=style, linewidth=1.2, label=label)
+        if valid:
+            axes.plot(*zip(*valid, strict=True), color=color, linestyle="none", marker="o", markersize=4)
+    axes.set(xlabel="tokens read", ylabel="loss (nats per token)")
+    axes.set_title("lines: training, running mean; dots: validation", fontsize="medium")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # where no curve runs through it
+    replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))

@@ -1,18 +1,16 @@
-"""What a training run on many GPUs needs and how long it takes, in closed form: which meshes fit, ranked by speed.
+"""What one layout of a training run on many GPUs needs and how long it takes, in closed form.
 
-Of a run as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in float32. `plan_check.py`
-holds a mesh's shards against the real ones.
+The run is as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in float32. `plan_search.py`
+looks for the layouts that fit, `plan_check.py` holds a layout's shards against the real ones.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ import torch
 from ..config import NORMS, ModelConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
-from .parallel import check, gathered_at_once, listed
+from .parallel import gathered_at_once
 from .recipe import Parallel
 
 
@@ -156,30 +154,41 @@ def _share(
 
 
 def measure(config: ModelConfig, seq_len: int) -> Shape:
-    """Count the parameters of a model that takes no memory."""
+    """Count the parameters of a model that takes no memory, in which one block of each kind stands for all alike."""
+    kinds = block_kinds(config)
     with torch.device("meta"):
-        model = LanguageModel(config)
+        model = LanguageModel(one_of_each(config, [*kinds]))
+        flops = model.flops_per_token(seq_len)
+        for kind, count in kinds.items():
+            longer = LanguageModel(one_of_each(config, [*kinds, kind]))
+            flops += (count - 1) * (longer.flops_per_token(seq_len) - model.flops_per_token(seq_len))
+    blocks, counts = model.blocks(), [*kinds.values()]
     parameters: Counter[tuple[tuple[int, ...], int | None]] = Counter()
-    parts = {
-        f"layers.{n}.{word}": getattr(block, word)
-        for n, block in enumerate(model.blocks())
-        for word in ("mixer", "glu")
-    }
     for name, p in model.named_parameters():
-        part = ".".join(name.split(".")[:3])
-        path, _, kind = name.removeprefix(f"{part}.").rpartition(".")
-        word = (
-            parts[part].SHARDS[path]
-            if part in parts
-            else "words"
-            if name.startswith(("embed_tokens", "lm_head"))
-            else ""
-        )
-        rows = None if kind == "bias" else 1
+        where, _, leaf = name.rpartition(".")
+        if name.startswith("layers."):
+            _, number, part, *path = where.split(".")
+            shards = getattr(blocks[int(number)], part).SHARDS if part in ("mixer", "glu") else {}
+            word, count = shards[".".join(path)] if shards else "", counts[int(number)]
+        else:
+            word, count = "words" if name.startswith(("embed_tokens", "lm_head")) else "", 1
+        rows = None if leaf == "bias" else 1
         cut = {"columns": 0, "heads": 0, "norm": 0, "words": 0, "rows": rows}.get(word)
-        parameters[tuple(p.shape), cut] += 1
-    sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks()]
-    return Shape(config, model.flops_per_token(seq_len), dict(parameters), max(sizes), sum(sizes))
+        parameters[tuple(p.shape), cut] += count
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    whole = sum(size * count for size, count in zip(sizes, counts, strict=True))
+    return Shape(config, flops, dict(parameters), max(sizes), whole)
+
+
+def block_kinds(config: ModelConfig) -> Counter[bool]:
+    """How many blocks there are of each kind. Blocks differ in their parameters only by whether they have positions."""
+    return Counter(config.has_position(n) for n in range(config.num_hidden_layers))
+
+
+def one_of_each(config: ModelConfig, kinds: Sequence[bool]) -> ModelConfig:
+    """The model with one block of each of these kinds, in this order, and otherwise as it is."""
+    positions = tuple(n for n, has_position in enumerate(kinds) if has_position)
+    return config.replace(num_hidden_layers=len(kinds), position_layers=positions)
 
 
 # Memory.
@@ -357,170 +366,3 @@ def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) 
     wait = {kind: sent[kind] / ((link if span <= gpu.node else network) * 1e9) for kind, span in spans.items()}
     passes = max(passes + EXPOSED * wait["shard"], wait["shard"])
     return tokens / (passes + update + wait["tensor"] + wait["context"] + wait["replicate"]), sent
-
-
-# The search.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be trained on what; a factor of None is to be found. Raises ValueError for what cannot be."""
-
-    config: ModelConfig
-    gpus: int
-    kind: str = "h100"
-    tokens: float = 1e12
-    seq_len: int = 2_048
-    batch_tokens: int = 2**22  # a step
-    replicate: int | None = None
-    context: int | None = None
-    tensor: int | None = None
-    accumulate: int | None = None
-    recompute: bool | None = None
-    gpu: Gpu = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.kind not in GPUS:
-            raise ValueError(f"no GPU {self.kind!r}; there are {', '.join(GPUS)}")
-        for name in ("gpus", "tokens", "seq_len", "batch_tokens", "replicate", "context", "tensor", "accumulate"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 1 and math.isfinite(value)):
-                raise ValueError(f"{name} = {value}, but must be 1 or more")
-        if self.batch_tokens % self.seq_len:
-            fits = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
-            raise ValueError(
-                f"a step of {self.batch_tokens:,} tokens is not whole rows of {self.seq_len:,}; {fits:,} would be"
-            )
-        object.__setattr__(self, "gpu", GPUS[self.kind])
-
-    @cached_property
-    def shape(self) -> Shape:
-        return measure(self.config, self.seq_len)
-
-    @property
-    def rows(self) -> int:
-        """Of a step."""
-        return self.batch_tokens // self.seq_len
-
-    def candidates(self) -> Iterator[Layout]:
-        """Tensor within a node, and where it is free, rows cut so that a context rank has 1,024 tokens of them."""
-        tensors = [n for n in _divisors(self.gpus) if n <= self.gpu.node] if self.tensor is None else [self.tensor]
-        for tensor in tensors:
-            left = max(1, self.gpus // tensor)
-            cuts = [n for n in _divisors(left) if n == 1 or (self.config.mixer == "gla" and self.seq_len // n >= 1_024)]
-            for context in cuts if self.context is None else [self.context]:
-                copies = _divisors(max(1, left // context)) if self.replicate is None else [self.replicate]
-                for replicate in copies:
-                    shard = max(1, left // (context * replicate))
-                    steps = _divisors(max(1, self.rows // (replicate * shard)))
-                    for accumulate in steps if self.accumulate is None else [self.accumulate]:
-                        for recompute in (False, True) if self.recompute is None else (self.recompute,):
-                            yield Layout(replicate, shard, context, tensor, accumulate, recompute)
-
-    def check(self, layout: Layout) -> None:
-        """Raises ValueError as training would."""
-        if self.rows % layout.accumulate:
-            raise ValueError(
-                f"accumulate = {layout.accumulate} does not divide the {self.rows} rows of a step; {listed(self.rows)} would"
-            )
-        rows = self.rows // layout.accumulate
-        check(self.config, layout.parallel, self.gpus, seq_len=self.seq_len, rows=rows)
-
-    def plans(self) -> list[Plan]:
-        """All that training would accept. Raises ValueError where that is nothing."""
-        found, refusals = [], []
-        for layout in self.candidates():
-            try:
-                self.check(layout)
-            except ValueError as error:
-                refusals.append(error)
-            else:
-                found.append(self.plan(layout))
-        if not found:
-            raise refusals[0]  # of what is held, all else being 1: nobody asked for the others' values
-        return found
-
-    def plan(self, layout: Layout) -> Plan:
-        rows = self.rows // (layout.accumulate * layout.replicate * layout.shard)
-        speed, sent = find_speed(self.shape, layout, self.gpu, rows, self.seq_len)
-        hours = self.tokens / speed / 3_600
-        memory = find_memory(self.shape, layout, rows, self.seq_len)
-        return Plan(layout, memory, speed, sent, hours / 24, hours * self.gpus * self.gpu.watts / 1e6)
-
-    def fits(self, plan: Plan) -> bool:
-        return plan.memory.total <= USABLE * self.gpu.gib * 2**30
-
-    def best(self, most: int = 3) -> list[Plan]:
-        """The fastest plans of different meshes that fit; of those within half a percent, the ones that need least memory.
-
-        Raises ValueError where none does, naming what is too large and what would fit.
-        """
-        plans = self.plans()
-        found: dict[Parallel, Plan] = {}
-        for plan in sorted(plans, key=lambda plan: (-round(math.log(plan.tokens_per_second) * 200), plan.memory.total)):
-            if self.fits(plan):
-                found.setdefault(plan.layout.parallel, plan)
-        if not found:
-            raise ValueError(self._too_large(min(plans, key=lambda plan: plan.memory.total)))
-        return list(itertools.islice(found.values(), most))
-
-    def _too_large(self, plan: Plan) -> str:
-        part, size = max(vars(plan.memory).items(), key=lambda item: item[1])
-        short = (
-            f"nothing fits {self.gpus} x {self.kind}: at best {plan.memory.total / 2**30:,.1f} GiB a GPU of "
-            f"{USABLE * self.gpu.gib:,.1f} usable, of which {part} {size / 2**30:,.1f}"
-        )
-        free: dict[str, Any] = {
-            "recompute": None,
-            "tensor": None,
-            "accumulate": None,
-            "context": None,
-            "replicate": None,
-        }
-        held = [name for name in free if getattr(self, name) is not None]
-        if held and (plans := self._others(self.gpus, free)):
-            best = max(plans, key=lambda plan: plan.tokens_per_second).layout
-            freed = ", ".join(
-                f"{name} = {str(getattr(best, name)).lower()}"
-                for name in held
-                if getattr(best, name) != getattr(self, name)
-            )
-            return f"{short}; {freed} would fit"
-        for doubled in range(1, 13):
-            if self._others(self.gpus * 2**doubled, free):
-                return f"{short}; {self.gpus * 2**doubled} GPUs would fit"
-        return f"{short}; shorter rows (--seq) or a smaller model would fit"
-
-    def _others(self, gpus: int, changes: dict[str, Any]) -> list[Plan]:
-        """What would fit so many GPUs; with more of them a step may have more rows."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in ("config", "kind", "tokens", "seq_len")}
-        batch = self.batch_tokens * max(1, gpus // self.gpus)
-        job = Job(gpus=gpus, batch_tokens=batch, **values, **changes)
-        try:
-            return [plan for plan in job.plans() if job.fits(plan)]
-        except ValueError:
-            return []
-
-
-def compare_tensor(config: ModelConfig, gpus: int = 8, seq_len: int = 2_048, kind: str = "h100") -> list[Plan]:
-    """Plans for tensor = 1, 2, 4, 8, the other GPUs sharing the weights; each data rank reads 8,192 tokens at a time."""
-    rows = max(1, 8_192 // seq_len)
-    found = []
-    for tensor in (1, 2, 4, 8):
-        if gpus % tensor == 0:
-            batch = rows * seq_len * (gpus // tensor)
-            job = Job(
-                config=config, gpus=gpus, kind=kind, seq_len=seq_len, batch_tokens=batch, replicate=1, context=1,
-                tensor=tensor, accumulate=1, recompute=False,
-            )  # fmt: skip
-            found += job.plans()
-    return found
-
-
-def saving(plans: Sequence[Plan]) -> float:
-    """Share of a GPU's memory that the last plan saves of the first's."""
-    return 1 - plans[-1].memory.allocated / plans[0].memory.allocated
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from rich.table import Table
 from ..config import ModelConfig
 from ..model.language_model import LanguageModel
 from .parallel import Mesh, make_mesh, parallelize
-from .plan import Job, Layout, Memory, Plan, saving
+from .plan import Layout, Memory, Plan, block_kinds, one_of_each
+from .plan_search import Job, saving
+
+MOST_PRETENDED = 4_096  # processes; torch makes a group of processes for each, one after another
 
 
 @contextmanager
@@ -40,13 +44,20 @@ def pretended(layout: Layout, device: torch.device) -> Iterator[Mesh]:
 def weight_bytes(config: ModelConfig, layout: Layout) -> int:
     """Bytes of the weights that the first of `layout.world` processes holds, by `parallelize` itself.
 
-    The other processes are pretended, the weights are on the meta device. Raises RuntimeError inside a process group.
+    The other processes are pretended, the weights are on the meta device. Blocks of a kind hold alike, so one or two of
+    each are cut. Raises RuntimeError inside a process group.
     """
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    with pretended(layout, torch.device("cpu")) as mesh:
-        parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")
-    return sum(held(p).nbytes for p in model.parameters())
+    kinds = block_kinds(config)
+    with pretended(replace(layout, replicate=1), torch.device("cpu")) as mesh:  # whose copies hold alike, too
+
+        def cut(blocks: list[bool]) -> int:
+            with torch.device("meta"):
+                model = LanguageModel(one_of_each(config, blocks))
+            parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")
+            return sum(held(p).nbytes for p in model.parameters())
+
+        once = cut([*kinds])
+        return once + sum((count - 1) * (cut([*kinds, kind]) - once) for kind, count in kinds.items() if count > 1)
 
 
 def held(x: Any) -> Any:
@@ -54,33 +65,48 @@ def held(x: Any) -> Any:
     return getattr(x, "_local_tensor", x)
 
 
-def check_plan(config: ModelConfig, plan: Plan) -> None:
-    """Raises RuntimeError where the real shards are not as large as planned."""
+def check_plan(config: ModelConfig, plan: Plan) -> bool:
+    """Whether the plan was checked: not where too many processes would have to be pretended.
+
+    Raises RuntimeError where the real shards are not as large as planned.
+    """
+    if plan.layout.world // plan.layout.replicate > MOST_PRETENDED:
+        return False
     real = weight_bytes(config, plan.layout)
     if real != plan.memory.weights:
         raise RuntimeError(
             f"planned {plan.memory.weights:,} bytes of weights a GPU for {plan.layout}, but it has {real:,}"
         )
+    return True
 
 
 # What is shown.
 
 
+MEANINGS = {
+    "replicate": "copies of the model",
+    "shard": "GPUs that share a copy",
+    "context": "GPUs that share a row",
+    "tensor": "GPUs that share products",
+    "accumulate": "micro-batches a step",
+    "recompute": "activations twice",
+}
+
+
 def table(job: Job, plans: list[Plan]) -> Table:
     """One column a plan; memory in GiB."""
-    shown = Table(
-        "", *("best" if n == 0 else f"{n + 1}." for n in range(len(plans))), title=_title(job), title_justify="left"
-    )
-    for column in shown.columns[1:]:
-        column.justify = "right"
+    shown = Table(title=_title(job), title_justify="left")
+    shown.add_column("", overflow="fold")
+    for n in range(len(plans)):
+        shown.add_column("best" if n == 0 else f"{n + 1}.", justify="right", no_wrap=True)
 
     def add(name: str, values: list[str], end: bool = False) -> None:
         shown.add_row(name, *values, end_section=end)
 
-    names = [item.name for item in dataclasses.fields(Layout)]
-    for name in names:
+    for name, meaning in MEANINGS.items():
         values = [getattr(plan.layout, name) for plan in plans]
-        add(name, [("yes" if x else "no") if isinstance(x, bool) else f"{x:,}" for x in values], name == names[-1])
+        shown_values = [("yes" if x else "no") if isinstance(x, bool) else f"{x:,}" for x in values]
+        add(f"{name}: {meaning}", shown_values, name == "recompute")
     for item in dataclasses.fields(Memory):
         add(f"{item.name}, GiB a GPU", [_gib(getattr(plan.memory, item.name)) for plan in plans])
     add(f"together, of {job.gpu.gib:g}", [_gib(plan.memory.total) for plan in plans], True)
@@ -91,8 +117,17 @@ def table(job: Job, plans: list[Plan]) -> Table:
     for kind in plans[0].bytes_per_step:
         sent = [plan.bytes_per_step[kind] for plan in plans]
         if any(sent):
-            add(f"sent for {kind}, GB a step and GPU", [f"{x / 1e9:,.2f}" for x in sent])
+            add(f"sent for {kind}, GB a step", [f"{x / 1e9:,.2f}" for x in sent])
     return shown
+
+
+def as_settings(job: Job, plan: Plan) -> list[str]:
+    """A plan as the settings of a recipe that train so."""
+    settings = {f"parallel.{name}": size for name, size in vars(plan.layout.parallel).items()}
+    settings |= {"train.accumulate": plan.layout.accumulate, "train.recompute": plan.layout.recompute,
+                 "train.seq_len": job.seq_len, "train.batch_tokens": job.rows * job.seq_len,
+                 "train.dtype": "bfloat16", "train.compile": True}  # fmt: skip
+    return [f"{key}={str(value).lower()}" for key, value in settings.items()]
 
 
 def compared(models: dict[str, list[Plan]]) -> Table:
@@ -113,7 +148,7 @@ def record(job: Job, plans: list[Plan]) -> dict[str, Any]:
     """For --json: everything in bytes, seconds' rates and days."""
     return {
         "model": job.config.to_dict(), "parameters": job.config.parameter_count(), "gpus": job.gpus, "gpu": job.kind,
-        "tokens": job.tokens, "seq_len": job.seq_len, "batch_tokens": job.batch_tokens,
+        "tokens": job.tokens, "seq_len": job.seq_len, "batch_tokens": job.rows * job.seq_len,
         "plans": [{**dataclasses.asdict(plan), "memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total}}
                   for plan in plans],
     }  # fmt: skip

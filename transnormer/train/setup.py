@@ -95,16 +95,16 @@ def check_vocabulary(recipe: Recipe) -> None:
 
 def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> None:
     """Refuse data that were encoded otherwise than the model's were."""
-    assert recipe.base is not None
+    path, folder = recipe.data.path, recipe.base
     if data.vocab_size > base.config.vocab_size:
+        sizes = f"{path} has {data.vocab_size:,} words, {folder} {base.config.vocab_size:,}"
+        if base.tokenizer is None:
+            raise ValueError(f"{sizes}; prepare its text again with a smaller --vocab-size and another --out")
+        raise ValueError(f"{sizes}; prepare its text again with --tokenizer {folder} and another --out")
+    if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(path).to_str():
         raise ValueError(
-            f"{recipe.data.path} has {data.vocab_size:,} words, {recipe.base} {base.config.vocab_size:,}; "
-            f"prepare it with --tokenizer {find_model(recipe.base)}"
-        )
-    if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(recipe.data.path).to_str():
-        raise ValueError(
-            f"{recipe.data.path} was not encoded with the tokenizer of {recipe.base}; prepare it with --tokenizer "
-            f"{find_model(recipe.base)}, or set data.text and another data.path"
+            f"{path} was not encoded with the tokenizer of {folder}; prepare its text again with --tokenizer {folder} "
+            f"and another --out"
         )
 
 
