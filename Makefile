@@ -14,7 +14,8 @@ env: .venv/env  ## everything that needs no GPU
 test: .venv/env
 	@# without these, tests would skip themselves
 	@$(BIN)/python -c "import importlib.metadata as m, sys; [*map(m.version, ['tensorboard', 'torchao', *['triton'] * (sys.platform == 'linux')])]"
-	$(BIN)/pytest
+	@# one process a core, of one thread each; more than four would need much memory and save little
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 lint: .venv/env
 	$(BIN)/ruff check
