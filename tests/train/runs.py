@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from torch import Tensor
 from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Recipe
 
+from ..conftest import REPOSITORY
+
+HANG = 600.0  # seconds after which something hangs; nothing is expected to take long
 STEPS = 40
 RECIPE = """
 [data]
@@ -47,12 +52,45 @@ def tiny(*overrides: str) -> Recipe:
     return Recipe.load("tiny.toml", overrides)
 
 
-def start(*overrides: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+def environment() -> dict[str, str]:
+    """For training processes that a test starts: one thread, and they heed `held`."""
+    paths = [str(Path(__file__).parent / "held"), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def start(*overrides: str, recipe: str = "tiny.toml", processes: int = 1, **options: Any) -> subprocess.Popen[str]:
     """`transnormer train`, by torchrun where there are several processes."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "transnormer", "train", "tiny.toml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *overrides], stderr=subprocess.PIPE, text=True, env=environment, **options)
+    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "transnormer", "train", recipe, *overrides]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), **options)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for its end with that exit code; returns what it wrote to standard error."""
+    _, said = process.communicate(timeout=HANG)
+    assert process.returncode == code, said
+    return said
+
+
+@contextmanager
+def held(sample: int, folder: Path = Path()) -> Iterator[None]:
+    """Within, the step that reads this sample waits, in all processes that are started in the folder."""
+    hold = folder / "hold"
+    hold.write_text(str(sample))
+    try:
+        yield
+    finally:
+        hold.unlink()
+
+
+def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+    """Until something has happened that these processes, none of which may end before, are to bring about."""
+    deadline = time.monotonic() + HANG
+    while not happened():
+        for process in processes:
+            assert process.poll() is None, process.stderr.read() if process.stderr else "a process ended too early"
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.01)
 
 
 def spoiling(

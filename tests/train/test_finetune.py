@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Lora, Recipe
 
 from ..test_cli import call
+from .runs import finish, held, start, wait_until
 
 PLACES = {
     "Ann": "Rome", "Bob": "Oslo", "Cal": "Lima", "Dot": "Bonn", "Eve": "Cork", "Flo": "Kiev", "Gus": "Riga",
@@ -163,8 +161,8 @@ def test_the_loss_is_a_mean_over_what_is_learned_in_the_whole_step(work: Path) -
     assert [loss for _, loss, _ in first] == pytest.approx([loss for _, loss, _ in third], rel=1e-5)
     model, valid = transnormer.load("runs/r0"), TokenData("data", "valid")
     nats = learned = 0
-    for start, stop in zip([0, *valid.document_ends()], valid.document_ends(), strict=False):
-        ids, (marks, _) = torch.from_numpy(valid.window(start, stop - start))[None], valid.marks(start, stop - start)
+    for begin, stop in zip([0, *valid.document_ends()], valid.document_ends(), strict=False):
+        ids, (marks, _) = torch.from_numpy(valid.window(begin, stop - begin))[None], valid.marks(begin, stop - begin)
         targets = ids.where(torch.from_numpy(marks), -100)
         nats += model.loss(ids[:, :-1], targets[:, 1:], reduction="sum").item()
         learned += int(marks.sum())
@@ -270,14 +268,12 @@ def test_merged_and_unmerged_models_agree(work: Path, prepared: Path, changes: d
 def test_a_killed_lora_run_loses_nothing(work: Path) -> None:
     options = ("lora.dropout=0.2", "train.steps=40")
     train(tune("run=whole", *options))
-    command = [sys.executable, "-m", "transnormer", "train", "tune.toml", "run=killed", *options]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not list(Path().glob("runs/killed/checkpoints/step-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with held(4 * 39):  # the last step: it does not end before it is killed
+        process = start("run=killed", *options, recipe="tune.toml")
+        wait_until(lambda: any(Path().glob("runs/killed/checkpoints/step-*")), process)
+        time.sleep(0.05)
+        process.kill()
+        finish(process, -signal.SIGKILL)
     train(tune("run=killed", *options))
     assert len(json.loads(Path("runs/killed/run.json").read_text())["starts"]) == 2
     assert curve("killed") == curve("whole")
@@ -289,10 +285,7 @@ def test_a_killed_lora_run_loses_nothing(work: Path) -> None:
 
 
 def on_two(*overrides: str) -> None:
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "transnormer", "train", "tune.toml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *command, *overrides], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finish(start(*overrides, recipe="tune.toml", processes=2))
 
 
 def remembered(folder: Path) -> dict[str, torch.Tensor]:
