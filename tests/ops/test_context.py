@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from oracle import Case, assert_no_further, distance, draw, exact, plain
 from torch import Tensor
 
+from tests.children import run_processes
 from tests.interpreter import language_replaced_once
 from transnormer.ops import context as contexts
 from transnormer.ops.context import Context
@@ -91,7 +91,7 @@ def whole(x: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("context")
-    mp.spawn(work, (str(folder),), nprocs=RANKS)
+    run_processes(work, str(folder), count=RANKS)
     return json.loads((folder / "found.json").read_text())
 
 

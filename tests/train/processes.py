@@ -29,6 +29,7 @@ from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
 from transnormer.train.recipe import Optim, Parallel
 
+from ..children import run_processes
 from ..interpreter import language_replaced_once
 
 TINY = {
@@ -69,7 +70,7 @@ class Case:
 def run(cases: Sequence[Case], world: int, folder: Path) -> list[dict[str, Any]]:
     """What each case found (`compare`), from processes on gloo; or of the one that raised alone, its traceback as "error"."""
     with suppress(mp.ProcessExitedException):
-        mp.spawn(_work, (world, list(cases), str(folder)), nprocs=world)
+        run_processes(_work, world, list(cases), str(folder), count=world)
     return json.loads((folder / "found.json").read_text())
 
 

@@ -6,20 +6,26 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from transnormer.train import loop
 from transnormer.train.metrics import read_metrics
+from transnormer.train.parallel import start as parallel_start
 from transnormer.train.recipe import Recipe
 
+from ..children import run_processes
 from ..conftest import REPOSITORY
 
-HANG = 600.0  # seconds after which something hangs; nothing is expected to take long
+PATIENCE = 900  # seconds after which what a test waits for is given up; nothing else depends on how fast a machine is
 STEPS = 40
 RECIPE = """
 [data]
@@ -58,16 +64,31 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def start(*overrides: str, recipe: str = "tiny.toml", processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+def train_on_two(*overrides: str, recipe: str = "tiny.toml") -> None:
+    """`train` on two processes on the CPU, in the working folder."""
+    with tempfile.TemporaryDirectory() as meeting:
+        run_processes(_train, f"{meeting}/store", Path.cwd(), recipe, overrides, count=2)
+
+
+def _train(rank: int, store: str, folder: Path, recipe: str, overrides: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    loop.start = lambda parallel, device: parallel_start(parallel, "cpu")  # type: ignore[attr-defined]
+    loop.train(Recipe.load(recipe, overrides))
+    dist.destroy_process_group()
+
+
+def start(*overrides: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
     """`transnormer train`, by torchrun where there are several processes."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "transnormer", "train", recipe, *overrides]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), **options)
+    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "transnormer", "train", "tiny.toml"]
+    return subprocess.Popen([*command, *overrides], stderr=subprocess.PIPE, text=True, env=environment(), **options)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     """Wait for its end with that exit code; returns what it wrote to standard error."""
-    _, said = process.communicate(timeout=HANG)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, said
     return said
 
@@ -85,7 +106,7 @@ def held(sample: int, folder: Path = Path()) -> Iterator[None]:
 
 def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
     """Until something has happened that these processes, none of which may end before, are to bring about."""
-    deadline = time.monotonic() + HANG
+    deadline = time.monotonic() + PATIENCE
     while not happened():
         for process in processes:
             assert process.poll() is None, process.stderr.read() if process.stderr else "a process ended too early"

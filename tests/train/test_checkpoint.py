@@ -23,7 +23,7 @@ from transnormer.train.feed import Share
 from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 
-from .runs import HANG, curve, tiny
+from .runs import PATIENCE, curve, tiny
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 OFTEN = ("train.steps=24", "checkpoint.every=4", "checkpoint.keep=9")
@@ -141,12 +141,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(work: Path, monkeypatch:
 
     def slow(path: Path, *content: Any) -> dict[str, object]:
         started.set()
-        assert go_on.wait(HANG)
+        assert go_on.wait(PATIENCE)
         return write_pieces(path, *content)
 
     def watched(model: Any, share: Share, *rest: Any) -> Tensor:
         if len(steps) == 4:  # the first step after the first checkpoint
-            assert started.wait(HANG)
+            assert started.wait(PATIENCE)
         steps.append(started.is_set() and not go_on.is_set())
         if sum(steps) == 3:  # the weights have moved on three times since they were copied
             go_on.set()

@@ -20,7 +20,7 @@ import pytest
 from transnormer.train.metrics import read_metrics
 
 from ..conftest import REPOSITORY
-from .runs import HANG, environment, held, wait_until, write_recipe
+from .runs import PATIENCE, environment, held, wait_until, write_recipe
 
 STEPS = 70
 SETTINGS = (
@@ -142,7 +142,7 @@ def curve(folder: Path, run: str) -> list[tuple[int, float, float, float | None]
 
 def end(agents: list[subprocess.Popen[str]], folder: Path) -> list[int]:
     try:
-        return [agent.wait(HANG) for agent in agents]
+        return [agent.wait(PATIENCE) for agent in agents]
     except subprocess.TimeoutExpired:
         pytest.fail(f"the agents do not end:\n{logs(folder)}")
 

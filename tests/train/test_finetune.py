@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Lora, Recipe
 
 from ..test_cli import call
-from .runs import finish, held, start, wait_until
+from .runs import train_on_two
 
 PLACES = {
     "Ann": "Rome", "Bob": "Oslo", "Cal": "Lima", "Dot": "Bonn", "Eve": "Cork", "Flo": "Kiev", "Gus": "Riga",
@@ -161,8 +164,8 @@ def test_the_loss_is_a_mean_over_what_is_learned_in_the_whole_step(work: Path) -
     assert [loss for _, loss, _ in first] == pytest.approx([loss for _, loss, _ in third], rel=1e-5)
     model, valid = transnormer.load("runs/r0"), TokenData("data", "valid")
     nats = learned = 0
-    for begin, stop in zip([0, *valid.document_ends()], valid.document_ends(), strict=False):
-        ids, (marks, _) = torch.from_numpy(valid.window(begin, stop - begin))[None], valid.marks(begin, stop - begin)
+    for start, stop in zip([0, *valid.document_ends()], valid.document_ends(), strict=False):
+        ids, (marks, _) = torch.from_numpy(valid.window(start, stop - start))[None], valid.marks(start, stop - start)
         targets = ids.where(torch.from_numpy(marks), -100)
         nats += model.loss(ids[:, :-1], targets[:, 1:], reduction="sum").item()
         learned += int(marks.sum())
@@ -268,12 +271,14 @@ def test_merged_and_unmerged_models_agree(work: Path, prepared: Path, changes: d
 def test_a_killed_lora_run_loses_nothing(work: Path) -> None:
     options = ("lora.dropout=0.2", "train.steps=40")
     train(tune("run=whole", *options))
-    with held(4 * 39):  # the last step: it does not end before it is killed
-        process = start("run=killed", *options, recipe="tune.toml")
-        wait_until(lambda: any(Path().glob("runs/killed/checkpoints/step-*")), process)
-        time.sleep(0.05)
-        process.kill()
-        finish(process, -signal.SIGKILL)
+    command = [sys.executable, "-m", "transnormer", "train", "tune.toml", "run=killed", *options]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not list(Path().glob("runs/killed/checkpoints/step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     train(tune("run=killed", *options))
     assert len(json.loads(Path("runs/killed/run.json").read_text())["starts"]) == 2
     assert curve("killed") == curve("whole")
@@ -282,10 +287,6 @@ def test_a_killed_lora_run_loses_nothing(work: Path) -> None:
         assert len({(folder / name).read_bytes() for folder in adapters}) == 1
     one, other = weights("runs/whole"), weights("runs/killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def on_two(*overrides: str) -> None:
-    finish(start(*overrides, recipe="tune.toml", processes=2))
 
 
 def remembered(folder: Path) -> dict[str, torch.Tensor]:
@@ -300,7 +301,7 @@ def test_adapters_on_two_processes(work: Path, mesh: tuple[str, ...]) -> None:
     options = ("lora.rank=4", "checkpoint.every=4", "checkpoint.keep=9", "train.steps=24")
     dropout = [option for option in mesh if "dropout" in option]
     train(tune("run=one", *options, *dropout))
-    on_two("run=two", *options, *mesh)
+    train_on_two("run=two", *options, *mesh, recipe="tune.toml")
     one, two = (step_folders(Path("runs") / run / "checkpoints") for run in ("one", "two"))
     assert len({(folder / lora.FOLDER / "adapter_config.json").read_text() for folder in (one[0], two[0])}) == 1
     assert len(remembered(one[3])) > 0
@@ -317,7 +318,7 @@ def test_adapters_on_two_processes(work: Path, mesh: tuple[str, ...]) -> None:
     for folder in two[:3]:  # back to step 12
         shutil.rmtree(folder)
     if mesh:
-        on_two("run=two", *options, *mesh)
+        train_on_two("run=two", *options, *mesh, recipe="tune.toml")
         assert curve("two") == whole
         assert all(torch.equal(tensor, merged[name]) for name, tensor in weights("runs/two").items())
     else:

@@ -15,7 +15,7 @@ import torch
 
 import transnormer
 
-from .runs import HANG, curve, finish, held, start, wait_until
+from .runs import PATIENCE, curve, finish, held, start, wait_until
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -40,7 +40,7 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
             wait_for_work(process, steps=draw.randrange(4, 28), most=steps - 1)
             time.sleep(draw.random() * 0.1)
             strike(process, draw, alone=processes > 1 and number % 2 == 1)
-            assert process.wait(HANG) != 0
+            assert process.wait(PATIENCE) != 0
             saves += any(Path("runs/killed/checkpoints").glob(".step-*.partial"))
     finish(start("run=killed", *settings, processes=processes))
     assert curve("killed") == curve("whole")

@@ -9,6 +9,7 @@ import math
 import resource
 import shutil
 import signal
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Recipe
 from transnormer.train.step import STOPS
 
-from .runs import STEPS, curve, finish, held, start, tiny, wait_until
+from .runs import STEPS, curve, start, tiny
 
 
 def test_a_run_leaves_what_it_promises(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -139,21 +140,24 @@ def test_tensorboard_on_request(work: Path) -> None:
     assert list((run / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_saves_and_says_how_to_go_on(work: Path, number: signal.Signals, code: int) -> None:
-    lines, last = Path("runs/stopped/metrics.jsonl"), 50
-    with held(4 * (last - 1)):  # it is stopped before this step, or in it
-        process = start("run=stopped", f"train.steps={2 * last}", "checkpoint.every=0")
-        wait_until(lambda: lines.exists() and lines.stat().st_size > 500, process)
+def test_ctrl_c_saves_and_says_how_to_go_on(work: Path) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = f"stopped-{code}"
+        process = start(f"run={run}", "train.steps=4000", "checkpoint.every=0")
+        while not (lines := Path("runs") / run / "metrics.jsonl").exists() or lines.stat().st_size < 500:
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(number)
-    assert "the same command goes on from there" in finish(process, code)
-    (newest,) = step_folders(Path("runs/stopped/checkpoints"))
-    assert curve("stopped")[-1][0] == int(newest.name.removeprefix("step-")) <= last
+        assert process.wait(60) == code
+        assert "the same command goes on from there" in process.stderr.read()
+        (newest,) = step_folders(Path("runs") / run / "checkpoints")
+        assert curve(run)[-1][0] == int(newest.name.removeprefix("step-"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(work: Path) -> None:
     limit = 60_000  # bytes a file: below the weights, above everything else
-    train(tiny("run=full", "train.steps=9", "checkpoint.every=3"))
+    first = start("run=full", "train.steps=9", "checkpoint.every=3")
+    assert first.wait(120) == 0
     good = {path.name: path.read_bytes() for path in Path("runs/full/checkpoints/step-0000009").iterdir()}
     assert len(good["model.safetensors"]) > limit
     (work / "runs/full/recipe.toml").write_text(tiny("run=full", "train.steps=12", "checkpoint.every=3").to_toml())
@@ -161,10 +165,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(work: Path) -> None:
         "run=full", "train.steps=12", "checkpoint.every=3",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
-    assert "cannot be written" in finish(full, 1).splitlines()[-1]
+    assert full.wait(120) == 1
+    assert "cannot be written" in full.stderr.read().splitlines()[-1]
     assert {path.name: path.read_bytes() for path in Path("runs/full/checkpoints/step-0000009").iterdir()} == good
     assert [path.name for path in sorted(Path("runs/full/checkpoints").iterdir())] == ["step-0000006", "step-0000009"]
-    train(tiny("run=full", "train.steps=12", "checkpoint.every=3"))
+    assert start("run=full", "train.steps=12", "checkpoint.every=3").wait(120) == 0
     assert curve("full")[-1][0] == 12
 
 
@@ -249,10 +254,12 @@ def test_without_git_and_with_a_picture_that_cannot_be_drawn(work: Path, monkeyp
 
 
 def test_one_process_a_run(work: Path) -> None:
-    with held(0):
-        process = start("run=busy")
-        wait_until(Path("runs/busy/metrics.jsonl").exists, process)
-        with pytest.raises(ValueError, match="is being trained by another process"):
-            train(tiny("run=busy"))
-        process.kill()
-        finish(process, -signal.SIGKILL)
+    process = start("run=busy", "train.steps=4000")
+    while not Path("runs/busy/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    second = start("run=busy", "train.steps=4000")
+    assert second.wait(60) == 1
+    assert "is being trained by another process" in second.stderr.read()
+    process.kill()
+    process.wait()
