@@ -64,10 +64,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def train_on_two(*overrides: str, recipe: str = "tiny.toml") -> None:
-    """`train` on two processes on the CPU, in the working folder."""
+def train_on_two(*overrides: str, recipe: str = "tiny.toml", folder: Path = Path()) -> None:
+    """`train` on two processes on the CPU, in the working folder or another one."""
     with tempfile.TemporaryDirectory() as meeting:
-        run_processes(_train, f"{meeting}/store", Path.cwd(), recipe, overrides, count=2)
+        run_processes(_train, f"{meeting}/store", folder.resolve(), recipe, overrides, count=2)
 
 
 def _train(rank: int, store: str, folder: Path, recipe: str, overrides: tuple[str, ...]) -> None:

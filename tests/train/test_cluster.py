@@ -20,7 +20,7 @@ import pytest
 from transnormer.train.metrics import read_metrics
 
 from ..conftest import REPOSITORY
-from .runs import PATIENCE, environment, held, wait_until, write_recipe
+from .runs import PATIENCE, environment, held, train_on_two, wait_until, write_recipe
 
 STEPS = 70
 SETTINGS = (
@@ -159,9 +159,7 @@ def wait_for(happened: Callable[[], bool], agents: list[subprocess.Popen[str]], 
 
 
 def test_a_lost_process_and_a_stop_leave_no_trace_in_the_curve(hosts: Hosts, tmp_path: Path) -> None:
-    port = free_port()
-    agents = [hosts.start(number, port, "run=whole") for number in (1, 0)]  # the head may come last
-    assert end(agents, tmp_path) == [0, 0]
+    train_on_two(*SETTINGS, "run=whole", folder=tmp_path)
     whole = curve(tmp_path, "whole")
     assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
 
@@ -181,7 +179,7 @@ def test_a_lost_process_and_a_stop_leave_no_trace_in_the_curve(hosts: Hosts, tmp
     assert stopped < STEPS
 
     port = free_port()
-    agents = [hosts.start(number, port, "run=hurt") for number in range(2)]
+    agents = [hosts.start(number, port, "run=hurt") for number in (1, 0)]  # the head may come last
     assert end(agents, tmp_path) == [0, 0]
     log = (tmp_path / "host0.log").read_text()
     assert f"stopped and saved at step {stopped}; the same command goes on from there" in log

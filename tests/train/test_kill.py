@@ -14,15 +14,18 @@ import pytest
 import torch
 
 import transnormer
+from transnormer.train.loop import train
 
-from .runs import PATIENCE, curve, finish, held, start, wait_until
+from .runs import PATIENCE, curve, held, start, tiny, train_on_two, wait_until
 
 
+@pytest.mark.usefixtures("single_thread")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_at_random_moments_lose_nothing(work: Path, processes: int) -> None:
     check_kills_lose_nothing(processes, kills=3, seed=1, steps=120)
 
 
+@pytest.mark.usefixtures("single_thread")
 @pytest.mark.proof
 @pytest.mark.parametrize(("processes", "steps"), [(1, 2_000), (2, 1_000)])
 def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int, steps: int) -> None:
@@ -32,7 +35,7 @@ def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int, s
 def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) -> None:
     """The killed run's curve and weights must equal an undisturbed run's, bit for bit."""
     settings = ("checkpoint.keep=1", f"train.steps={steps}", "eval.every=50")
-    finish(start("run=whole", *settings, processes=processes))
+    undisturbed("run=whole", *settings, processes=processes)
     draw, saves = random.Random(seed), 0
     with held(4 * (steps - 1)):  # the last step, so that no run ends before it is killed
         for number in range(kills):
@@ -42,7 +45,7 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
             strike(process, draw, alone=processes > 1 and number % 2 == 1)
             assert process.wait(PATIENCE) != 0
             saves += any(Path("runs/killed/checkpoints").glob(".step-*.partial"))
-    finish(start("run=killed", *settings, processes=processes))
+    undisturbed("run=killed", *settings, processes=processes)
     assert curve("killed") == curve("whole")
     assert len(curve("whole")) == steps
     resumed = [each["after_step"] for each in json.loads(Path("runs/killed/run.json").read_text())["starts"]]
@@ -51,6 +54,13 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
     one, other = (transnormer.load(f"runs/{run}").state_dict() for run in ("killed", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert [path.name for path in Path("runs/killed/checkpoints").iterdir()] == [f"step-{steps:07d}"]
+
+
+def undisturbed(*settings: str, processes: int) -> None:
+    if processes == 1:
+        train(tiny(*settings))
+    else:
+        train_on_two(*settings)
 
 
 def wait_for_work(process: subprocess.Popen[str], steps: int, most: int) -> None:
