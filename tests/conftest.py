@@ -10,6 +10,7 @@ import torch
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY / "examples" / "shakespeare.txt"
+PATIENCE = 900  # seconds after which what a test waits for is given up; nothing else depends on how fast a machine is
 PUBLISHED = Path(__file__).parent / "fixtures" / "tnl_tiny"
 
 if not torch.cuda.is_available():  # triton reads it where it is first imported, and other libraries import it

@@ -23,7 +23,7 @@ from transnormer.data.chat import DEFAULT, Template
 from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
 
-from .conftest import PUBLISHED
+from .conftest import PATIENCE, PUBLISHED
 
 
 def call(*arguments: object, text: str | None = None, code: int = 0, folder: Path | None = None) -> tuple[str, str]:
@@ -219,7 +219,7 @@ def test_chat_in_a_terminal(work: Path) -> None:
                 shown += more
             shown = shown[shown.index(text) + len(text) :]
 
-    watchdog = threading.Timer(120, chat.kill)  # then nothing more is shown
+    watchdog = threading.Timer(PATIENCE, chat.kill)  # then nothing more is shown
     watchdog.start()
     try:
         after(b"This is runs/small", b"/reset", b"> ")

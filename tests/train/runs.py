@@ -23,9 +23,8 @@ from transnormer.train.parallel import start as parallel_start
 from transnormer.train.recipe import Recipe
 
 from ..children import run_processes
-from ..conftest import REPOSITORY
+from ..conftest import PATIENCE, REPOSITORY
 
-PATIENCE = 900  # seconds after which what a test waits for is given up; nothing else depends on how fast a machine is
 STEPS = 40
 RECIPE = """
 [data]
