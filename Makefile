@@ -14,7 +14,7 @@ env: .venv/env  ## everything that needs no GPU
 test: .venv/env
 	@# without these, tests would skip themselves
 	@$(BIN)/python -c "import importlib.metadata as m, sys; [*map(m.version, ['tensorboard', 'torchao', *['triton'] * (sys.platform == 'linux')])]"
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/env
 	$(BIN)/ruff check

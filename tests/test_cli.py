@@ -31,7 +31,7 @@ from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
 from transnormer.train.recipe import Recipe
 
-from .conftest import PUBLISHED, REPOSITORY
+from .conftest import PATIENCE, PUBLISHED, REPOSITORY
 
 
 def call(*arguments: object, text: str | None = None, code: int = 0, folder: Path | None = None) -> tuple[str, str]:
@@ -291,7 +291,7 @@ def test_chat_in_a_terminal(work: Path) -> None:
                 shown += more
             shown = shown[shown.index(text) + len(text) :]
 
-    watchdog = threading.Timer(120, chat.kill)  # then nothing more is shown
+    watchdog = threading.Timer(PATIENCE, chat.kill)  # then nothing more is shown
     watchdog.start()
     try:
         after(b"This is runs/small", b"/reset", b"> ")

@@ -16,6 +16,18 @@ from .runs import spoiling, write_recipe
 
 
 @pytest.fixture
+def pictures() -> None:
+    """Runs of the test draw their curves, as they do outside the tests."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other runs draw none, because drawing takes longer than all the steps of a tiny run."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(loop, "plot", lambda *_: None)
+
+
+@pytest.fixture
 def work(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder, as the working directory."""
     write_recipe(tmp_path, prepared)

@@ -29,6 +29,9 @@ from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
 from transnormer.train.recipe import Optim, Parallel
 
+from ..children import run_processes
+from ..interpreter import language_replaced_once
+
 TINY = {
     "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
     "initializer_range": 0.2,
@@ -67,7 +70,7 @@ class Case:
 def run(cases: Sequence[Case], world: int, folder: Path) -> list[dict[str, Any]]:
     """What each case found (`compare`), from processes on gloo; or of the one that raised alone, its traceback as "error"."""
     with suppress(mp.ProcessExitedException):
-        mp.spawn(_work, (world, list(cases), str(folder)), nprocs=world)
+        run_processes(_work, world, list(cases), str(folder), count=world)
     return json.loads((folder / "found.json").read_text())
 
 
@@ -120,7 +123,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def _with_kernels(case: Case) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
+    with language_replaced_once(), pytest.MonkeyPatch.context() as patch:
         for module in (lightning, loss, lrpe, norm):
             patch.setattr(module, "triton_refusal", lambda x, named: dispatch.triton_refusal(x, named=True))
         return compare(case)

@@ -6,17 +6,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from transnormer.train import loop
 from transnormer.train.metrics import read_metrics
+from transnormer.train.parallel import start as parallel_start
 from transnormer.train.recipe import Recipe
 
+from ..children import run_processes
+from ..conftest import PATIENCE, REPOSITORY
+
 STEPS = 40
-PATIENCE = 900  # seconds after which what a test waits for is given up; nothing else depends on how fast a machine is
 ENDLESS = "train.steps=1000000"  # for a run that something else is to end
 RECIPE = """
 [data]
@@ -54,12 +63,61 @@ def load(path: str | Path, *overrides: str) -> Recipe:
     return Recipe.load(path, list({override.partition("=")[0]: override for override in overrides}.values()))
 
 
+def environment() -> dict[str, str]:
+    """For training processes that a test starts: one thread, and they heed `held`."""
+    paths = [str(Path(__file__).parent / "held"), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def train_on_two(*overrides: str, recipe: str = "tiny.toml", folder: Path = Path()) -> None:
+    """`train` on two processes on the CPU, in the working folder or another one."""
+    with tempfile.TemporaryDirectory() as meeting:
+        run_processes(_train, f"{meeting}/store", folder.resolve(), recipe, overrides, count=2)
+
+
+def _train(rank: int, store: str, folder: Path, recipe: str, overrides: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    loop.plot = lambda *_: None
+    loop.start = lambda parallel, device: parallel_start(parallel, "cpu")  # type: ignore[attr-defined]
+    loop.train(Recipe.load(recipe, overrides))
+    dist.destroy_process_group()
+
+
 def start(*overrides: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
     """`transnormer train`, by torchrun where there are several processes."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "transnormer", "train", "tiny.toml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *overrides], stderr=subprocess.PIPE, text=True, env=environment, **options)
+    return subprocess.Popen([*command, *overrides], stderr=subprocess.PIPE, text=True, env=environment(), **options)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for its end with that exit code; returns what it wrote to standard error."""
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code, said
+    return said
+
+
+@contextmanager
+def held(sample: int, folder: Path = Path()) -> Iterator[None]:
+    """Within, the step that reads this sample waits, in all processes that are started in the folder."""
+    hold = folder / "hold"
+    hold.write_text(str(sample))
+    try:
+        yield
+    finally:
+        hold.unlink()
+
+
+def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+    """Until something has happened that these processes, none of which may end before, are to bring about."""
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        for process in processes:
+            assert process.poll() is None, process.stderr.read() if process.stderr else "a process ended too early"
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.01)
 
 
 def spoiling(

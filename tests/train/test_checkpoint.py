@@ -146,6 +146,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(work: Path, monkeypatch:
         return write_pieces(path, *content)
 
     def watched(model: Any, share: Share, *rest: Any) -> Tensor:
+        if len(steps) == 4:  # the first step after the first checkpoint
+            assert started.wait(PATIENCE)
         steps.append(started.is_set() and not go_on.is_set())
         if sum(steps) == 3:  # the weights have moved on three times since they were copied
             go_on.set()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,9 +20,9 @@ import pytest
 from transnormer.train.metrics import read_metrics
 
 from ..conftest import REPOSITORY
-from .runs import PATIENCE, write_recipe
+from .runs import PATIENCE, environment, held, train_on_two, wait_until, write_recipe
 
-STEPS = 120
+STEPS = 70
 SETTINGS = (
     f"train.steps={STEPS}", "optim.name=muon", "eval.every=20", "eval.tokens=256", "checkpoint.every=10",
 )  # fmt: skip
@@ -76,12 +76,11 @@ class Hosts:
         if self.real:
             inside = ["unshare", "--uts", "sh", "-c", f'hostname host{number}; exec "$@"', "sh"]
             command = ["ip", "netns", "exec", self._names[number], *inside, *command]
-        environment = {
-            **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-            "PET_NPROC_PER_NODE": "1",
+        variables = {
+            **environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PET_NPROC_PER_NODE": "1",
         }  # fmt: skip
         log = (self._folder / f"host{number}.log").open("a")
-        agent = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment, cwd=self._folder)
+        agent = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables, cwd=self._folder)
         self._agents.append(agent)
         return agent
 
@@ -106,9 +105,12 @@ def hosts(tmp_path: Path, prepared: Path) -> Iterator[Hosts]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A port that no process is given unasked, as those are that the system chooses: tests run side by side."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def workers(agents: list[subprocess.Popen[str]]) -> list[psutil.Process]:
@@ -138,48 +140,46 @@ def curve(folder: Path, run: str) -> list[tuple[int, float, float, float | None]
     return [(line["step"], line["loss"], line["gradient_norm"], line.get("valid_loss")) for line in found]
 
 
-def end(agents: list[subprocess.Popen[str]], folder: Path, timeout: float = PATIENCE) -> list[int]:
+def end(agents: list[subprocess.Popen[str]], folder: Path) -> list[int]:
     try:
-        return [agent.wait(timeout) for agent in agents]
+        return [agent.wait(PATIENCE) for agent in agents]
     except subprocess.TimeoutExpired:
-        logs = "\n".join((folder / f"host{number}.log").read_text()[-3_000:] for number in range(2))
-        pytest.fail(f"the agents do not end:\n{logs}")
+        pytest.fail(f"the agents do not end:\n{logs(folder)}")
 
 
-def wait_for(done: Callable[[], bool], agents: list[subprocess.Popen[str]], folder: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if done():
-            return
-        logs = "\n".join((folder / f"host{number}.log").read_text()[-3_000:] for number in range(2))
-        assert all(agent.poll() is None for agent in agents), f"an agent ended:\n{logs}"
-        time.sleep(0.02)
-    pytest.fail("nothing happens")
+def logs(folder: Path) -> str:
+    return "\n".join((folder / f"host{number}.log").read_text()[-3_000:] for number in range(2))
+
+
+def wait_for(happened: Callable[[], bool], agents: list[subprocess.Popen[str]], folder: Path) -> None:
+    try:
+        wait_until(happened, *agents)
+    except AssertionError as error:
+        pytest.fail(f"{error}:\n{logs(folder)}")
 
 
 def test_a_lost_process_and_a_stop_leave_no_trace_in_the_curve(hosts: Hosts, tmp_path: Path) -> None:
-    port = free_port()
-    agents = [hosts.start(number, port, "run=whole") for number in (1, 0)]  # the head may come last
-    assert end(agents, tmp_path) == [0, 0]
+    train_on_two(*SETTINGS, "run=whole", folder=tmp_path)
     whole = curve(tmp_path, "whole")
     assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
 
     port = free_port()
-    agents = [hosts.start(number, port, "run=hurt") for number in range(2)]
-    wait_for(lambda: lines(tmp_path, "hurt") > 25, agents, tmp_path)
-    first = workers(agents)
-    assert len(first) == 2
-    first[1].kill()
-    wait_for(lambda: len({*workers(agents)} - {*first}) == 2 or lines(tmp_path, "hurt") == STEPS, agents, tmp_path)
-    wait_for(lambda: lines(tmp_path, "hurt") > 45, agents, tmp_path)
-    for each in itertools.chain.from_iterable(family(agent) for agent in agents):
-        each.send_signal(signal.SIGTERM)  # to all as Slurm does; the agents hand it on once more
+    with held(4 * (STEPS - 2), tmp_path):  # the last step but one: it does not end before it is stopped
+        agents = [hosts.start(number, port, "run=hurt") for number in range(2)]
+        wait_for(lambda: lines(tmp_path, "hurt") > 25, agents, tmp_path)
+        first = workers(agents)
+        assert len(first) == 2
+        first[1].kill()
+        wait_for(lambda: len({*workers(agents)} - {*first}) == 2, agents, tmp_path)
+        wait_for(lambda: lines(tmp_path, "hurt") > 45, agents, tmp_path)
+        for each in itertools.chain.from_iterable(family(agent) for agent in agents):
+            each.send_signal(signal.SIGTERM)  # to all as Slurm does; the agents hand it on once more
     assert 0 not in end(agents, tmp_path)
     stopped = lines(tmp_path, "hurt")
     assert stopped < STEPS
 
     port = free_port()
-    agents = [hosts.start(number, port, "run=hurt") for number in range(2)]
+    agents = [hosts.start(number, port, "run=hurt") for number in (1, 0)]  # the head may come last
     assert end(agents, tmp_path) == [0, 0]
     log = (tmp_path / "host0.log").read_text()
     assert f"stopped and saved at step {stopped}; the same command goes on from there" in log

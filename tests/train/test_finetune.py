@@ -32,7 +32,7 @@ from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Lora, Recipe
 
 from ..test_cli import call
-from .runs import load
+from .runs import load, train_on_two
 
 PLACES = {
     "Ann": "Rome", "Bob": "Oslo", "Cal": "Lima", "Dot": "Bonn", "Eve": "Cork", "Flo": "Kiev", "Gus": "Riga",
@@ -298,13 +298,6 @@ def test_a_killed_lora_run_loses_nothing(work: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def on_two(*overrides: str) -> None:
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "transnormer", "train", "tune.toml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *command, *overrides], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def remembered(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for path in folder.glob("optimizer*.safetensors") for name, x in load_file(path).items()}
 
@@ -317,7 +310,7 @@ def test_adapters_on_two_processes(work: Path, mesh: tuple[str, ...]) -> None:
     options = ("lora.rank=4", "checkpoint.every=4", "checkpoint.keep=9", "train.steps=24")
     dropout = [option for option in mesh if "dropout" in option]
     train(tune("run=one", *options, *dropout))
-    on_two("run=two", *options, *mesh)
+    train_on_two("run=two", *options, *mesh, recipe="tune.toml")
     one, two = (step_folders(Path("runs") / run / "checkpoints") for run in ("one", "two"))
     assert len({(folder / lora.FOLDER / "adapter_config.json").read_text() for folder in (one[0], two[0])}) == 1
     assert len(remembered(one[3])) > 0
@@ -334,7 +327,7 @@ def test_adapters_on_two_processes(work: Path, mesh: tuple[str, ...]) -> None:
     for folder in two[:3]:  # back to step 12
         shutil.rmtree(folder)
     if mesh:
-        on_two("run=two", *options, *mesh)
+        train_on_two("run=two", *options, *mesh, recipe="tune.toml")
         assert curve("two") == whole
         assert all(torch.equal(tensor, merged[name]) for name, tensor in weights("runs/two").items())
     else:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from transnormer.config import ModelConfig
@@ -20,6 +19,7 @@ from transnormer.train.loop import train
 from transnormer.train.parallel import Mesh, make_mesh, parallelize
 from transnormer.train.recipe import Parallel, Recipe
 
+from ..children import run_processes
 from .processes import Case, distances, step, summary
 from .runs import curve, tiny
 
@@ -102,7 +102,7 @@ def many_draws(rank: int, folder: str) -> None:
 def test_several_processes_are_as_exact_as_one(tmp_path: Path) -> None:
     """Each scales by its own tokens, and of one draw the loss may be off by anything times one process' error, which may
     be zero; so medians of draws are compared, for now and then a draw is off by far, whoever computes it."""
-    mp.spawn(many_draws, (str(tmp_path),), nprocs=2)
+    run_processes(many_draws, str(tmp_path), count=2)
     found = json.loads((tmp_path / "found.json").read_text())
     for name, kinds in found.items():
         for kind, (ours, one) in kinds.items():

@@ -14,15 +14,18 @@ import pytest
 import torch
 
 import transnormer
+from transnormer.train.loop import train
 
-from .runs import PATIENCE, curve, start
-
-
-@pytest.mark.parametrize(("processes", "steps"), [(1, 240), (2, 160)])
-def test_kills_at_random_moments_lose_nothing(work: Path, processes: int, steps: int) -> None:
-    check_kills_lose_nothing(processes, kills=3, seed=1, steps=steps)
+from .runs import PATIENCE, curve, held, start, tiny, train_on_two, wait_until
 
 
+@pytest.mark.usefixtures("single_thread")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_at_random_moments_lose_nothing(work: Path, processes: int) -> None:
+    check_kills_lose_nothing(processes, kills=3, seed=1, steps=120)
+
+
+@pytest.mark.usefixtures("single_thread")
 @pytest.mark.proof
 @pytest.mark.parametrize(("processes", "steps"), [(1, 2_000), (2, 1_000)])
 def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int, steps: int) -> None:
@@ -32,16 +35,17 @@ def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int, s
 def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) -> None:
     """The killed run's curve and weights must equal an undisturbed run's, bit for bit."""
     settings = ("checkpoint.keep=1", f"train.steps={steps}", "eval.every=50")
-    finish(start("run=whole", *settings, processes=processes))
+    undisturbed("run=whole", *settings, processes=processes)
     draw, saves = random.Random(seed), 0
-    for number in range(kills):
-        process = start("run=killed", *settings, processes=processes)
-        wait_for_work(process, steps=draw.randrange(4, 28))
-        time.sleep(draw.random() * 0.1)
-        strike(process, draw, alone=processes > 1 and number % 2 == 1)
-        assert process.wait(PATIENCE) != 0, "it finished before it could be killed: give it more steps"
-        saves += any(Path("runs/killed/checkpoints").glob(".step-*.partial"))
-    finish(start("run=killed", *settings, processes=processes))
+    with held(4 * (steps - 1)):  # the last step, so that no run ends before it is killed
+        for number in range(kills):
+            process = start("run=killed", *settings, processes=processes)
+            wait_for_work(process, steps=draw.randrange(4, 28), most=steps - 1)
+            time.sleep(draw.random() * 0.1)
+            strike(process, draw, alone=processes > 1 and number % 2 == 1)
+            assert process.wait(PATIENCE) != 0
+            saves += any(Path("runs/killed/checkpoints").glob(".step-*.partial"))
+    undisturbed("run=killed", *settings, processes=processes)
     assert curve("killed") == curve("whole")
     assert len(curve("whole")) == steps
     resumed = [each["after_step"] for each in json.loads(Path("runs/killed/run.json").read_text())["starts"]]
@@ -52,25 +56,20 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
     assert [path.name for path in Path("runs/killed/checkpoints").iterdir()] == [f"step-{steps:07d}"]
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, said
+def undisturbed(*settings: str, processes: int) -> None:
+    if processes == 1:
+        train(tiny(*settings))
+    else:
+        train_on_two(*settings)
 
 
-def wait_for_work(process: subprocess.Popen[str], steps: int) -> None:
-    """Until it has opened its metrics, and done so many steps more."""
+def wait_for_work(process: subprocess.Popen[str], steps: int, most: int) -> None:
+    """Until it has opened its metrics and done so many steps more, but not beyond step `most`."""
     path = Path("runs/killed/metrics.jsonl")
     before = path.stat().st_ino if path.exists() else 0  # which is another when the lines are cut back
-    wanted: int | None = None
-    deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and path.stat().st_ino != before:
-            done = path.read_bytes().count(b"\n")
-            wanted = done + steps if wanted is None else wanted
-            if done >= wanted:
-                return
-        time.sleep(0.005)
-    raise AssertionError(f"it did not get there: {process.stderr.read() if process.stderr else ''}")
+    wait_until(lambda: path.exists() and path.stat().st_ino != before, process)
+    wanted = min(path.read_bytes().count(b"\n") + steps, most)
+    wait_until(lambda: path.read_bytes().count(b"\n") >= wanted, process)
 
 
 def strike(process: subprocess.Popen[str], draw: random.Random, alone: bool) -> None:

@@ -30,6 +30,7 @@ from transnormer.train.stopping import STOPS
 from .runs import ENDLESS, PATIENCE, STEPS, curve, start, tiny
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_what_it_promises(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = train(tiny("run=one")).folder
     lines = read_metrics(run / "metrics.jsonl")
@@ -129,6 +130,7 @@ def test_bfloat16_keeps_float32_weights(work: Path) -> None:
     assert losses[-1] < losses[0] - 0.2
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_curve_is_drawn_without_a_validation_split(work: Path, text_file: Path) -> None:
     options = ("data.path=whole", f"data.text={text_file}", "data.vocab_size=300", "data.split=0")
     run = train(tiny("run=whole", "train.steps=3", *options)).folder
@@ -356,6 +358,7 @@ def test_a_run_goes_on_with_its_own_data_only(work: Path, text_file: Path) -> No
         train(recipe)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_without_git_and_with_a_picture_that_cannot_be_drawn(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     (work / "runs/bare/loss.png").mkdir(parents=True)  # a folder where the picture should go

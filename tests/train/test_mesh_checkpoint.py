@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import transnormer
 from transnormer.config import ModelConfig
@@ -32,6 +31,7 @@ from transnormer.train.parallel import make_mesh, parallelize, start
 from transnormer.train.recipe import Lora, Parallel, Recipe
 from transnormer.train.step import evaluation
 
+from ..children import run_processes
 from .runs import curve, spoiling, tiny, write_recipe
 
 MESHES = ("shard", "replicate", "context", "tensor")
@@ -245,6 +245,7 @@ def work_through(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 
+    loop.plot = lambda *_: None  # type: ignore[attr-defined]
     loop.start = lambda parallel, device: start(parallel, "cpu")  # type: ignore[attr-defined]
     for task in TASKS:
         try:
@@ -260,7 +261,7 @@ def work_through(rank: int, folder: Path) -> None:
 def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     write_recipe(folder, prepared)
-    mp.spawn(work_through, (folder,), nprocs=2)
+    run_processes(work_through, folder, count=2)
     return folder
 
 

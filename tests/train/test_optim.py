@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from transnormer.config import ModelConfig
@@ -22,6 +21,7 @@ from transnormer.train.plan import Layout
 from transnormer.train.plan_check import pretended
 from transnormer.train.recipe import OPTIMIZERS, Optim, Parallel
 
+from ..children import run_processes
 from .processes import ROWS, Case, batches, build
 from .runs import curve, tiny
 
@@ -177,7 +177,7 @@ def test_four_processes_move_parameters_as_one(parallel: Parallel, tmp_path: Pat
 
 
 def check_shared(parallel: Parallel, world: int, folder: Path) -> None:
-    mp.spawn(_steps, (world, parallel, str(folder)), nprocs=world)
+    run_processes(_steps, world, parallel, str(folder), count=world)
     for name in OPTIMIZERS:
         start, alone = steps(name, parallel, Mesh(torch.device("cpu")))
         found = load_file(folder / f"{name}.safetensors")

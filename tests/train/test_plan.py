@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,6 +44,7 @@ from transnormer.train.plan_check import check_plan, held, pretended, weight_byt
 from transnormer.train.plan_search import BATCH_TOKENS, Job, compare_tensor, saving, spelled
 from transnormer.train.recipe import Optim, Recipe, model_overrides
 
+from ..children import run_processes
 from .processes import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -269,7 +269,7 @@ CASES += [(MESHES[0], {}), (MESHES[2], OTHER), (MESHES[3], {})]
 
 
 def test_shards_of_four_processes(tmp_path: Path) -> None:
-    mp.spawn(_hold, (str(tmp_path),), nprocs=4)
+    run_processes(_hold, str(tmp_path), count=4)
     for rank in range(4):
         real = json.loads((tmp_path / f"{rank}.json").read_text())
         for (layout, words), found in zip(CASES, real, strict=True):
