@@ -81,7 +81,7 @@ def _train(rank: int, store: str, folder: Path, recipe: str, overrides: tuple[st
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     loop.plot = lambda *_: None
     loop.start = lambda parallel, device: parallel_start(parallel, "cpu")  # type: ignore[attr-defined]
-    loop.train(Recipe.load(recipe, overrides))
+    loop.train(load(recipe, *overrides))
     dist.destroy_process_group()
 
 
