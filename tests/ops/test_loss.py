@@ -99,13 +99,13 @@ def test_one_loss_a_token(backend, exact):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_the_mean_of_single_losses_has_the_gradients_of_the_mean(dtype, backend):
-    """Though 1 / 6,000 of a soft-max of 37 is too small for float16."""
-    x, weight, targets = draw(300, dtype=dtype)
+    """Though 1 / 4,000 of a soft-max of 37 may be too small for float16."""
+    x, weight, targets = draw(40, dtype=dtype)
     x.data /= 4  # no soft-max that is all but certain
     each, mean = (
         linear_cross_entropy(x, weight, targets, reduction=kind, backend=backend) for kind in ("none", "mean")
     )
-    found, want = (gradients(value, x, weight, factor=0.05) for value in (each.sum() / 300, mean))
+    found, want = (gradients(value, x, weight, factor=0.01) for value in (each.sum() / 40, mean))
     for ours, theirs in zip(found, want, strict=True):
         assert ours.any()
         torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=0)
