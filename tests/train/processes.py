@@ -125,7 +125,7 @@ def compare(case: Case) -> dict[str, Any]:
 def _with_kernels(case: Case) -> dict[str, Any]:
     with language_replaced_once(), pytest.MonkeyPatch.context() as patch:
         for module in (lightning, loss, lrpe, norm):
-            patch.setattr(module, "triton_refusal", lambda x, named: dispatch.triton_refusal(x, named=True))
+            patch.setattr(module, "triton_refusal", lambda *x, named: dispatch.triton_refusal(*x, named=True))
         return compare(case)
 
 
