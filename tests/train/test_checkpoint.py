@@ -289,6 +289,7 @@ def test_a_loss_spike_is_refused_on_request(work: Path, spoil: Callable[..., Non
 LOST = ("eval.tokens=64", "optim.lr=1e18", "optim.warmup_steps=0", "train.steps=8", "checkpoint.every=1")
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_run_that_diverges_says_so_draws_its_curve_and_saves_nothing(work: Path, every: int) -> None:
     for _ in range(2):  # the same command again finds nothing that it could crash on
