@@ -113,7 +113,8 @@ def main() -> None:
     except Interrupted as error:
         sys.exit(128 + error.signal_number)
     folders["out"].mkdir(parents=True, exist_ok=True)
-    write_text(folders["out"] / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]  # lists on one line
+    write_text(folders["out"] / f"{run.name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
