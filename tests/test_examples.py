@@ -101,7 +101,9 @@ def smaller() -> Iterator[None]:
             return load(path, overrides)
         model = [] if "from" in tomllib.loads(Path(path).read_text())["model"] else SMALLER_MODEL
         data = [] if any(given.startswith("data.path=") for given in overrides) else SMALLER_DATA
-        return load(path, [*overrides, *SMALLER, *model, *(data if model else [])])
+        more = [*SMALLER, *model, *(data if model else [])]
+        ours = {setting.partition("=")[0] for setting in more}
+        return load(path, [*(given for given in overrides if given.partition("=")[0] not in ours), *more])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recipe, "load", load_smaller)
@@ -219,7 +221,7 @@ TABLES = {
     name: [field.name for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)
            for field in dataclasses.fields(part)]
     for name, kind in typing.get_type_hints(Recipe).items()
-} | {"model": ["size", "from", *(field.name for field in dataclasses.fields(ModelConfig))]}  # fmt: skip
+} | {"model": ["size", "kind", "from", *(field.name for field in dataclasses.fields(ModelConfig))]}  # fmt: skip
 SETTING = re.compile(rf"(?<![\w.-])({'|'.join(TABLES)})\.([a-z_0-9]+)( ?= ?([^\s`'\"{{;,]+))?")
 OTHERS = {
     "safetensors",
@@ -302,7 +304,7 @@ ADVICE = [  # a line that is refused, what is said, and lines that do what it sa
      "runs/demo was started with other settings: optim.lr was 0.006 and is now 0.001; give another run=NAME",
      ["train recipes/demo.toml optim.lr=1e-3 run=slower"]),
     ("train recipes/demo.toml run=new data.split=0.2",
-     "data/shakespeare was prepared with split = 0.05, the recipe says 0.2; remove it or choose another data.path",
+     "data/shakespeare was prepared with data.split = 0.05, but the recipe says 0.2; choose another data.path",
      ["train recipes/demo.toml run=new data.split=0.2 data.path=data/new data.vocab_size=300"]),
     (f"{PREPARED}/other", "data/other exists; remove it or choose another", [f"{PREPARED}/another"]),
 ]  # fmt: skip

@@ -651,8 +651,7 @@ def test_the_card_says_how_to_load(folders, capsys) -> None:
 
 
 def test_the_page_runs_as_it_is_written(folders, tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(folders["tied"], tmp_path / "runs" / "demo")
+    shutil.copytree(folders["tied"], tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "hub.md").read_text(), re.DOTALL)
     exec("".join(blocks), names := {})

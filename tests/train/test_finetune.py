@@ -374,7 +374,9 @@ def test_data_must_be_encoded_with_the_models_tokenizer(work: Path, prepared: Pa
     from transnormer.data.loader import prepare
 
     prepare([text_file], work / "words", vocab_size=310, split=0.1)
-    with pytest.raises(ValueError, match=r"words has 310 words, base 300; prepare its text again with --tokenizer base"):
+    with pytest.raises(
+        ValueError, match=r"words has 310 words, base 300; prepare its text again with --tokenizer base"
+    ):
         train(tune("data.path=words", "data.text=[]", "data.format=text"))
     prepare([text_file], work / "fewer", vocab_size=290, split=0.1)
     with pytest.raises(ValueError, match="fewer was not encoded with the tokenizer of base"):

@@ -42,8 +42,9 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
             process = start("run=killed", *settings, processes=processes)
             wait_for_work(process, steps=draw.randrange(4, 28), most=steps - 1)
             time.sleep(draw.random() * 0.1)
-            strike(process, draw, alone=processes > 1 and number % 2 == 1)
+            struck = strike(process, draw, alone=processes > 1 and number % 2 == 1)
             assert process.wait(PATIENCE) != 0
+            assert not psutil.wait_procs(struck, PATIENCE)[1]  # the run's lock is held until the last has ended
             saves += any(Path("runs/killed/checkpoints").glob(".step-*.partial"))
     undisturbed("run=killed", *settings, processes=processes)
     assert curve("killed") == curve("whole")
@@ -72,10 +73,11 @@ def wait_for_work(process: subprocess.Popen[str], steps: int, most: int) -> None
     wait_until(lambda: path.read_bytes().count(b"\n") >= wanted, process)
 
 
-def strike(process: subprocess.Popen[str], draw: random.Random, alone: bool) -> None:
-    """SIGKILL to all of it at once, or to one worker alone, whose torchrun then ends the others."""
+def strike(process: subprocess.Popen[str], draw: random.Random, alone: bool) -> list[psutil.Process]:
+    """SIGKILL to all of it at once, or to one worker alone, whose torchrun then ends the others. Returns them all."""
     agent = psutil.Process(process.pid)
     workers = agent.children()
     for each in [draw.choice(workers)] if alone else [agent, *workers]:  # the workers are no group with their agent
         with suppress(psutil.NoSuchProcess):
             each.kill()
+    return [agent, *workers]

@@ -38,9 +38,9 @@ def check_content(wanted: Data) -> None:
     source = {"format": "text"} | TokenData(path, "train").source
     for key, value, nothing in (("format", wanted.format, "text"), ("chat_template", wanted.chat_template, "")):
         if value != nothing and value != (made := source.get(key)):
+            with_ = f"without data.{key}" if made is None else f"with data.{key} = {made!r}"
             raise ValueError(
-                f"{path} was prepared with {key} = {made!r}, the recipe says data.{key} = {value!r}; choose another "
-                f"data.path, or remove the setting"
+                f"{path} was prepared {with_}, but the recipe says {value!r}; choose another data.path, or remove the setting"
             )
 
 
