@@ -29,7 +29,6 @@ from transnormer.train.recipe import Recipe
 from .conftest import REPOSITORY
 from .test_cli import COMMANDS, call
 
-pytestmark = pytest.mark.xdist_group("documents")
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 
