@@ -395,7 +395,7 @@ def test_more_of_everything_costs_what_it_must() -> None:
             "--tensor 8",
         ),
         (
-            "--size 10m --gpus 2 --context 2 model.mixer=softmax",
+            "--size 10m --gpus 2 --context 2 model.kind=transformer",
             "--context 2 needs linear attention, model.mixer=gla",
             "--context 1",
         ),
