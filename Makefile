@@ -20,6 +20,7 @@ lint: .venv/env
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy experiments
 
 proof: .venv/env  ## the long proofs; docs/proof.md holds their last log
 	@mkdir -p build

@@ -67,7 +67,9 @@ def build(text: Path, wikitext: Path | None, out: Path) -> None:
     """Prepared folders in `out`: train (with valid as its validation split), and test and WikiText's for scoring."""
     tokenizer = text / "tokenizer.json"
     scored = [text / "test.jsonl"]
-    for part, (name, official) in WIKITEXT.items() if wikitext else ():
+    for part, (name, official) in WIKITEXT.items():
+        if wikitext is None:
+            break
         content = gzip.decompress((wikitext / name).read_bytes()).decode()
         if (words := len(content.split()) + content.count("\n")) != official:
             raise ValueError(f"{wikitext / name} has {words:,} words, and WikiText-103's {part} has {official:,}")

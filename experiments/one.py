@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from arms import CONFIRMING_SEED, Run, recipe
 
@@ -33,9 +32,10 @@ def score(model: LanguageModel, data: TokenData, seq_len: int, rows: int = 32) -
     Every token is predicted once, the first one from the end-of-text token. Returns loss (nats a token), bits_per_byte,
     nats, tokens and loss_by_position, the mean loss at each 1/POSITIONS of a window.
     """
-    ids = np.concatenate([[data.end_of_text], data.window(0, data.tokens)])
     windows = -(-data.tokens // seq_len)
-    ids = torch.from_numpy(np.pad(ids, (0, windows * seq_len + 1 - len(ids)))).to(model.device)
+    ids = torch.zeros(windows * seq_len + 1, dtype=torch.int64)
+    ids[0], ids[1 : data.tokens + 1] = data.end_of_text, torch.from_numpy(data.window(0, data.tokens))
+    ids = ids.to(model.device)
     targets = ids[1:].clone()
     targets[data.tokens :] = -100
     sums = torch.zeros(seq_len, dtype=torch.float64, device=model.device)

@@ -91,7 +91,8 @@ def per_word(record: dict[str, Any], part: str) -> float | None:
 
 def of_table(name: str, results: list[dict[str, Any]]) -> dict[Setting, dict[str, list[dict[str, Any]]]]:
     """The results that a table is made of, by setting and arm. A run serves every table that asks for it."""
-    entry, found = TABLES[name], defaultdict(lambda: defaultdict(list))
+    entry = TABLES[name]
+    found: dict[Setting, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in results:
         exploring = record["seed"] < arms.CONFIRMING_SEED
         if record["arm"] in entry["arms"] and exploring == bool(entry.get("exploring")):
