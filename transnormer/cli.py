@@ -92,7 +92,7 @@ class TrainCommand(TyperCommand):
             if keys is not None:
                 tables.append(f"{name}: {', '.join(field.name for field in dataclasses.fields(keys))}")
             elif name == "model":
-                tables.append("model: size and any field of ModelConfig, e.g. hidden_size, or from alone")
+                tables.append("model: size, kind and any field of ModelConfig, e.g. hidden_size, or from alone")
         self.epilog = "\n\n".join([*tables, self.epilog or ""])
         super().format_help(ctx, formatter)
 
