@@ -273,7 +273,7 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
 def test_chat_in_a_terminal(work: Path) -> None:
     """Lines can be edited and called back. Ctrl-C ends an answer or a line, Ctrl-D the chat."""
     verb = [sys.executable, "-m", "transnormer", "chat", "--model", "runs/small", "--max-tokens", "1000000"]
-    verb += ["--stop", "never there"]
+    verb += ["--stop", "never there", "--temperature", "0"]  # a drawn end of text would end the answer
     terminal = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"]
     chat = subprocess.Popen(
         [*terminal, *verb], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=work,
