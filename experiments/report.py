@@ -215,7 +215,8 @@ def main() -> None:
                     arm: [r for r in runs if r["lr"] == arms.rate(size, optimizer, r["family"])]
                     for arm, runs in by_arm.items()
                 }
-            if len([arm for arm in by_arm if by_arm[arm]]) < 2:
+            seeds = [len(runs) for runs in by_arm.values() if runs]
+            if len(seeds) < 2 or (name == "spread" and max(seeds) < 2):
                 continue
             title = f"{entry['title']}: {size}, {tokens / 1e6:.0f}M tokens, {optimizer}"
             text += [

@@ -7,6 +7,7 @@
 The corpus comes from experiments/corpus.py. Each run is a process of its own and ends as one JSON in --out. With
 --until SECONDS every run is stopped at a checkpoint before so many seconds have passed since the start; the same
 command goes on with it. --archive FILE packs all results for another machine, where --merge FILE unpacks them.
+Runs side by side on one GPU are 13 % faster together when `nvidia-cuda-mps-control -d` has been called before.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transnormer.provenance import commit
 
 HERE = Path(__file__).parent
 SAVE_SECONDS = 25  # that a run may take from being asked to stop until its checkpoint is on the disk
+START_SECONDS = 30  # that a run takes beside its training: imports, compiling, scores
 
 
 class Queue:
@@ -95,20 +97,33 @@ class Queue:
         return bool(self._running)
 
 
-def execute(queue: Queue, missing: list[Run], until: float | None) -> int:
-    """Run them all, or stop before `until` (by time.monotonic). Returns how many are left."""
-    waiting = list(missing)
+def seconds_of(run: Run, options: argparse.Namespace) -> float:
+    """What the slowest earlier run of this size and as many tokens took, start and scores included; 0 if there is none."""
+    earlier = [json.loads(path.read_text()) for path in options.out.glob(f"{run.size}-{run.tokens // 1000}k-*.json")]
+    took = [found["seconds"] for found in earlier if found["side_by_side"] == options.side_by_side]
+    return max(took) + START_SECONDS if took else 0.0
+
+
+def execute(queue: Queue, missing: list[Run], until: float | None, options: argparse.Namespace) -> int:
+    """Run them all, those that were begun first, or stop before `until` (by time.monotonic). Returns how many are left."""
+    begun = {run for run in missing if (options.work / run.name).exists()}
+    waiting, left = sorted(missing, key=lambda run: run not in begun), 0
     try:
         while waiting or queue.busy:
             queue.collect()
             if until is not None and time.monotonic() > until - SAVE_SECONDS:
                 break
             while waiting and (gpu := queue.free()) is not None:
-                queue.start(waiting.pop(0), gpu)
+                run = waiting.pop(0)
+                end = time.monotonic() + seconds_of(run, options)
+                if options.last and run not in begun and until is not None and end > until - SAVE_SECONDS:
+                    left += 1
+                else:
+                    queue.start(run, gpu)
             time.sleep(0.2)
     finally:
         queue.stop()
-    return len(waiting)
+    return len(waiting) + left
 
 
 def main() -> None:
@@ -126,6 +141,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for results")
     parser.add_argument("--until", type=float, help="stop, everything saved, within so many seconds")
+    parser.add_argument(
+        "--last", action="store_true", help="nothing is kept after --until, so begin only what will end before it"
+    )
     parser.add_argument("--commit", help="of this code, where it has no git with it")
     parser.add_argument("--archive", type=Path, help="write all results into this file at the end")
     parser.add_argument("--merge", type=Path, help="unpack such a file into --out, and do nothing else")
@@ -149,7 +167,7 @@ def main() -> None:
     if options.dry:
         print("\n".join(run.name for run in missing))
         return
-    left = execute(queue, missing, None if options.until is None else began + options.until)
+    left = execute(queue, missing, None if options.until is None else began + options.until, options)
     if options.archive:
         with tarfile.open(options.archive, "w:gz") as archive:
             for file in sorted(options.out.glob("*.json")):

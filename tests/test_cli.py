@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -301,7 +302,12 @@ def test_chat_in_a_terminal(work: Path) -> None:
             shown += chat.stdout.read(65_536)
         chat.stdin.write(b"\x03")  # in the midst of an answer that goes on for a million tokens
         after(b"\n> ")
-        chat.stdin.write(b"half a line\x03")
+        chat.stdin.write(b"half a line")
+        after(b"half a line")
+        while b"Ctrl-D ends the chat" not in shown:  # once more where it came just before readline began to wait
+            chat.stdin.write(b"\x03")
+            if select.select([chat.stdout], [], [], 10)[0]:
+                shown += chat.stdout.read(65_536)
         after(b"Ctrl-D ends the chat", b"> ")
         chat.stdin.write(b"\xff\r")
         after(b"not UTF-8", b"> ")
