@@ -486,6 +486,14 @@ def test_what_is_wrong_is_named(make, data: Path, tmp_path: Path, monkeypatch, t
     assert "\n" not in str(error.value)
 
 
+def test_scores_that_are_not_finite_are_refused(make) -> None:
+    model = make("linear")
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = float("nan")
+    with pytest.raises(ValueError, match="a score is not a finite number"):
+        HarnessLM(model).loglikelihood(requests(PAIRS[:3]))
+
+
 def test_archives_are_read_within_limits_and_write_nowhere(make, tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
 from transnormer.config import ACTIVATIONS, GLUS, NORMS
+from transnormer.files import read_tensors, write_tensors
 from transnormer.model.language_model import init_weights
 from transnormer.model.layers import LRPE, Place
 
@@ -183,6 +184,14 @@ def test_state_forks_selects_and_survives_a_file(tmp_path) -> None:
         torch.testing.assert_close(picked, expected[[2, 0, 0]])
         with pytest.raises(ValueError, match="not a state of this model"):
             State.load(tmp_path / "state.safetensors", small(num_hidden_layers=2))
+        tensors, metadata = read_tensors(tmp_path / "state.safetensors")
+        for held, said in (
+            ({name: part for name, part in tensors.items() if name != "0.0"}, metadata),
+            (tensors, {"state": "[1,"}),
+        ):
+            write_tensors(tmp_path / "other.safetensors", held, said)
+            with pytest.raises(ValueError, match=r"other\.safetensors: not a state of this model"):
+                State.load(tmp_path / "other.safetensors", model)
         with pytest.raises(ValueError, match="layer 0 holds"):
             State.load(tmp_path / "state.safetensors", small(mixer=mixer, head_dim=4))
     with pytest.raises(ValueError, match="state holds 3 rows, the call 1"):

@@ -114,9 +114,12 @@ def test_what_is_no_run_is_one_line(folder: str, message: str, runs: list[Path],
         read_run(tmp_path / folder)
 
 
-def test_a_picture_is_named_png(runs: list[Path], tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_is_refused_before_the_work(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"curves.pdf: the picture is a PNG; name it so, e.g. .*curves.png"):
         compare(runs, tmp_path / "curves.pdf")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"both.png: cannot be written: Not a directory"):
+        compare(runs, tmp_path / "file" / "both.png")
 
 
 def test_times_are_spoken() -> None:

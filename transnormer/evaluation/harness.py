@@ -232,6 +232,8 @@ class HarnessLM(TemplateLM):
             done += ids.shape[1]
             if self.progress is not None:
                 self.progress(done, total)
+        if not np.isfinite(scores).all():
+            raise ValueError("a score is not a finite number: the model's weights may be damaged or diverged")
         return list(zip(scores.tolist(), greedy.tolist(), strict=True))
 
     def _request(self, number: int, texts: tuple[str, str], context: list[int], continuation: list[int]) -> _Request:

@@ -70,16 +70,15 @@ class State:
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, whole or not at all."""
         tensors = {f"{n}.{m}": part for n, layer in enumerate(self.layers) for m, part in enumerate(layer)}
-        write_tensors(
-            path, {"seen": self.seen, **tensors}, {"state": json.dumps([len(layer) for layer in self.layers])}
-        )
+        write_tensors(path, {"seen": self.seen, **tensors}, {"state": _shape(self)})
 
     @classmethod
     def load(cls, path: str | Path, model: LanguageModel) -> State:
         """Read a state saved from a model of this shape. Raises ValueError where it does not fit the model."""
         tensors, metadata = read_tensors(path)
         fresh = cls.new(model)
-        if json.loads(metadata.get("state", "null")) != [len(layer) for layer in fresh.layers]:
+        names = {f"{n}.{m}" for n, layer in enumerate(fresh.layers) for m in range(len(layer))}
+        if metadata.get("state") != _shape(fresh) or tensors.keys() != {"seen", *names}:
             raise ValueError(f"{path}: not a state of this model ({len(fresh.layers)} layers)")
         layers = []
         for n, layer in enumerate(fresh.layers):
@@ -93,3 +92,8 @@ class State:
                     )
             layers.append(tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True)))
         return cls(layers, tensors["seen"].to(model.device))
+
+
+def _shape(state: State) -> str:
+    """What a file's metadata say of a state: how many tensors each layer has."""
+    return json.dumps([len(layer) for layer in state.layers])

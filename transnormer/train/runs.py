@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import check_can_write
 from .metrics import draw_runs, read_metrics
 
 if TYPE_CHECKING:
@@ -125,8 +126,10 @@ def compare(folders: Sequence[str | Path], picture: str | Path | None = None) ->
     from rich.table import Table
     from rich.text import Text
 
-    if picture is not None and Path(picture).suffix.lower() != ".png":
-        raise ValueError(f"{picture}: the picture is a PNG; name it so, e.g. {Path(picture).with_suffix('.png')}")
+    if picture is not None:
+        if Path(picture).suffix.lower() != ".png":
+            raise ValueError(f"{picture}: the picture is a PNG; name it so, e.g. {Path(picture).with_suffix('.png')}")
+        check_can_write(picture)
     runs = [read_run(folder) for folder in dict.fromkeys(map(Path, folders))]
     names = _names(runs)
     if picture is not None:
