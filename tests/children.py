@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "transnormer.train.loop"])
+multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "transnormer.train.loop", "tests.frozen"])
 
 
 def run_processes(work: Callable[..., None], *arguments: object, count: int) -> None:

@@ -19,7 +19,7 @@ ARROWS = {
     "ops": set(),
     "data": {"files"},
     "model": {"config", "files", "ops"},
-    "train": {"ops", "config", "files", "data", "model", "formats"},
+    "train": {"ops", "config", "files", "data", "model", "formats", "provenance"},
     "inference": {"config", "files", "data", "model"},
     "evaluation": {"config", "data", "model", "inference", "ops"},
     "formats": {"config", "files", "data", "model", "ops"},

@@ -1,4 +1,4 @@
-"""Where and how a result was made: device, versions, commit, command, date. Every result's JSON holds these."""
+"""Where and how a result was made: device, versions, commit, command, date. Each result and each start of a run holds these."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from . import __version__
+
 LIBRARIES = (
-    "triton", "transformers", "torchao", "bitsandbytes", "flash-linear-attention", "lightning-attn", "liger-kernel",
+    "numpy", "triton", "transformers", "torchao", "bitsandbytes", "flash-linear-attention", "lightning-attn", "liger-kernel",
     "cut-cross-entropy",
 )  # fmt: skip
 CHECKOUT = Path(__file__).parent.parent
@@ -42,7 +44,7 @@ def commit() -> str | None:
 
 def provenance(device: str, *, command: str, of: str | None = None) -> dict[str, Any]:
     """What every result says of itself. device: "cuda" or "cpu"; of: the commit, where the code has no git with it."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"transnormer": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)

@@ -22,7 +22,7 @@ from .runs import PATIENCE, curve, held, start, tiny, train_on_two, wait_until
 @pytest.mark.usefixtures("single_thread")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_at_random_moments_lose_nothing(work: Path, processes: int) -> None:
-    check_kills_lose_nothing(processes, kills=3, seed=1, steps=120)
+    check_kills_lose_nothing(processes, kills=3, seed=1, steps=80)
 
 
 @pytest.mark.usefixtures("single_thread")

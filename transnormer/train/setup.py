@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
-from .. import __version__
 from ..config import ModelConfig
 from ..data.loader import Loader, TokenData, prepare
 from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..files import read_json, write_text
 from ..formats.folders import find_model
 from ..model.language_model import LanguageModel
+from ..provenance import provenance
 from . import lora
 from .metrics import say
 from .parallel import Mesh
@@ -188,19 +186,9 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
         )
     device, path = mesh.device, run / "run.json"
     starts = _starts(path) if path.exists() and done else []
-    starts.append(
-        {
-            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "after_step": done,
-            "command": sys.argv,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "processes": mesh.world,
-            "threads": torch.get_num_threads(),
-            "versions": {"transnormer": __version__, "python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__},
-            "commit": _commit(),
-        }
-    )  # fmt: skip
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    said = {"time": now, "after_step": done, "processes": mesh.world}
+    starts.append(said | provenance(device.type, command=shlex.join(sys.argv)))
     write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
 
 
@@ -210,18 +198,6 @@ def _starts(path: Path) -> list[Any]:
     if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
         raise ValueError(f"{path}: damaged, or not the record of a run's starts; remove it to begin a new one")
     return list(record["starts"])
-
-
-def _commit() -> str | None:
-    """The commit of our own checkout; None where there is none, or no git."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
 
 
 @contextmanager
