@@ -29,11 +29,18 @@ class Run:
     tokens: int
     optimizer: str
     lr: float
+    dataset: str = "text"
+
+    @property
+    def setting(self) -> str:
+        """The beginning of the names of all runs that read as much of the same data with a model of this size."""
+        dataset = "" if self.dataset == "text" else f"{self.dataset}-"
+        return f"{dataset}{self.size}-{self.tokens // 1000}k"
 
     @property
     def name(self) -> str:
         arm = self.arm.replace("/", "_")
-        return f"{self.size}-{self.tokens // 1000}k-{self.optimizer}-{self.lr:g}-{arm}-{self.seed}"
+        return f"{self.setting}-{self.optimizer}-{self.lr:g}-{arm}-{self.seed}"
 
     @property
     def family(self) -> str:
@@ -68,7 +75,7 @@ def runs(
     Raises ValueError for a name that the file does not know, or an arm whose family has no learning rate yet.
     """
     entry = known("tables", table)
-    chosen = arms or entry["arms"]
+    chosen, dataset = arms or entry["arms"], entry.get("dataset", "text")
     length = tokens or number(entry["tokens"])
     for arm in chosen:
         known("arms", arm)
@@ -76,24 +83,33 @@ def runs(
     for seed in range(first, first + (seeds or entry["seeds"])):
         for optimizer in optimizers or entry.get("optimizers", ["adamw"]):
             for arm in chosen:
-                for lr in _rates(entry, size, optimizer, TABLES["arms"][arm]["family"]):
-                    yield Run(table, arm, seed, size, length, optimizer, lr)
+                family = TABLES["arms"][arm]["family"]
+                grid = entry["grid"].get(optimizer, {}).get(family, []) if "grid" in entry else None
+                for lr in [rate(size, optimizer, family, dataset)] if grid is None else grid:
+                    yield Run(table, arm, seed, size, length, optimizer, lr, dataset)
 
 
-def _rates(entry: dict[str, Any], size: str, optimizer: str, family: str) -> list[float]:
-    if "grid" in entry:
-        return list(entry["grid"].get(optimizer, {}).get(family, []))
-    return [rate(size, optimizer, family)]
-
-
-def rate(size: str, optimizer: str, family: str) -> float:
+def rate(size: str, optimizer: str, family: str, dataset: str = "text") -> float:
     """The learning rate that was chosen for a family. Raises ValueError where none was."""
+    folder = folder_of(dataset)
     try:
-        return float(TABLES["rates"][size][optimizer][family])
+        return float(TABLES["rates"][f"{size}-{folder}" if folder else size][optimizer][family])
     except KeyError:
         raise ValueError(
-            f"tables.toml has no learning rate for {size}, {optimizer}, {family}; run the table `rates` and add the best"
+            f"tables.toml has no learning rate for {size}, {optimizer}, {family}; run the table "
+            f"`rates{folder and '-'}{folder}` and add the best"
         ) from None
+
+
+def folder_of(dataset: str) -> str:
+    """The folder of a data set within the corpus, which also names its learning rates; that of text is the corpus."""
+    return str(known("datasets", dataset).get("folder", "" if dataset == "text" else dataset))
+
+
+def settings_of(size: str, dataset: str) -> dict[str, Any]:
+    """The recipe's settings that do not depend on the run."""
+    of_size, of_dataset = known("sizes", size).get("recipe", {}), known("datasets", dataset).get("recipe", {})
+    return dict(TABLES["recipe"] | of_size | of_dataset)
 
 
 def model_of(arm: str, size: str, vocab_size: int) -> dict[str, Any]:
@@ -123,7 +139,7 @@ def _config(model: dict[str, Any]) -> ModelConfig:
 
 def recipe(run: Run, data: Path, vocab_size: int, *, cuda: bool) -> Recipe:
     """The complete recipe of a run. On a GPU it trains in bfloat16, compiled and recorded; on a CPU in float32."""
-    settings = TABLES["recipe"] | known("sizes", run.size).get("recipe", {})
+    settings = settings_of(run.size, run.dataset)
     batch, length = settings["train.batch_tokens"], settings["train.seq_len"]
     steps = max(1, run.tokens // batch)
     settings |= {

@@ -34,12 +34,15 @@ ARCHIVE_BYTES = 55 * 2**20
 WIKITEXT = {"valid": ("wikitext-103.valid.txt.gz", 217_646), "test": ("wikitext-103.test.txt.gz", 245_569)}
 
 
-def part_of(text: str, held_out: bool) -> str:
-    """Which of PARTS a document belongs to. held_out: whether its whole file is."""
+def part_of(text: str, held_out: bool, each: float = HELD_OUT) -> str:
+    """Which of PARTS a document belongs to.
+
+    held_out: whether its whole file is. each: else the share of documents for validation, and as large a one for the test.
+    """
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     if held_out:
         return "valid" if share < 0.5 else "test"
-    return "valid" if share < HELD_OUT else "test" if share < 2 * HELD_OUT else "train"
+    return "valid" if share < each else "test" if share < 2 * each else "train"
 
 
 def find_files(inputs: list[Path]) -> list[Path]:

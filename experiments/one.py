@@ -7,15 +7,18 @@ import json
 import math
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from arms import CONFIRMING_SEED, Run, recipe
+from arms import CONFIRMING_SEED, Run, folder_of, known, recipe
 
 from transnormer.data.loader import TokenData
 from transnormer.files import write_text
 from transnormer.formats.folders import load
+from transnormer.inference.sampling import Sampling, sample
 from transnormer.model.language_model import LanguageModel
 from transnormer.ops.loss import linear_cross_entropy
 from transnormer.provenance import provenance
@@ -23,21 +26,28 @@ from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 
 POSITIONS = 64  # that losses by position are averaged over, at most
+SCORED_TOKENS = 32_768  # at a time, about
 
 
 @torch.inference_mode()
-def score(model: LanguageModel, data: TokenData, seq_len: int, rows: int = 32) -> dict[str, Any]:
+def score(
+    model: LanguageModel, data: TokenData, seq_len: int, rows: int | None = None, *, text: bool = True
+) -> dict[str, Any]:
     """The loss of all tokens of a split, in windows of `seq_len` tokens that are each read from a fresh state.
 
-    Every token is predicted once, the first one from the end-of-text token. Returns loss (nats a token), bits_per_byte,
-    nats, tokens and loss_by_position, the mean loss at each 1/POSITIONS of a window.
+    Every token is predicted once, the first one from the end-of-text token. The first token of data that
+    are not text is left out, because it stands for no sample (sequences.py). rows: windows at a time.
+    Returns loss (nats a token), bits_per_byte or else bits_per_sample (to which the ends of documents add their bits),
+    nats, tokens, documents and loss_by_position, the mean loss at each 1/POSITIONS of a window.
     """
-    windows = -(-data.tokens // seq_len)
+    first = 0 if text else 1
+    tokens, rows = data.tokens - first, rows or max(1, SCORED_TOKENS // seq_len)
+    windows = -(-tokens // seq_len)
     ids = torch.zeros(windows * seq_len + 1, dtype=torch.int64)
-    ids[0], ids[1 : data.tokens + 1] = data.end_of_text, torch.from_numpy(data.window(0, data.tokens))
+    ids[0], ids[1 : tokens + 1] = data.end_of_text, torch.from_numpy(data.window(first, tokens))
     ids = ids.to(model.device)
     targets = ids[1:].clone()
-    targets[data.tokens :] = -100
+    targets[tokens:] = -100
     sums = torch.zeros(seq_len, dtype=torch.float64, device=model.device)
     for inputs, wanted in zip(
         ids[:-1].view(-1, seq_len).split(rows), targets.view(-1, seq_len).split(rows), strict=True
@@ -47,14 +57,43 @@ def score(model: LanguageModel, data: TokenData, seq_len: int, rows: int = 32) -
             loss = linear_cross_entropy(hidden, model.head_weight, wanted, reduction="none")
         sums += loss.double().sum(0)
     counts = (targets.view(-1, seq_len) != -100).sum(0)
-    assert int(counts.sum()) == data.tokens
+    assert int(counts.sum()) == tokens
     nats = float(sums.sum())
-    bins = min(POSITIONS, seq_len)
-    by_position = (sums.view(bins, -1).sum(1) / counts.view(bins, -1).sum(1)).tolist()
+    parts = (each.tensor_split(min(POSITIONS, seq_len)) for each in (sums, counts))
+    by_position = [float(total.sum() / count.sum()) for total, count in zip(*parts, strict=True)]
+    bits = nats / math.log(2)
     return {
-        "loss": nats / data.tokens, "bits_per_byte": nats / math.log(2) / data.bytes, "nats": nats,
-        "tokens": data.tokens, "loss_by_position": by_position,
+        "loss": nats / tokens,
+        **({"bits_per_byte": bits / data.bytes} if text else {"bits_per_sample": bits / (tokens - data.documents)}),
+        "nats": nats, "tokens": tokens, "documents": data.documents, "loss_by_position": by_position,
     }  # fmt: skip
+
+
+@torch.inference_mode()
+def draw(model: LanguageModel, rows: int, length: int, end: int, seed: int) -> np.ndarray:
+    """Samples that the model draws at temperature 1 behind the end-of-text token, uint8 [rows, length].
+
+    The token of level n is end + 1 + n, and all tokens are such: the end of a text is not drawn.
+    """
+    sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
+    generator = sampling.generator(model.device)
+    ids, state, drawn = torch.full((rows, 1), end, device=model.device), None, []
+    for _ in range(length):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            hidden, state = model.hidden(ids, state)
+            logits = torch.nn.functional.linear(hidden[:, -1], model.head_weight)
+        drawn.append(sample(logits[:, end + 1 :], sampling, generator))
+        ids = drawn[-1][:, None] + end + 1
+    return torch.stack(drawn, 1).to("cpu", torch.uint8).numpy()
+
+
+def drawings(model: LanguageModel, run: Run, test: TokenData, seq_len: int) -> dict[str, np.ndarray]:
+    """What the model draws and, where every document fills a row, as many real documents: uint8 [rows, length]."""
+    rows, length = known("datasets", run.dataset)["draw"]
+    found = {"drawn": draw(model, rows, length, test.end_of_text, run.seed)}
+    if length + 1 == seq_len:
+        found["real"] = test.window(1, rows * seq_len).reshape(rows, seq_len)[:, :length] - test.end_of_text - 1
+    return {name: levels.astype(np.uint8) for name, levels in found.items()}
 
 
 def state_bytes(model: LanguageModel, tokens: int) -> int:
@@ -64,9 +103,15 @@ def state_bytes(model: LanguageModel, tokens: int) -> int:
     return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
 
 
-def measure(run: Run, corpus: Path, work: Path, side_by_side: int, commit: str | None, command: str) -> dict[str, Any]:
-    """Train (or finish, or find finished) the run and score it. Returns the record of its JSON."""
-    cuda = torch.cuda.is_available()
+def measure(
+    run: Run, corpus: Path, work: Path, side_by_side: int, commit: str | None, command: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Train (or finish, or find finished) the run and score it. Returns the record of its JSON, and what was drawn.
+
+    Only the first confirming run of data that are not text draws.
+    """
+    cuda, text = torch.cuda.is_available(), run.dataset == "text"
+    corpus = corpus / folder_of(run.dataset)
     data = TokenData(corpus / "train", "train")
     wanted = recipe(run, corpus / "train", data.vocab_size, cuda=cuda)
     summary = train(wanted, runs=work)
@@ -77,7 +122,12 @@ def measure(run: Run, corpus: Path, work: Path, side_by_side: int, commit: str |
     if run.seed >= CONFIRMING_SEED:  # what explores must not see the test
         names = ("test", "wikitext-test")
         splits |= {name: TokenData(corpus / name, "train") for name in names if (corpus / name).exists()}
-    scores = {name: score(model, split, length) for name, split in splits.items()}
+    scores = {name: score(model, split, length, text=text) for name, split in splits.items()}
+    began = time.monotonic()
+    draws = run.seed == CONFIRMING_SEED and "draw" in known("datasets", run.dataset)
+    drawn = drawings(model, run, splits["test"], length) if draws else {}
+    draw_seconds = {"draw_seconds": round(time.monotonic() - began, 2)} if draws else {}
+    unit = "bits_per_byte" if text else "bits_per_sample"
     lines = read_metrics(summary.folder / "metrics.jsonl")
     speeds = sorted(line["tokens_per_second"] for line in lines)
     norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] is not None]
@@ -87,14 +137,14 @@ def measure(run: Run, corpus: Path, work: Path, side_by_side: int, commit: str |
         for n in range(every - 1, len(lines), every)
     ]  # fmt: skip
     embeddings = sum(p.numel() for name, p in model.named_parameters() if name.startswith("embed"))
-    return {
+    record = {
         **dataclasses.asdict(run), "tokens": summary.tokens, "family": run.family,
         "parameters": model.parameter_count(), "parameters_without_embeddings": model.parameter_count() - embeddings,
         "flops": model.flops_per_token(length) * summary.tokens, "state_bytes": state_bytes(model, length),
-        "seconds": round(summary.seconds, 2), "peak_memory_bytes": summary.peak_memory_bytes,
+        "seconds": round(summary.seconds, 2), **draw_seconds, "peak_memory_bytes": summary.peak_memory_bytes,
         "tokens_per_second": speeds[len(speeds) // 2], "side_by_side": side_by_side,
         "train_loss": statistics.fmean(line["loss"] or math.nan for line in lines[-max(1, len(lines) // 20) :]),
-        "valid_loss": scores["valid"]["loss"], "bits_per_byte": scores["valid"]["bits_per_byte"],
+        "valid_loss": scores["valid"]["loss"], unit: scores["valid"][unit],
         "test_loss": scores["test"]["loss"] if "test" in scores else None,
         "scores": scores, "refused": summary.refused,
         "gradient_norm": {"mean": statistics.fmean(norms), "largest": max(norms), "last": norms[-1]},
@@ -102,6 +152,7 @@ def measure(run: Run, corpus: Path, work: Path, side_by_side: int, commit: str |
         "curve": curve, "model": model.config.to_dict(), "recipe": wanted.to_toml(),
         "data": data.fingerprint, **provenance("cuda" if cuda else "cpu", of=commit, command=command),
     }  # fmt: skip
+    return record, drawn
 
 
 def main() -> None:
@@ -109,10 +160,12 @@ def main() -> None:
     run = Run(**given.pop("run"))
     folders = {name: Path(given.pop(name)) for name in ("corpus", "work", "out")}
     try:
-        record = measure(run, folders["corpus"], folders["work"], **given)
+        record, drawn = measure(run, folders["corpus"], folders["work"], **given)
     except Interrupted as error:
         sys.exit(128 + error.signal_number)
     folders["out"].mkdir(parents=True, exist_ok=True)
+    if drawn:
+        np.savez_compressed(folders["out"] / f"{run.name}.npz", **drawn)  # type: ignore[arg-type]
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]  # lists on one line
     write_text(folders["out"] / f"{run.name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 

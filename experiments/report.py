@@ -13,6 +13,7 @@ from typing import Any
 
 import arms
 import numpy as np
+import sequences
 from corpus import WIKITEXT
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -37,6 +38,8 @@ Every row of every arm, and every window that is scored, begins from an empty st
 arm is a mean over pairs of runs with equal seeds (equal initial weights by name, equal data in equal order), with its
 95 % t interval; *p* is two-sided and corrected by Holm's method over the table. Where the interval holds 0 or *p* is
 not below 0.05, the arms are not distinguishable. Tables that explore use seeds below 11 and never read the test part.
+Where the data are digits or speech, a token is a sample of 256 levels, and **bits a sample**, which others call bits
+per dimension, are measured on the same part as the difference.
 
 Arms are described in `experiments/tables.toml`; all have the parameters of `published` within 0.5 %, by the width of
 the GLU, except those called *fewer*. What was decided before the runs, and what went wrong, is in
@@ -95,6 +98,8 @@ def of_table(name: str, results: list[dict[str, Any]]) -> dict[Setting, dict[str
     found: dict[Setting, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in results:
         exploring = record["seed"] < arms.CONFIRMING_SEED
+        if record.get("dataset", "text") != entry.get("dataset", "text"):
+            continue
         if record["arm"] in entry["arms"] and exploring == bool(entry.get("exploring")):
             found[record["size"], record["tokens"], record["optimizer"]][record["arm"]].append(record)
     return {setting: dict(by_arm) for setting, by_arm in found.items()}
@@ -104,7 +109,7 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
     """One table of arms, with differences to its first arm."""
     entry = TABLES[name]
     present = [arm for arm in entry["arms"] if arm in by_arm]
-    part = "valid" if entry.get("exploring") else "test"
+    part, text = "valid" if entry.get("exploring") else "test", "dataset" not in entry
     losses = {arm: {r["seed"]: r["scores"][part]["loss"] for r in by_arm[arm]} for arm in present}
     reference = losses.get(entry["arms"][0], {})
     found = {arm: paired(losses[arm], reference) for arm in present[1:]}
@@ -114,7 +119,9 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
     rows = []
     for arm in present:
         runs, difference = by_arm[arm], known.get(arm)
+        bits = [r["bits_per_byte"] if text else r["scores"][part]["bits_per_sample"] for r in runs]
         words = [value for r in runs if (value := per_word(r, f"wikitext-{part}")) is not None]
+        speed = f"{statistics.median(r['tokens_per_second'] for r in runs) / 1e6:.2f}M"
         verdict = ""
         if difference is not None:
             share = 100 * difference.mean / statistics.fmean(reference.values())
@@ -128,7 +135,7 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
         rows.append([
             arm, str(len(runs)), f"{runs[0]['parameters'] / 1e6:.2f}M", f"{runs[0]['lr']:g}", spread([r["valid_loss"] for r in runs]),
             spread([r["test_loss"] for r in runs if r["test_loss"]]) if any(r["test_loss"] for r in runs) and part == "test" else "–",
-            spread([r["bits_per_byte"] for r in runs], 4), spread(words, 1) if words else "–",
+            spread(bits, 4), (spread(words, 1) if words else "–") if text else speed,
             f"{runs[0]['state_bytes'] / 2**20:.1f}", str(sum(r["refused"] for r in runs)), verdict or "–", *([theirs or "–"] if paper else []),
         ])  # fmt: skip
     head = [
@@ -138,8 +145,8 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
         "rate",
         "valid",
         "test",
-        "BPB",
-        f"WikiText-103 {part}",
+        "BPB" if text else "bits a sample",
+        f"WikiText-103 {part}" if text else "tokens/s",
         "state, MiB",
         "refused",
         f"difference ({part})",
@@ -147,13 +154,13 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
     return markdown([*head, *(["paper, nats"] if paper else [])], rows)
 
 
-def rates(by_setting: dict[Setting, dict[str, list[dict[str, Any]]]]) -> str:
+def rates(name: str, by_setting: dict[Setting, dict[str, list[dict[str, Any]]]]) -> str:
     """Loss by rate for each family, and whether the best lies inside its grid."""
     rows = []
     for (size, tokens, optimizer), by_arm in sorted(by_setting.items()):
         for arm, runs in by_arm.items():
             family = arms.TABLES["arms"][arm]["family"]
-            grid = TABLES["rates"]["grid"].get(optimizer, {}).get(family, [])
+            grid = TABLES[name]["grid"].get(optimizer, {}).get(family, [])
             found = {r["lr"]: r["valid_loss"] for r in runs if r["seed"] == 0 and r["lr"] in grid}
             if not found:
                 continue
@@ -169,12 +176,13 @@ def rates(by_setting: dict[Setting, dict[str, list[dict[str, Any]]]]) -> str:
     return markdown(["size", "tokens", "optimizer", "family", "validation loss by rate", "the best is"], rows)
 
 
-def picture(name: str, by_arm: dict[str, list[dict[str, Any]]], title: str) -> str:
-    """Loss by position and the curve of training, a line an arm, as docs/results-<name>.png."""
+def picture(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]) -> str:
+    """Loss by position and the curve of training, a line an arm, as docs/results-<table>-<size>-<optimizer>.png."""
+    (size, _, optimizer), entry = setting, TABLES[name]
+    length, title = arms.settings_of(size, entry.get("dataset", "text"))["train.seq_len"], entry["title"]
     figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
     curve, place = figure.subplots(1, 2)
     for arm, runs in by_arm.items():
-        length = arms.TABLES["recipe"]["train.seq_len"]
         losses = np.mean([r["scores"]["valid"]["loss_by_position"] for r in runs], axis=0)
         place.plot(np.arange(1, len(losses) + 1) * length / len(losses), losses, label=arm)
         points = np.mean([r["valid_curve"] for r in runs], axis=0)
@@ -185,8 +193,34 @@ def picture(name: str, by_arm: dict[str, list[dict[str, Any]]], title: str) -> s
     for axes in (curve, place):
         axes.grid(alpha=0.3)
     place.legend(fontsize=8)
-    figure.savefig(DOCS / f"results-{name}.png")
-    return f"![{title}](results-{name}.png)"
+    file = f"results-{name}-{size}-{optimizer}.png"
+    figure.savefig(DOCS / file)
+    return f"![{title}]({file})"
+
+
+def drawn(name: str, by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What each arm has drawn: digits as docs/results-<table>-drawn.png, speech as docs/results-<table>-<arm>.wav."""
+    paths = {
+        arm: path for arm, runs in by_arm.items() for r in runs if (path := r["path"].with_suffix(".npz")).exists()
+    }
+    levels = {arm: dict(np.load(path)) for arm, path in paths.items()}
+    if not levels:
+        return []
+    first = next(iter(levels.values()))
+    if "real" not in first:
+        for arm, found in levels.items():
+            sequences.write_wav(DOCS / f"results-{name}-{arm}.wav", found["drawn"].flatten())
+        files = ", ".join(f"[{arm}](results-{name}-{arm}.wav)" for arm in levels)
+        return [f"Speech that each arm drew from nothing, at temperature 1: {files}."]
+    sheets = {"real": first["real"]} | {arm: found["drawn"] for arm, found in levels.items()}
+    figure = Figure(figsize=(3.4 * len(sheets), 3.6), dpi=110, layout="constrained")
+    for axes, (title, images) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
+        columns = math.isqrt(len(images))
+        sheet = images[: columns * columns].reshape(columns, columns, 28, 28).swapaxes(1, 2).reshape(columns * 28, -1)
+        axes.imshow(sheet, cmap="gray_r")
+        axes.set(title=title, xticks=[], yticks=[])
+    figure.savefig(DOCS / f"results-{name}-drawn.png")
+    return [f"![Digits of the test part, and digits that each arm drew at temperature 1](results-{name}-drawn.png)"]
 
 
 def sources(by_arm: dict[str, list[dict[str, Any]]]) -> str:
@@ -201,12 +235,12 @@ def sources(by_arm: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    results = [json.loads(path.read_text()) | {"path": path} for path in sorted(RESULTS.glob("*.json"))]
     text = [INTRODUCTION]
     for name, entry in TABLES.items():
         by_setting = of_table(name, results)
-        if name == "rates":
-            text += [f"## {entry['title']}", rates(by_setting)]
+        if "grid" in entry:
+            text += [f"## {entry['title']}", rates(name, by_setting)] if by_setting else []
             continue
         for setting, by_arm in sorted(by_setting.items()):
             size, tokens, optimizer = setting
@@ -221,8 +255,9 @@ def main() -> None:
             title = f"{entry['title']}: {size}, {tokens / 1e6:.0f}M tokens, {optimizer}"
             text += [
                 f"## {title}",
-                picture(f"{name}-{size}-{optimizer}", by_arm, entry["title"]),
+                picture(name, setting, by_arm),
                 compare(name, setting, by_arm),
+                *drawn(name, by_arm),
             ]
             text += [sources(by_arm)]
     write_text(DOCS / "results.md", "\n\n".join(text) + "\n")

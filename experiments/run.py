@@ -4,7 +4,9 @@
     python experiments/run.py T4 --size 10m --tokens 5M                # on a laptop: an honest, smaller table
     python experiments/run.py rates spread ladder --size 45m --side-by-side 2 --until 540
 
-The corpus comes from experiments/corpus.py. Each run is a process of its own and ends as one JSON in --out. With
+The corpus comes from experiments/corpus.py. What is not language comes from experiments/sequences.py and lies in the
+corpus as its folders digits and speech, which need no text beside them. Each run is a process of its own and ends as
+one JSON in --out, beside which the first confirming run of digits and of speech leaves what it drew (.npz). With
 --until SECONDS every run is stopped at a checkpoint before so many seconds have passed since the start; the same
 command goes on with it. --archive FILE packs all results for another machine, where --merge FILE unpacks them.
 Runs side by side on one GPU are 13 % faster together when `nvidia-cuda-mps-control -d` has been called before.
@@ -99,8 +101,11 @@ class Queue:
 
 def seconds_of(run: Run, options: argparse.Namespace) -> float:
     """What the slowest earlier run of this size and as many tokens took, start and scores included; 0 if there is none."""
-    earlier = [json.loads(path.read_text()) for path in options.out.glob(f"{run.size}-{run.tokens // 1000}k-*.json")]
-    took = [found["seconds"] for found in earlier if found["side_by_side"] == options.side_by_side]
+    earlier = [json.loads(path.read_text()) for path in options.out.glob(f"{run.setting}-*.json")]
+    took = [
+        found["seconds"] + found.get("draw_seconds", 0.0)
+        for found in earlier if found["side_by_side"] == options.side_by_side
+    ]  # fmt: skip
     return max(took) + START_SECONDS if took else 0.0
 
 
@@ -170,7 +175,7 @@ def main() -> None:
     left = execute(queue, missing, None if options.until is None else began + options.until, options)
     if options.archive:
         with tarfile.open(options.archive, "w:gz") as archive:
-            for file in sorted(options.out.glob("*.json")):
+            for file in sorted([*options.out.glob("*.json"), *options.out.glob("*.npz")]):
                 archive.add(file, file.name)
     print(f"{left} runs not begun, {len(queue.failed)} failed", flush=True)
     sys.exit(1 if queue.failed else 0)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from transnormer.config import ModelConfig
-from transnormer.data.loader import TokenData
+from transnormer.data.loader import Loader, TokenData
+from transnormer.inference.sampling import Sampling, sample
 from transnormer.model.language_model import LanguageModel
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
@@ -23,14 +27,17 @@ import arms  # noqa: E402
 import corpus  # noqa: E402
 import one  # noqa: E402
 import report  # noqa: E402
+import sequences  # noqa: E402
 
 VOCABULARY = 16_384
 
 
-@pytest.mark.parametrize("size", ["toy", "10m", "45m"])
-def test_all_arms_have_the_parameters_of_the_reference(size: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "vocabulary"), [("toy", VOCABULARY), ("10m", VOCABULARY), ("10m", 257), ("45m", VOCABULARY)]
+)
+def test_all_arms_have_the_parameters_of_the_reference(size: str, vocabulary: int) -> None:
     def count(arm: str) -> int:
-        model = arms.model_of(arm, size, VOCABULARY)
+        model = arms.model_of(arm, size, vocabulary)
         fields = {key: value for key, value in model.items() if key != "size"}
         config = ModelConfig.named(model["size"], **fields) if "size" in model else ModelConfig(**fields)
         return config.parameter_count()
@@ -60,18 +67,39 @@ def test_what_explores_and_what_confirms_share_no_seed() -> None:
     assert max(explored) < arms.CONFIRMING_SEED <= min(confirmed)
 
 
+def test_names_of_results_are_those_of_their_runs() -> None:
+    """A run whose name changed would be run again."""
+    for path in (EXPERIMENTS / "results").glob("*.json"):
+        record = json.loads(path.read_text())
+        fields = {key: record[key] for key in ("table", "arm", "seed", "size", "optimizer", "lr")}
+        asked = re.search(r"-(\d+)k-", path.name)
+        assert asked is not None
+        run = arms.Run(**fields, tokens=1000 * int(asked[1]), dataset=record.get("dataset", "text"))
+        assert run.name == path.stem
+    assert [run.name for run in arms.runs("rates-digits", "10m", arms=["published"])] == [
+        f"digits-10m-172000k-adamw-{lr}-published-0" for lr in (0.002, 0.004, 0.008)
+    ]
+
+
+def test_rates_of_other_data_are_their_own() -> None:
+    with pytest.raises(ValueError, match=r"no learning rate for toy, adamw, linear; run the table `rates-speech` and"):
+        list(arms.runs("speech-long", "toy"))
+
+
 def test_chosen_rates_are_the_best_of_their_grids() -> None:
     """Of every grid that results are there for; a rate without a grid run at this size is only a first guess."""
     results = [json.loads(path.read_text()) for path in (EXPERIMENTS / "results").glob("*.json")]
     complete = 0
-    for size, optimizers in arms.TABLES["rates"].items():
+    for name, optimizers in arms.TABLES["rates"].items():
+        size, _, folder = name.partition("-")
+        table = arms.TABLES["tables"][f"rates-{folder}" if folder else "rates"]
         for optimizer, chosen in optimizers.items():
             for family, rate in chosen.items():
-                grid = arms.TABLES["tables"]["rates"]["grid"].get(optimizer, {}).get(family, [])
+                grid = table["grid"].get(optimizer, {}).get(family, [])
                 found = {
                     r["lr"]: r["valid_loss"] for r in results
                     if (r["size"], r["optimizer"], r["family"], r["seed"]) == (size, optimizer, family, 0)
-                    and r["arm"] in arms.TABLES["tables"]["rates"]["arms"]
+                    and r["arm"] in table["arms"] and r.get("dataset", "text") == (folder or "text")
                 }  # fmt: skip
                 if found.keys() >= set(grid) and grid:
                     complete += 1
@@ -186,3 +214,126 @@ def test_a_table_from_packed_files_to_results(documents: Path, tmp_path: Path) -
     assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == sorted(
         p.name for p in (tmp_path / "out").iterdir()
     )
+
+
+def test_mu_law_is_exact_within_half_a_level() -> None:
+    levels = np.arange(256)
+    amplitudes = sequences.decode(levels)
+    assert (sequences.encode(amplitudes) == levels).all()
+    every = np.arange(-(2**15), 2**15).astype(np.int16)
+    error = np.abs(sequences.decode(sequences.encode(every)).astype(int) - every)
+    steps = np.diff(amplitudes.astype(int))
+    assert error[1000:-1000].max() <= steps.max() / 2 + 2
+    assert error[2**15 - 100 : 2**15 + 100].max() <= 5  # near silence, where the steps are finest
+
+
+def test_speech_from_wav_files_to_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, random = tmp_path / "wav", np.random.default_rng(0)
+    (source / "words").mkdir(parents=True)
+    wanted = {f"words/{n}.wav": random.integers(256, size=100 + n).astype(np.uint8) for n in range(60)}
+    for name, levels in wanted.items():
+        sequences.write_wav(source / name, levels)
+    packed = tmp_path / "speech.npz"
+    monkeypatch.setattr(sys, "argv", ["sequences.py", "speech", str(source), "--pack", str(packed)])
+    sequences.main()
+    found = sequences.recordings(packed)
+    assert found.keys() == wanted.keys()
+    assert all((found[name] == levels).all() for name, levels in wanted.items())
+    parts = sequences.speech(packed)
+    assert sum(map(len, parts.values())) == 60
+    sequences.build(parts, tmp_path / "speech")
+    test, bits = TokenData(tmp_path / "speech" / "test"), parts["test"]
+    ids = test.window(0, test.tokens)
+    assert (test.documents, test.tokens, test.vocab_size) == (len(bits), 1 + sum(len(text) + 1 for text in bits), 257)
+    assert "".join(chr(sequences.FIRST + level) for level in ids[1:][ids[1:] != test.end_of_text] - 1) == "".join(bits)
+
+
+def test_drawn_speech_becomes_a_wav_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = np.random.default_rng(0).integers(256, size=(4, 50)).astype(np.uint8)
+    np.savez_compressed(tmp_path / "run.npz", drawn=levels)
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    assert (
+        "(results-speech-published.wav)" in report.drawn("speech", {"published": [{"path": tmp_path / "run.json"}]})[0]
+    )
+    assert (sequences.read_wav(tmp_path / "results-speech-published.wav") == levels.flatten()).all()
+    assert report.drawn("speech", {"published": [{"path": tmp_path / "other.json"}]}) == []
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNIST's files with 30 and 12 images of one bright column each."""
+    folder = tmp_path_factory.mktemp("vision")
+    for part, count in (("train", 30), ("t10k", 12)):
+        pixels = np.zeros((count, 28, 28), np.uint8)
+        pixels[np.arange(count), :, np.arange(count) % 28] = 255
+        header = np.array([0x803, count, 28, 28], ">u4").tobytes()
+        (folder / f"mnist-{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with the folder digits: 24 images for training, 6 for validation, 12 for the test."""
+    corpus = tmp_path_factory.mktemp("beyond")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "VALID_IMAGES", 6)
+        sequences.build(sequences.digits(images), corpus / "digits")
+    return corpus
+
+
+def test_a_row_of_digits_is_an_image(images: Path, digits: Path) -> None:
+    wanted = 1 + sequences.read_images(images / "mnist-train-images-idx3-ubyte.gz").astype(int)
+    for split, some in (("train", wanted[:24]), ("valid", wanted[24:])):
+        data = TokenData(digits / "digits" / "train", split)
+        loader = Loader(data, seq_len=785, batch_size=1, seed=0)
+        assert loader.count == data.documents == len(some)
+        batch = loader.batch(range(loader.count))
+        assert (batch.ids[:, 1:].numpy() == some).all()
+        assert (batch.targets[:, :-1].numpy() == some).all()
+        assert batch.targets[:, -1].tolist() == [data.end_of_text] * len(some)
+        assert batch.ids[:, 0].tolist() == [1] + [data.end_of_text] * (len(some) - 1)  # the first one is no data
+
+
+def test_digits_from_runs_to_report(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(arms.TABLES["datasets"]["digits"]["recipe"], "train.batch_tokens", 4 * 785)
+    monkeypatch.setitem(arms.TABLES["datasets"]["digits"], "draw", [4, 784])
+    monkeypatch.setattr(arms, "TOLERANCE", 0.02)  # eight columns of the GLU are 2.5 % of so small a model
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    for arm in ("published", "llama-scaled"):
+        run = arms.Run("digits", arm, 11, "toy", 12 * 785, "adamw", 3e-3, "digits")
+        given = {"run": vars(run), "corpus": str(digits), "work": str(tmp_path / "work"), "out": str(tmp_path)}
+        given |= {"side_by_side": 1, "commit": None, "command": ""}
+        monkeypatch.setattr(sys, "argv", ["one.py", json.dumps(given)])
+        one.main()
+        record = json.loads((tmp_path / f"digits-toy-9k-adamw-0.003-{arm}-11.json").read_text())
+        scored = record["scores"]["test"]
+        assert (scored["tokens"], scored["documents"], len(scored["loss_by_position"])) == (12 * 785, 12, 64)
+        assert scored["bits_per_sample"] == pytest.approx(scored["loss"] / 0.6931472 * 785 / 784, rel=1e-6)
+        assert record["bits_per_sample"] < 8
+        assert record["valid_curve"][-1][1] == pytest.approx(record["valid_loss"], rel=0.02)
+        monkeypatch.delitem(arms.TABLES["datasets"]["digits"], "draw", raising=False)  # one arm is enough, and faster
+    found = np.load(tmp_path / "digits-toy-9k-adamw-0.003-published-11.npz")
+    assert found["drawn"].shape == (4, 784)
+    assert found["drawn"].dtype == np.uint8
+    assert (found["real"].reshape(4, 28, 28)[range(4), :, range(4)] == 255).all()
+    report.main()
+    text = (tmp_path / "results.md").read_text()
+    assert "| arm | seeds | parameters | rate | valid | test | bits a sample | tokens/s |" in text
+    assert "results-digits-drawn.png" in text
+    assert (tmp_path / "results-digits-drawn.png").stat().st_size > 1000
+
+
+def test_what_is_drawn_token_by_token_follows_the_whole_text() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    model, sampling = LanguageModel(config).eval(), Sampling(temperature=1.0, top_p=1.0, seed=1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(20)  # so that logits differ, and with all tokens before
+    drawn = torch.from_numpy(one.draw(model, 5, 40, 0, 1)).long()
+    logits, _ = model(torch.cat([torch.zeros(5, 1, dtype=torch.long), drawn + 1], 1))
+    generator = sampling.generator(model.device)
+    for place in range(40):
+        assert sample(logits[:, place, 1:], sampling, generator).tolist() == drawn[:, place].tolist()
+    assert len(drawn.unique()) == 8
