@@ -30,6 +30,7 @@ class Run:
     optimizer: str
     lr: float
     dataset: str = "text"
+    dtype: str = "bfloat16"  # of the training on a GPU; on a CPU it is float32
 
     @property
     def setting(self) -> str:
@@ -39,8 +40,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        arm = self.arm.replace("/", "_")
-        return f"{self.setting}-{self.optimizer}-{self.lr:g}-{arm}-{self.seed}"
+        arm, dtype = self.arm.replace("/", "_"), "" if self.dtype == "bfloat16" else f"-{self.dtype}"
+        lr = f"{self.lr:g}".replace("+", "")  # 1e+18 is no name of a run
+        return f"{self.setting}-{self.optimizer}-{lr}-{arm}-{self.seed}{dtype}"
 
     @property
     def family(self) -> str:
@@ -86,7 +88,8 @@ def runs(
                 family = TABLES["arms"][arm]["family"]
                 grid = entry["grid"].get(optimizer, {}).get(family, []) if "grid" in entry else None
                 for lr in [rate(size, optimizer, family, dataset)] if grid is None else grid:
-                    yield Run(table, arm, seed, size, length, optimizer, lr, dataset)
+                    for dtype in entry.get("dtypes", ["bfloat16"]):
+                        yield Run(table, arm, seed, size, length, optimizer, lr, dataset, dtype)
 
 
 def rate(size: str, optimizer: str, family: str, dataset: str = "text") -> float:
@@ -138,7 +141,7 @@ def _config(model: dict[str, Any]) -> ModelConfig:
 
 
 def recipe(run: Run, data: Path, vocab_size: int, *, cuda: bool) -> Recipe:
-    """The complete recipe of a run. On a GPU it trains in bfloat16, compiled and recorded; on a CPU in float32."""
+    """The complete recipe of a run. On a GPU it trains in `run.dtype`, compiled and recorded; on a CPU in float32."""
     settings = settings_of(run.size, run.dataset)
     batch, length = settings["train.batch_tokens"], settings["train.seq_len"]
     steps = max(1, run.tokens // batch)
@@ -148,7 +151,7 @@ def recipe(run: Run, data: Path, vocab_size: int, *, cuda: bool) -> Recipe:
         "eval.every": max(1, steps // 10), "eval.tokens": 256 * length, "checkpoint.every": 0, "checkpoint.keep": 1,
     }  # fmt: skip
     if cuda:
-        settings |= {"train.dtype": "bfloat16", "train.compile": True, "train.graph": True}
+        settings |= {"train.dtype": run.dtype, "train.compile": True, "train.graph": True}
     values: dict[str, Any] = {"run": run.name, "data": {"path": str(data)}}
     values["model"] = model_of(run.arm, run.size, vocab_size)
     for key, value in settings.items():

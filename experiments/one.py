@@ -96,6 +96,29 @@ def drawings(model: LanguageModel, run: Run, test: TokenData, seq_len: int) -> d
     return {name: levels.astype(np.uint8) for name, levels in found.items()}
 
 
+def by_layer(model: LanguageModel, data: TokenData, seq_len: int) -> dict[str, list[float]]:
+    """Over the first tokens of a split: each layer's largest output by absolute value, and its weights' gradient norm."""
+    length = min(seq_len, data.tokens - 1)
+    rows = max(1, min(SCORED_TOKENS // length, (data.tokens - 1) // length))
+    ids = torch.from_numpy(data.window(0, rows * length + 1)).to(model.device)
+    largest: list[float] = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, output: largest.append(float(output[0].detach().abs().max())))
+        for block in model.blocks()
+    ]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        loss = model.loss(ids[:-1].view(rows, length), ids[1:].view(rows, length))
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    norms = [
+        math.sqrt(sum(float(p.grad.double().square().sum()) for p in block.parameters() if p.grad is not None))
+        for block in model.blocks()
+    ]
+    model.zero_grad()
+    return {"largest_activation": largest, "gradient_norm": norms}
+
+
 def state_bytes(model: LanguageModel, tokens: int) -> int:
     """Bytes that one row's state takes after so many tokens."""
     with torch.inference_mode():
@@ -108,13 +131,24 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Train (or finish, or find finished) the run and score it. Returns the record of its JSON, and what was drawn.
 
-    Only the first confirming run of data that are not text draws.
+    Only the first confirming run of data that are not text draws. Of a run that diverged, which is a result where rates
+    are compared, the record says so and has no scores.
     """
     cuda, text = torch.cuda.is_available(), run.dataset == "text"
     corpus = corpus / folder_of(run.dataset)
     data = TokenData(corpus / "train", "train")
     wanted = recipe(run, corpus / "train", data.vocab_size, cuda=cuda)
-    summary = train(wanted, runs=work)
+    where = provenance("cuda" if cuda else "cpu", of=commit, command=command)
+    of_run = {
+        **dataclasses.asdict(run), "tokens": wanted.train.steps * wanted.train.batch_tokens, "dtype": wanted.train.dtype,
+        "family": run.family, "side_by_side": side_by_side,
+    }  # fmt: skip
+    try:
+        summary = train(wanted, runs=work)
+    except ValueError as error:
+        if "the run diverged" not in str(error):
+            raise
+        return {**of_run, "seconds": 0.0, "valid_loss": None, "diverged": str(error), **where}, {}
     model = load(summary.folder, device="cuda" if cuda else "cpu")
     length = wanted.train.seq_len
     splits = {"valid": TokenData(corpus / "train", "valid")}
@@ -138,19 +172,19 @@ def measure(
     ]  # fmt: skip
     embeddings = sum(p.numel() for name, p in model.named_parameters() if name.startswith("embed"))
     record = {
-        **dataclasses.asdict(run), "tokens": summary.tokens, "family": run.family,
+        **of_run,
         "parameters": model.parameter_count(), "parameters_without_embeddings": model.parameter_count() - embeddings,
         "flops": model.flops_per_token(length) * summary.tokens, "state_bytes": state_bytes(model, length),
         "seconds": round(summary.seconds, 2), **draw_seconds, "peak_memory_bytes": summary.peak_memory_bytes,
-        "tokens_per_second": speeds[len(speeds) // 2], "side_by_side": side_by_side,
+        "tokens_per_second": speeds[len(speeds) // 2],
         "train_loss": statistics.fmean(line["loss"] or math.nan for line in lines[-max(1, len(lines) // 20) :]),
         "valid_loss": scores["valid"]["loss"], unit: scores["valid"][unit],
         "test_loss": scores["test"]["loss"] if "test" in scores else None,
         "scores": scores, "refused": summary.refused,
         "gradient_norm": {"mean": statistics.fmean(norms), "largest": max(norms), "last": norms[-1]},
         "valid_curve": [[line["tokens"], line["valid_loss"]] for line in lines if line.get("valid_loss") is not None],
-        "curve": curve, "model": model.config.to_dict(), "recipe": wanted.to_toml(),
-        "data": data.fingerprint, **provenance("cuda" if cuda else "cpu", of=commit, command=command),
+        "by_layer": by_layer(model, splits["valid"], length), "curve": curve, "model": model.config.to_dict(), "recipe": wanted.to_toml(),
+        "data": data.fingerprint, **where,
     }  # fmt: skip
     return record, drawn
 

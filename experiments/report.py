@@ -35,7 +35,7 @@ Each cell is the mean over seeds, with the standard deviation between seeds wher
 token on held-out text, **BPB** bits per byte, **WikiText-103** perplexity per word by the official word counts: models
 here have not been trained on WikiText, so that figure compares them with each other and with nothing published.
 Every row of every arm, and every window that is scored, begins from an empty state. The **difference** to the first
-arm is a mean over pairs of runs with equal seeds (equal initial weights by name, equal data in equal order), with its
+arm, or to the arm that is named, is a mean over pairs of runs with equal seeds (equal initial weights by name, equal data in equal order), with its
 95 % t interval; *p* is two-sided and corrected by Holm's method over the table. Where the interval holds 0 or *p* is
 not below 0.05, the arms are not distinguishable. Tables that explore use seeds below 11 and never read the test part.
 Where the data are digits or speech, a token is a sample of 256 levels, and **bits a sample**, which others call bits
@@ -95,39 +95,92 @@ def per_word(record: dict[str, Any], part: str) -> float | None:
 def of_table(name: str, results: list[dict[str, Any]]) -> dict[Setting, dict[str, list[dict[str, Any]]]]:
     """The results that a table is made of, by setting and arm. A run serves every table that asks for it."""
     entry = TABLES[name]
+    alone = {other for other, table in TABLES.items() if "dtypes" in table}  # these have their runs for themselves
     found: dict[Setting, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in results:
         exploring = record["seed"] < arms.CONFIRMING_SEED
         if record.get("dataset", "text") != entry.get("dataset", "text"):
+            continue
+        if name != record["table"] and alone & {name, record["table"]}:
             continue
         if record["arm"] in entry["arms"] and exploring == bool(entry.get("exploring")):
             found[record["size"], record["tokens"], record["optimizer"]][record["arm"]].append(record)
     return {setting: dict(by_arm) for setting, by_arm in found.items()}
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a table says of an arm beside another: their difference, p after correction, and the mean of the other."""
+
+    difference: Difference
+    p: float
+    base: float
+
+    @property
+    def clear(self) -> bool:
+        return self.p < 0.05 and abs(self.difference.mean) > self.difference.half
+
+    @property
+    def word(self) -> str:
+        return (
+            "not distinguishable from"
+            if not self.clear
+            else "worse than"
+            if self.difference.mean > 0
+            else "better than"
+        )
+
+
+def other(name: str, arm: str) -> str:
+    """The arm that a table compares an arm with: its first, unless it names another."""
+    return str(TABLES[name].get("against", {}).get(arm, TABLES[name]["arms"][0]))
+
+
+def verdicts(name: str, by_arm: dict[str, list[dict[str, Any]]], part: str) -> dict[str, Verdict]:
+    """Of every arm that has two seeds in common with the arm it is compared with."""
+    losses = {arm: {r["seed"]: r["scores"][part]["loss"] for r in runs} for arm, runs in by_arm.items()}
+    pairs = {
+        arm: paired(found, losses.get(other(name, arm), {})) for arm, found in losses.items() if arm != other(name, arm)
+    }
+    known = {arm: difference for arm, difference in pairs.items() if difference is not None}
+    corrected = holm([each.p for each in known.values()])
+    bases = [statistics.fmean(losses[other(name, arm)].values()) for arm in known]
+    return {arm: Verdict(known[arm], p, base) for arm, p, base in zip(known, corrected, bases, strict=True)}
+
+
+def conclusion(name: str, found: dict[str, Verdict]) -> str:
+    """One sentence for each arm: what these runs say of it, and whether the paper says so too."""
+    paper: dict[str, float] = TABLES[name].get("paper", {})
+    sentences = []
+    for arm, verdict in found.items():
+        share = f"{100 * verdict.difference.mean / verdict.base:+.1f} %"
+        sentence = f"`{arm}` is {verdict.word} `{other(name, arm)}` ({share}"
+        if arm in paper and other(name, arm) in paper:
+            away = paper[arm] - paper[other(name, arm)]
+            agrees = "as in the paper, " if verdict.clear and away * verdict.difference.mean > 0 else "in the paper "
+            sentence += f"; {agrees}{100 * away / paper[other(name, arm)]:+.1f} %"
+        sentences.append(f"{sentence}).")
+    return " ".join(sentences)
+
+
 def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]) -> str:
-    """One table of arms, with differences to its first arm."""
+    """One table of arms, with differences to its first arm or to those that it names, and what follows from them."""
     entry = TABLES[name]
     present = [arm for arm in entry["arms"] if arm in by_arm]
     part, text = "valid" if entry.get("exploring") else "test", "dataset" not in entry
-    losses = {arm: {r["seed"]: r["scores"][part]["loss"] for r in by_arm[arm]} for arm in present}
-    reference = losses.get(entry["arms"][0], {})
-    found = {arm: paired(losses[arm], reference) for arm in present[1:]}
-    known = {arm: difference for arm, difference in found.items() if difference is not None}
-    corrected = dict(zip(known, holm([each.p for each in known.values()]), strict=True))
+    found = verdicts(name, {arm: by_arm[arm] for arm in present}, part)
     paper: dict[str, float] = entry.get("paper", {})
     rows = []
     for arm in present:
-        runs, difference = by_arm[arm], known.get(arm)
+        runs, verdict = by_arm[arm], "–"
         bits = [r["bits_per_byte"] if text else r["scores"][part]["bits_per_sample"] for r in runs]
         words = [value for r in runs if (value := per_word(r, f"wikitext-{part}")) is not None]
         speed = f"{statistics.median(r['tokens_per_second'] for r in runs) / 1e6:.2f}M"
-        verdict = ""
-        if difference is not None:
-            share = 100 * difference.mean / statistics.fmean(reference.values())
-            clear = corrected[arm] < 0.05 and abs(difference.mean) > difference.half
-            verdict = f"{difference.mean:+.3f} ± {difference.half:.3f} ({share:+.1f} %), p {corrected[arm]:.2g}"
-            verdict += "" if clear else ": not distinguishable"
+        if arm in found:
+            difference, clear = found[arm].difference, "" if found[arm].clear else ": not distinguishable"
+            beside = "" if other(name, arm) == entry["arms"][0] else f" to {other(name, arm)}"
+            share = f"{100 * difference.mean / found[arm].base:+.1f} %"
+            verdict = f"{difference.mean:+.3f} ± {difference.half:.3f}{beside} ({share}), p {found[arm].p:.2g}{clear}"
         theirs = ""
         if arm in paper:
             away = paper[arm] - paper[entry["arms"][0]]
@@ -136,7 +189,7 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
             arm, str(len(runs)), f"{runs[0]['parameters'] / 1e6:.2f}M", f"{runs[0]['lr']:g}", spread([r["valid_loss"] for r in runs]),
             spread([r["test_loss"] for r in runs if r["test_loss"]]) if any(r["test_loss"] for r in runs) and part == "test" else "–",
             spread(bits, 4), (spread(words, 1) if words else "–") if text else speed,
-            f"{runs[0]['state_bytes'] / 2**20:.1f}", str(sum(r["refused"] for r in runs)), verdict or "–", *([theirs or "–"] if paper else []),
+            f"{runs[0]['state_bytes'] / 2**20:.1f}", str(sum(r["refused"] for r in runs)), verdict, *([theirs or "–"] if paper else []),
         ])  # fmt: skip
     head = [
         "arm",
@@ -151,7 +204,8 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
         "refused",
         f"difference ({part})",
     ]
-    return markdown([*head, *(["paper, nats"] if paper else [])], rows)
+    table = markdown([*head, *(["paper, nats"] if paper else [])], rows)
+    return "\n\n".join([table, conclusion(name, found)] if found else [table])
 
 
 def rates(name: str, by_setting: dict[Setting, dict[str, list[dict[str, Any]]]]) -> str:
@@ -198,6 +252,50 @@ def picture(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
     return f"![{title}]({file})"
 
 
+def stability(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Loss and largest gradient norm by rate and dtype, and a picture of these and of the layers at the lowest rate."""
+    rows, files = [], f"results-{name}-{setting[0]}-{setting[2]}.png"
+    figure = Figure(figsize=(13, 3.8), dpi=110, layout="constrained")
+    by_rate, activations, gradients = figure.subplots(1, 3)
+    rates = sorted({r["lr"] for runs in by_arm.values() for r in runs})
+    for color, (arm, runs) in enumerate(by_arm.items()):
+        for dtype, line in (("bfloat16", "-"), ("float32", "--")):
+            found = {r["lr"]: r for r in runs if r["dtype"] == dtype}
+            whole = {lr: r for lr, r in sorted(found.items()) if r["valid_loss"] is not None}
+            if not found:
+                continue
+            cells = [
+                f"{whole[lr]['valid_loss']:.3f} ({whole[lr]['gradient_norm']['largest']:.1f})" if lr in whole
+                else "diverged" if lr in found else "–"
+                for lr in rates
+            ]  # fmt: skip
+            rows.append([arm, dtype, *cells])
+            style = {
+                "color": f"C{color}",
+                "linestyle": line,
+                "marker": "o",
+                "markersize": 3,
+                "label": f"{arm}, {dtype}",
+            }
+            by_rate.plot(list(whole), [r["valid_loss"] for r in whole.values()], **style)
+            if whole:
+                layers = next(iter(whole.values()))["by_layer"]
+                activations.plot(layers["largest_activation"], **style)
+                gradients.plot(layers["gradient_norm"], **style)
+    by_rate.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)", title="up to divergence")
+    activations.set(yscale="log", xlabel="layer", ylabel="largest activation", title="after training")
+    gradients.set(yscale="log", xlabel="layer", ylabel="gradient norm", title="after training")
+    for axes in (by_rate, activations, gradients):
+        axes.grid(alpha=0.3)
+    by_rate.legend(fontsize=7)
+    figure.savefig(DOCS / files)
+    head = ["arm", "computed in", *(f"{lr:g}" for lr in rates)]
+    says = (
+        "Validation loss by learning rate, and in brackets the largest gradient norm of any step before it is clipped."
+    )
+    return [f"![{TABLES[name]['title']}]({files})", says, markdown(head, rows)]
+
+
 def drawn(name: str, by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
     """What each arm has drawn: digits as docs/results-<table>-drawn.png, speech as docs/results-<table>-<arm>.wav."""
     paths = {
@@ -239,6 +337,11 @@ def main() -> None:
     text = [INTRODUCTION]
     for name, entry in TABLES.items():
         by_setting = of_table(name, results)
+        if "dtypes" in entry:
+            for setting, by_arm in sorted(by_setting.items()):
+                title = f"## {entry['title']}: {setting[0]}, {setting[1] / 1e6:.0f}M tokens, {setting[2]}"
+                text += [title, *stability(name, setting, by_arm), sources(by_arm)]
+            continue
         if "grid" in entry:
             text += [f"## {entry['title']}", rates(name, by_setting)] if by_setting else []
             continue

@@ -75,10 +75,10 @@ class Queue:
             seconds = time.monotonic() - began
             if process.returncode == 0:
                 found = json.loads((self._options.out / f"{run.name}.json").read_text())
-                print(
-                    f"{run.name}: validation loss {found['valid_loss']:.4f}, {found['tokens_per_second']:,.0f} tokens/s, "
-                    f"{seconds:.0f} s", flush=True,
-                )  # fmt: skip
+                figures = found.get("diverged") or (
+                    f"validation loss {found['valid_loss']:.4f}, {found['tokens_per_second']:,.0f} tokens/s"
+                )
+                print(f"{run.name}: {figures}, {seconds:.0f} s", flush=True)
             elif process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
                 print(f"{run.name}: stopped after {seconds:.0f} s; the same command goes on with it", flush=True)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import statistics
@@ -100,6 +101,7 @@ def test_chosen_rates_are_the_best_of_their_grids() -> None:
                     r["lr"]: r["valid_loss"] for r in results
                     if (r["size"], r["optimizer"], r["family"], r["seed"]) == (size, optimizer, family, 0)
                     and r["arm"] in table["arms"] and r.get("dataset", "text") == (folder or "text")
+                    and "dtypes" not in arms.TABLES["tables"].get(r["table"], {})
                 }  # fmt: skip
                 if found.keys() >= set(grid) and grid:
                     complete += 1
@@ -118,6 +120,20 @@ def test_paired_differences_and_holm() -> None:
     assert report.paired({1: 2.0}, {1: 1.0}) is None
     assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert report.holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_conclusions_follow_from_intervals_and_say_what_the_paper_says() -> None:
+    def runs(*losses: float) -> list[dict[str, Any]]:
+        return [{"seed": seed, "scores": {"test": {"loss": loss}}} for seed, loss in enumerate(losses)]
+
+    by_arm = {"published": runs(3.0, 3.1, 3.2), "ape": runs(3.5, 3.61, 3.7), "lrpe-d": runs(3.03, 3.08, 3.21)}
+    assert report.conclusion("T3", report.verdicts("T3", by_arm, "test")) == (
+        "`ape` is worse than `published` (+16.2 %; as in the paper, +6.2 %). "
+        "`lrpe-d` is not distinguishable from `published` (+0.2 %; in the paper -0.5 %)."
+    )
+    by_arm = {"plain": runs(3.5, 3.61, 3.7), "plain-rope": runs(3.0, 3.1, 3.2), "published": runs(3.0, 3.1, 3.2)}
+    found = report.conclusion("ladder", report.verdicts("ladder", by_arm, "test"))
+    assert found == "`plain` is worse than `published` (+16.2 %). `plain-rope` is better than `plain` (-14.0 %)."
 
 
 def test_scores_count_every_token_once(prepared: Path) -> None:
@@ -322,6 +338,36 @@ def test_digits_from_runs_to_report(digits: Path, tmp_path: Path, monkeypatch: p
     assert "| arm | seeds | parameters | rate | valid | test | bits a sample | tokens/s |" in text
     assert "results-digits-drawn.png" in text
     assert (tmp_path / "results-digits-drawn.png").stat().st_size > 1000
+
+
+def test_a_run_that_diverges_is_a_result(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train").symlink_to(prepared)
+    monkeypatch.setattr("transnormer.train.loop.plot", lambda *_: None)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    for arm, lr in (("published", 3e-3), ("published", 1e18), ("no-position", 3e-3)):
+        run = arms.Run("stability", arm, 0, "toy", 20_000, "adamw", lr, dtype="float32")
+        given = {
+            "run": vars(run),
+            "corpus": str(tmp_path / "corpus"),
+            "work": str(tmp_path / "work"),
+            "out": str(tmp_path),
+        }
+        given |= {"side_by_side": 1, "commit": None, "command": ""}
+        monkeypatch.setattr(sys, "argv", ["one.py", json.dumps(given)])
+        one.main()
+        record = json.loads((tmp_path / f"{run.name}.json").read_text())
+        assert ("diverged" in record) == (lr > 1)
+        assert (record["valid_loss"] is None) == (lr > 1)
+        if lr < 1:
+            assert [len(found) for found in record["by_layer"].values()] == [2, 2]
+            assert min(itertools.chain(*record["by_layer"].values())) > 0
+    report.main()
+    text = (tmp_path / "results.md").read_text()
+    assert re.search(r"\| published \| float32 \| \d\.\d{3} \(\d+\.\d\) \| diverged \|", text)
+    assert re.search(r"\| no-position \| float32 \| \d\.\d{3} \(\d+\.\d\) \| – \|", text)
+    assert (tmp_path / "results-stability-toy-adamw.png").stat().st_size > 1000
 
 
 def test_what_is_drawn_token_by_token_follows_the_whole_text() -> None:
