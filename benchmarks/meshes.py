@@ -35,7 +35,7 @@ from transnormer.train.parallel import Mesh, clip, make_mesh, parallelize, start
 from transnormer.train.plan import GPUS, Layout, find_memory, find_speed
 from transnormer.train.plan import measure as measure_shape
 from transnormer.train.recipe import Optim, Parallel, Train
-from transnormer.train.step import Passes
+from transnormer.train.step import MicrobatchRunner
 
 EVERYTHING = {"position_layers": "all", "norm": "rmsnorm", "bias": True, "gate_rank": 16, "tie_word_embeddings": False}
 KINDS: dict[str, dict[str, Any]] = {"transnormer": {}, "transnormer, everything": EVERYTHING, "softmax": TRANSFORMER}
@@ -148,13 +148,13 @@ def gradients(config: ModelConfig, mesh: Mesh, dtype: str, graph: bool = False, 
     model = build(config, mesh, dtype, **how)
     batch = draw(config, mesh, 4, 512)
     learned = torch.full((), 4.0 * 512, device=mesh.device)
-    with Passes(model, mesh, Train(dtype=dtype, graph=graph)) as passes:
+    with MicrobatchRunner(model, mesh, Train(dtype=dtype, graph=graph)) as runner:
         if graph:  # recorded with other weights and tokens
             _scale(model, 0.5)
-            passes(batch._replace(ids=batch.ids.flip(1)), learned)
+            runner(batch._replace(ids=batch.ids.flip(1)), learned)
             _scale(model, 2.0)
             model.zero_grad()
-        loss = passes(batch, learned).clone()
+        loss = runner(batch, learned).clone()
     found = {"loss": mesh.total(loss).double().cpu()}
     for name, p in model.named_parameters():
         gradient: Any = p.grad
@@ -195,10 +195,10 @@ def speed(
     batch = draw(config, mesh, rows * mesh.data_ranks, length)
     tokens, kind = rows * mesh.data_ranks * length, mesh.device.type
     learned = torch.full((), float(tokens), device=mesh.device)
-    with Passes(model, mesh, Train(dtype="bfloat16", graph=graph)) as passes:
+    with MicrobatchRunner(model, mesh, Train(dtype="bfloat16", graph=graph)) as runner:
 
         def step() -> torch.Tensor:
-            loss = passes(batch, learned)
+            loss = runner(batch, learned)
             clip(model, mesh, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -112,7 +112,7 @@ def train(
     from .train.loop import Interrupted
     from .train.loop import train as run
     from .train.metrics import say
-    from .train.parallel import Elsewhere
+    from .train.parallel import FailedOnOtherRank
     from .train.recipe import Recipe
 
     try:
@@ -120,7 +120,7 @@ def train(
     except Interrupted as error:
         say(str(error))
         raise typer.Exit(128 + error.signal_number) from error
-    except Elsewhere as error:
+    except FailedOnOtherRank as error:
         time.sleep(2)  # torchrun ends all when one has ended, and the other is to say why first
         raise typer.Exit(1) from error
 

@@ -19,9 +19,9 @@ import transnormer
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
 from transnormer.data.tokenizer import encode, train_tokenizer
 from transnormer.files import seal, sha256
-from transnormer.formats.convert import Checkpoint, convert, export
+from transnormer.formats.convert import PublishedReader, convert, export
 from transnormer.formats.fingerprint import published_logits
-from transnormer.formats.released import config_from_published, published_config, published_shapes, published_tensors
+from transnormer.formats.published import config_from_published, published_config, published_shapes, published_tensors
 
 from ..conftest import PUBLISHED, REPOSITORY, TEXT
 from ..test_cli import call, refused
@@ -233,7 +233,7 @@ def test_the_published_logits_are_the_published_code_s(tmp_path: Path) -> None:
     """What the fingerprint is taken from agrees with the published code, not only with our model."""
     expected = load_file(PUBLISHED / "expected.safetensors")
     config = config_from_published(json.loads((PUBLISHED / "config.json").read_text()))
-    read = Checkpoint(PUBLISHED, config).pieces
+    read = PublishedReader(PUBLISHED, config).pieces
     found = published_logits(read, config, expected["input_ids"][0].long(), torch.arange(68), torch.float32)
     assert (found - expected["logits_eval"][0, -1]).abs().max() < 1e-4
 

@@ -156,10 +156,10 @@ def test_autocast_leaves_softmax_attention_its_decays() -> None:
     torch.manual_seed(0)
     mixer = mixers.SoftmaxAttention(ModelConfig(**SMALL, mixer="softmax", position="none", decay_scale=0.02), 0)
     q, k, v = (torch.randn(1, 1_500, 3, 8) for _ in range(3))
-    place = layers.Place(torch.arange(1_500))
-    want, _ = mixer._attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, place)
+    tokens = layers.TokenPositions(torch.arange(1_500))
+    want, _ = mixer._attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = mixer._attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, place)
+        found, _ = mixer._attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, tokens)
     assert torch.equal(found, want)
 
 
@@ -190,8 +190,8 @@ def test_a_new_position_is_called(add, ids) -> None:
         def __init__(self, _: ModelConfig):
             super().__init__()
 
-        def forward(self, q, k, place):
-            sign = torch.where(place.positions % 2 == 0, 1, -1)[:, None, None]
+        def forward(self, q, k, tokens):
+            sign = torch.where(tokens.positions % 2 == 0, 1, -1)[:, None, None]
             return q * sign, k
 
     add("POSITIONS", "reversed", config.PositionFacts(), Reversed)
@@ -227,8 +227,8 @@ def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measuremen
         def new_state(self, rows):
             return tuple(super().new_state(rows)[0].chunk(2, -1))
 
-        def forward(self, x, state, place):
-            y, (after,) = super().forward(x, None if state is None else (torch.cat(state, -1),), place)
+        def forward(self, x, state, tokens):
+            y, (after,) = super().forward(x, None if state is None else (torch.cat(state, -1),), tokens)
             return y, tuple(after.chunk(2, -1))
 
     add("MIXERS", "twin", config.MixerFacts(fixed_state=True, norm=True), Twin)

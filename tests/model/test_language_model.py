@@ -13,7 +13,7 @@ from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
 from transnormer.config import ACTIVATIONS, GLUS, NORMS
 from transnormer.files import read_tensors, write_tensors
 from transnormer.model.language_model import init_weights
-from transnormer.model.layers import LRPE, Place
+from transnormer.model.layers import LRPE, TokenPositions
 
 SMALL = {"vocab_size": 29, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
 KINDS = [
@@ -203,7 +203,7 @@ def test_lrpe_is_right_at_position_a_million() -> None:
     lrpe = LRPE(config)
     lrpe.reset_parameters()
     positions = torch.tensor([0, 999_999, 1_000_000, 10_000_000])
-    turned, _ = lrpe(torch.ones(1, 4, 2, 32), torch.ones(1, 4, 2, 32), Place(positions))
+    turned, _ = lrpe(torch.ones(1, 4, 2, 32), torch.ones(1, 4, 2, 32), TokenPositions(positions))
     for p, position in enumerate(positions.tolist()):
         for h, j in itertools.product(range(2), (0, 1, 7, 31)):
             angle = math.fmod(lrpe.theta[h, j].item() * position, 2 * math.pi)

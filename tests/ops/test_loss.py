@@ -329,7 +329,7 @@ def test_slices_of_the_vocabulary_combine_to_the_whole(backend):
     parts = ((0, 41), (41, 96))
     sums = []
 
-    class Words:
+    class VocabShard:
         """Of one part; what the parts found goes into sums until all did, and is combined afterwards."""
 
         def __init__(self, first):
@@ -345,7 +345,7 @@ def test_slices_of_the_vocabulary_combine_to_the_whole(backend):
     for gradient in (False, True):
         for first, stop in parts:
             part, losses = logits[:, first:stop].contiguous(), torch.full((4,), float("nan"), device=DEVICE)
-            softmax_loss_(backend)(part, targets, losses, stop - first, -100, gradient, Words(first))
+            softmax_loss_(backend)(part, targets, losses, stop - first, -100, gradient, VocabShard(first))
             if gradient:
                 same(losses, true)
                 same(part, want[:, first:stop])

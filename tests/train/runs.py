@@ -126,13 +126,13 @@ def spoiling(
 ) -> Callable[..., Tensor]:  # fmt: skip
     """`loop.gradients`, but the step that reads sample `stop_at` stops, and damage(model, loss) is done to those of `samples`."""
 
-    def spoiled(passes: Any, share: Any, *rest: Any) -> Tensor:
-        loss = gradients(passes, share, *rest)
-        if stop_at in range(*share.samples):
+    def spoiled(runner: Any, batches: Any, *rest: Any) -> Tensor:
+        loss = gradients(runner, batches, *rest)
+        if stop_at in range(*batches.samples):
             if error is not None:
                 raise error("as if it had been killed")
             os.kill(os.getpid(), signal.SIGTERM)
-        return damage(passes.model, loss) if any(sample in range(*share.samples) for sample in samples) else loss
+        return damage(runner.model, loss) if any(sample in range(*batches.samples) for sample in samples) else loss
 
     return spoiled
 

@@ -20,7 +20,7 @@ import transnormer
 from transnormer.files import read_tensors, step_folders, write_pieces
 from transnormer.train import checkpoint, loop
 from transnormer.train.checkpoint import RECORD
-from transnormer.train.feed import Share
+from transnormer.train.feed import StepBatches
 from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 
@@ -145,13 +145,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(work: Path, monkeypatch:
         assert go_on.wait(PATIENCE)
         return write_pieces(path, *content)
 
-    def watched(model: Any, share: Share, *rest: Any) -> Tensor:
+    def watched(model: Any, batches: StepBatches, *rest: Any) -> Tensor:
         if len(steps) == 4:  # the first step after the first checkpoint
             assert started.wait(PATIENCE)
         steps.append(started.is_set() and not go_on.is_set())
         if sum(steps) == 3:  # the weights have moved on three times since they were copied
             go_on.set()
-        return gradients(model, share, *rest)
+        return gradients(model, batches, *rest)
 
     gradients = loop.gradients
     train(tiny("run=plain", "train.steps=12", "checkpoint.every=4", "checkpoint.keep=9"))

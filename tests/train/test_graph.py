@@ -17,7 +17,7 @@ from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.parallel import Mesh
 from transnormer.train.recipe import Train
-from transnormer.train.step import Passes
+from transnormer.train.step import MicrobatchRunner
 
 from .runs import curve, tiny
 from .test_checkpoint import BAD, OFTEN, same, state
@@ -136,11 +136,11 @@ def test_the_memory_is_let_go_of() -> None:
 
     def left() -> int:
         model = LanguageModel(config).to(device)
-        with Passes(model, Mesh(device), Train(graph=True)) as passes:
+        with MicrobatchRunner(model, Mesh(device), Train(graph=True)) as runner:
             for _ in range(3):
-                passes(Batch(ids[:, :-1], ids[:, 1:]), torch.full((), 128.0, device=device))
+                runner(Batch(ids[:, :-1], ids[:, 1:]), torch.full((), 128.0, device=device))
             held = torch.cuda.memory_reserved()
-        del model, passes
+        del model, runner
         gc.collect()
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() < held

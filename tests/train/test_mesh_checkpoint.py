@@ -367,7 +367,7 @@ def test_all_go_back_together(told: Any) -> None:
 
 def test_a_failed_write_on_one_process_stops_all_and_says_so_once(told: Any) -> None:
     first, second = told(full_disk_of_the_second)
-    assert first == "Elsewhere "
+    assert first == "FailedOnOtherRank "
     assert second.startswith(
         "OSError runs/full/checkpoints/.step-0000006.partial/weights-00002-of-00002.safetensors: cannot"
     )
@@ -389,14 +389,14 @@ def test_damage_to_one_piece_is_named_and_set_aside(told: Any) -> None:
 
 def test_a_mesh_that_does_not_fit_is_refused_once(told: Any) -> None:
     first, second = told(refused)
-    assert second == ["Elsewhere "] * len(REFUSED)
+    assert second == ["FailedOnOtherRank "] * len(REFUSED)
     for found, wanted in zip(first, REFUSED.values(), strict=True):
         assert found.startswith(f"ValueError {wanted}")
 
 
 def test_an_error_of_one_process_is_said_by_it_alone(told: Any) -> None:
     first, second = told(wrong_data_on_the_second)
-    assert first == "Elsewhere "
+    assert first == "FailedOnOtherRank "
     assert second.startswith("ValueError nowhere: not a prepared folder")
 
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from transnormer.cli import _count, app
 from transnormer.config import SIZES, TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
-from transnormer.model.layers import Place, rotation
+from transnormer.model.layers import TokenPositions, rotation
 from transnormer.ops import gla, lightning, loss, lrpe, norm
 from transnormer.train import parallel, sharding
 from transnormer.train import plan as planning
@@ -147,7 +147,7 @@ def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
         block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
         x = torch.randn(rows, length // tensor, 64, requires_grad=True)
         positions = torch.arange(length)
-        place = Place(positions, rotation=rotation(config, positions, x.dtype))
+        place = TokenPositions(positions, rotation=rotation(config, positions, x.dtype))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
             block(x, None, place)
     planned = saved_bytes(config, tensor, lrpe=config.position == "lrpe" and config.has_position(layer))

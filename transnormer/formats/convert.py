@@ -22,7 +22,7 @@ from ..files import new_folder, write_shards, write_text
 from ..model.card import write_card
 from .fingerprint import Fingerprint, last_logits, published_logits
 from .folders import find_model, load
-from .released import (
+from .published import (
     HEAD_DIFFERS,
     check_index,
     check_shapes,
@@ -86,7 +86,7 @@ def convert(
             raise ValueError(f"{source}: not a published TransNormerLLM (config.json has no decoder_embed_dim)")
         try:
             config = config_from_published(values)
-            checkpoint = Checkpoint(source, config, progress)
+            checkpoint = PublishedReader(source, config, progress)
             words, kind = read_tokenizer(source, config) if tokenizer else (None, None)
             layout = checkpoint.own_layout()
             files = write_shards(folder, layout, checkpoint.own_pieces, shard_bytes)
@@ -178,10 +178,10 @@ def _bytes_by_dtype(layout: Layout) -> dict[str, int]:
     return found
 
 
-class Checkpoint:
-    """The tensors of a published folder, in pieces. Its files are mapped, and the maps renewed before they fill memory.
+class PublishedReader:
+    """Reads the tensors of a published folder piece by piece, through maps that are renewed before they fill the memory.
 
-    Raises ValueError or OSError naming what is missing, unknown, twice there, of another shape or no plain tensor.
+    Raises ValueError or OSError that names a tensor which is missing, unknown, stored twice, misshapen or not plain.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, progress: Progress | None = None):

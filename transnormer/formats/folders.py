@@ -10,7 +10,7 @@ import torch
 from ..data.tokenizer import GPT2_FILES, load_tokenizer
 from ..files import WEIGHTS, damage, read_seal, step_folders
 from ..model.language_model import LanguageModel
-from . import released
+from . import published
 from .fingerprint import Fingerprint
 
 
@@ -30,8 +30,8 @@ def load(
     Raises OSError or ValueError: one line that names the file and what is wrong.
     """
     folder = find_model(Path(path))
-    values = released.read_config(folder)
-    read = released.load_published if released.is_published(values) else LanguageModel.from_pretrained
+    values = published.read_config(folder)
+    read = published.load_published if published.is_published(values) else LanguageModel.from_pretrained
     fingerprint = Fingerprint.read(folder) if check else None
     model = read(folder, device=device, dtype=dtype)
     if fingerprint is not None:

@@ -36,7 +36,7 @@ from ..files import FINGERPRINT
 from ..model import language_model
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
-from ..model.layers import LRPE, Linear, Place
+from ..model.layers import LRPE, Linear, TokenPositions
 from ..model.mixers import LayerState, Mixer
 from ..model.state import State
 from ..ops.loss import linear_cross_entropy
@@ -118,8 +118,8 @@ class TransNormerConfig(PreTrainedConfig):
 class Block(GradientCheckpointingLayer, language_model.Block):
     """The block, recomputed in the backward pass where `gradient_checkpointing_enable` asked for it."""
 
-    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
-        return super().forward(x, state, place.to(x.device))  # with device_map the layers live on several devices
+    def forward(self, x: Tensor, state: LayerState | None, tokens: TokenPositions) -> tuple[Tensor, LayerState]:
+        return super().forward(x, state, tokens.to(x.device))  # with device_map the layers live on several devices
 
 
 class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):

@@ -17,7 +17,7 @@ from ..files import FINGERPRINT, WEIGHTS, read_weights, write_tensors, write_tex
 from ..ops.context import Context
 from ..ops.loss import linear_cross_entropy
 from .card import write_card
-from .layers import GLUS, NORMS, Linear, Place, added, fill, rotation
+from .layers import GLUS, NORMS, Linear, TokenPositions, added, fill, rotation
 from .mixers import MIXERS, LayerState
 from .state import State
 
@@ -32,8 +32,8 @@ class Block(nn.Module):
         self.glu_norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.glu = GLUS[config.glu](config)
 
-    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
-        mixed, state = self.mixer(self.mixer_norm(x), state, place)
+    def forward(self, x: Tensor, state: LayerState | None, tokens: TokenPositions) -> tuple[Tensor, LayerState]:
+        mixed, state = self.mixer(self.mixer_norm(x), state, tokens)
         x, normed = added(self.glu_norm, x, mixed)
         return x + self.glu(normed), state
 
@@ -129,29 +129,29 @@ class LanguageModel(nn.Module):
         x = self.embed_tokens(ids) if ids.dim() == 2 else ids
         first = 0 if self.context is None else self.context.rank * ids.shape[1]
         positions = _positions(ids, seen, cu_seqlens, first)
-        place = Place(positions, seen, cu_seqlens, rotation(self.config, positions, x.dtype))
+        tokens = TokenPositions(positions, seen, cu_seqlens, rotation(self.config, positions, x.dtype))
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         if self.embed_positions is not None:
             last = first + ids.shape[1] - 1
             if seen is not None or cu_seqlens is not None:
-                last = int(place.positions.max()) if place.positions.numel() else -1
+                last = int(tokens.positions.max()) if tokens.positions.numel() else -1
             if last >= self.embed_positions.num_embeddings:
                 raise ValueError(
                     f"position {last} is past the learned table of "
                     f"{self.embed_positions.num_embeddings} (max_position_embeddings)"
                 )
-            x = x + self.embed_positions(place.positions)
+            x = x + self.embed_positions(tokens.positions)
         layers = []
         for number, layer in enumerate(self.layers):
             if inputs is not None:
                 inputs.append(x)
-            x, layer_state = layer(x, None if state is None else state.layers[number], place)
+            x, layer_state = layer(x, None if state is None else state.layers[number], tokens)
             layers.append(layer_state)
         if cu_seqlens is None:
-            read = place.positions.new_full(ids.shape[:1], ids.shape[1])
+            read = tokens.positions.new_full(ids.shape[:1], ids.shape[1])
         else:
-            read = cu_seqlens.diff().to(place.positions)
+            read = cu_seqlens.diff().to(tokens.positions)
         return self.norm(x), State(layers, read if seen is None else seen + read)
 
     def loss(

@@ -16,7 +16,7 @@ from ..ops.norm import add_rms_norm, simple_rms_norm
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenPositions:
     """Where the tokens of one call stand.
 
     positions: int64 [T], or [B, T] where rows differ: each token's place in its own sequence, from 0.
@@ -30,10 +30,10 @@ class Place:
     cu_seqlens: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
 
-    def to(self, device: torch.device) -> Place:
+    def to(self, device: torch.device) -> TokenPositions:
         seen, bounds = (None if part is None else part.to(device) for part in (self.seen, self.cu_seqlens))
         rotation = None if self.rotation is None else (self.rotation[0].to(device), self.rotation[1].to(device))
-        return Place(self.positions.to(device), seen, bounds, rotation)
+        return TokenPositions(self.positions.to(device), seen, bounds, rotation)
 
 
 class Linear(nn.Linear):
@@ -101,7 +101,7 @@ def _shifted_exp(x: Tensor) -> Tensor:
     return (x - x.detach().amax(-1, keepdim=True)).exp()
 
 
-# Positions inside the mixer: (config) -> module on q and k [B, T, H, K] and their place.
+# Positions inside the mixer: (config) -> module on q and k [B, T, H, K] and `TokenPositions`.
 
 
 class LRPE(nn.Module):
@@ -119,12 +119,12 @@ class LRPE(nn.Module):
         exponents = torch.arange(self.theta.numel(), dtype=torch.float64, device="cpu") * (-2 / self.theta.numel())
         fill(self.theta, (10_000**exponents).view(self.theta.shape).to(self.theta.device, self.theta.dtype))
 
-    def forward(self, q: Tensor, k: Tensor, place: Place, swish: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, tokens: TokenPositions, swish: bool = False) -> tuple[Tensor, Tensor]:
         """swish: of swish(q) and swish(k), in one kernel where there is one."""
         theta = local(self.theta)
         if swish:
-            return swish_lrpe(q, k, theta, place.positions)
-        return lrpe(q, theta, place.positions), lrpe(k, theta, place.positions)
+            return swish_lrpe(q, k, theta, tokens.positions)
+        return lrpe(q, theta, tokens.positions), lrpe(k, theta, tokens.positions)
 
 
 class RoPE(nn.Module):
@@ -133,10 +133,10 @@ class RoPE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def forward(self, q: Tensor, k: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        if place.rotation is None:
-            raise ValueError("RoPE needs a place with its rotation")
-        cos, sin = (part.to(q.dtype) for part in place.rotation)
+    def forward(self, q: Tensor, k: Tensor, tokens: TokenPositions) -> tuple[Tensor, Tensor]:
+        if tokens.rotation is None:
+            raise ValueError("RoPE needs token positions with their rotation")
+        cos, sin = (part.to(q.dtype) for part in tokens.rotation)
 
         def turn(x: Tensor) -> Tensor:
             first, second = x.chunk(2, dim=-1)
@@ -146,7 +146,7 @@ class RoPE(nn.Module):
 
 
 def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """What `Place.rotation` holds, in at least float32; None where no layer turns by RoPE."""
+    """What `TokenPositions.rotation` holds, in at least float32; None where no layer turns by RoPE."""
     if config.position != "rope":
         return None
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / -config.head_dim

@@ -1,4 +1,4 @@
-"""Token mixers: Gated Linear Attention and the softmax baseline. (x, state, place) -> (x, state); a table at the foot."""
+"""Token mixers: Gated Linear Attention and the softmax baseline. (x, state, tokens) -> (x, state); a table at the foot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ops.dispatch import check_devices
 from ..ops.gla import gated_linear_attention
 from ..ops.lightning import lightning_attention
 from ..ops.register import without_autocast
-from .layers import ACTIVATIONS, LRPE, NORMS, POSITIONS, Linear, Place, SimpleRMSNorm, gated
+from .layers import ACTIVATIONS, LRPE, NORMS, POSITIONS, Linear, SimpleRMSNorm, TokenPositions, gated
 
 LayerState = tuple[Tensor, ...]
 
@@ -77,15 +77,15 @@ class Mixer(nn.Module, ABC):
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         """Forward operations of a token beside the projections, on average over rows of seq_len tokens."""
 
-    def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _project(self, x: Tensor, tokens: TokenPositions) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H, V] or [B, T, H * V] or None."""
         q, k, v, *u = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim)).unbind(-2)
         if isinstance(self.position, LRPE) and self.activation is F.silu:
-            q, k = self.position(q, k, place, swish=True)
+            q, k = self.position(q, k, tokens, swish=True)
         else:
             q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)  # autocast widens some activations
             if self.position is not None:
-                q, k = self.position(q, k, place)
+                q, k = self.position(q, k, tokens)
         return q, k, v, self.gate_proj(x) if self.gate_proj is not None else u[0] if u else None
 
 
@@ -111,17 +111,19 @@ class GatedLinearAttention(Mixer):
         k, v = self.key_dim, self.head_dim
         return self.heads * (2 * min(seq_len, chunk) * (k + v) + 4 * k * v)
 
-    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState | None, tokens: TokenPositions) -> tuple[Tensor, LayerState]:
         if state is not None and len(state) != 1:
             raise ValueError(f"the state of a layer is [B, H, K, V] alone; got {len(state)} tensors of another mixer")
         before = None if state is None else state[0]
         if self._is_one_op():
             qkvu = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim))
-            y, after = gated_linear_attention(qkvu, self.log_decay, self.eps, state=before, cu_seqlens=place.cu_seqlens)
+            y, after = gated_linear_attention(
+                qkvu, self.log_decay, self.eps, state=before, cu_seqlens=tokens.cu_seqlens
+            )
             return self.out_proj(y), (after,)
-        q, k, v, gate = self._project(x, place)
+        q, k, v, gate = self._project(x, tokens)
         mixed, after = lightning_attention(
-            q, k, v, self.log_decay, state=before, cu_seqlens=place.cu_seqlens, return_state=True, context=self.context
+            q, k, v, self.log_decay, state=before, cu_seqlens=tokens.cu_seqlens, return_state=True, context=self.context
         )
         return self.out_proj(gated(self.norm, mixed.flatten(-2), gate)), (after,)
 
@@ -151,12 +153,12 @@ class SoftmaxAttention(Mixer):
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         return self.heads * seq_len * (self.key_dim + self.head_dim)
 
-    def forward(self, x: Tensor, state: LayerState | None, place: Place) -> tuple[Tensor, LayerState]:
-        q, k, v, gate = self._project(x, place)
+    def forward(self, x: Tensor, state: LayerState | None, tokens: TokenPositions) -> tuple[Tensor, LayerState]:
+        q, k, v, gate = self._project(x, tokens)
         keys, values = self._past(state)
         check_devices("softmax attention", x=x, log_decay=self.log_decay, keys=keys, values=values)
-        attend = self._attend if place.cu_seqlens is None else self._attend_packed
-        mixed, after = attend(q, k, v, state, place)
+        attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
+        mixed, after = attend(q, k, v, state, tokens)
         mixed = mixed.flatten(-2)
         return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape)), after
 
@@ -173,11 +175,11 @@ class SoftmaxAttention(Mixer):
         return state
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, place: Place
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
         if state is not None:
             k, v = torch.cat([state[0].to(k.dtype), k], dim=1), torch.cat([state[1].to(v.dtype), v], dim=1)
-        mask = self._mask(q.shape[1], k.shape[1], place.seen) if state is not None or self.decays else None
+        mask = self._mask(q.shape[1], k.shape[1], tokens.seen) if state is not None or self.decays else None
         wide = q.dtype if mask is None or not self.decays else torch.promote_types(q.dtype, torch.float32)
         mask = None if mask is None else mask.to(wide)  # half precision cannot tell far distances apart
         attention = _exact_attention if self.decays else F.scaled_dot_product_attention
@@ -193,23 +195,23 @@ class SoftmaxAttention(Mixer):
 
     def _mask(self, queries: int, keys: int, seen: Tensor | None) -> Tensor:
         """[B or 1, H or 1, queries, keys], added to the scores: -inf where a key is later or a place is not filled."""
-        place = torch.arange(keys, device=self.log_decay.device)
-        distance = place[keys - queries :, None] - place  # [queries, keys]
+        key = torch.arange(keys, device=self.log_decay.device)
+        distance = key[keys - queries :, None] - key  # [queries, keys]
         bias = torch.zeros_like(distance, dtype=torch.float32)[None, None]
         if self.decays:
             bias = self.log_decay[:, None, None] * distance
         allowed = (distance >= 0)[None, None]
         if seen is not None:
-            allowed = allowed & (place >= (keys - queries - seen)[:, None, None, None])
+            allowed = allowed & (key >= (keys - queries - seen)[:, None, None, None])
         return bias.masked_fill(~allowed, -torch.inf)
 
     def _attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, place: Place
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
         """Sequence by sequence; their keys and values come back right-aligned over the longest."""
-        assert place.cu_seqlens is not None
-        bounds = place.cu_seqlens.tolist()
-        seen = [0] * (len(bounds) - 1) if place.seen is None else place.seen.tolist()
+        assert tokens.cu_seqlens is not None
+        bounds = tokens.cu_seqlens.tolist()
+        seen = [0] * (len(bounds) - 1) if tokens.seen is None else tokens.seen.tolist()
         outputs, kept = [], []
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             past = None
@@ -217,7 +219,7 @@ class SoftmaxAttention(Mixer):
                 past = tuple(part[n : n + 1, part.shape[1] - seen[n] :] for part in state)
             mixed, after = v[:, start:stop], past
             if stop > start or past is None:
-                alone = Place(place.positions[:, start:stop], None)
+                alone = TokenPositions(tokens.positions[:, start:stop], None)
                 mixed, after = self._attend(q[:, start:stop], k[:, start:stop], v[:, start:stop], past, alone)
             outputs.append(mixed)
             kept.append(after)

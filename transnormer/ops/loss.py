@@ -39,9 +39,9 @@ def linear_cross_entropy(
     float32. Gradients are computed in the forward pass, slice by slice, where x or weight needs one; those of "none",
     which depend on every token's factor, by a second pass over the slices in backward.
     backend: how a slice of logits becomes losses and gradients: "auto", "triton" (one kernel) or "torch".
-    weight may be a DTensor of which every process has some words, Shard(0) of one mesh dimension; x is then one too,
-    the same on all. Each computes the logits of its words; of a token only the sums of the soft-max and the target's
-    logit are exchanged.
+    weight may be a DTensor that is sharded by the vocabulary, Shard(0) of one mesh dimension; x is then a DTensor on the
+    same mesh, equal on all its ranks. Each rank computes the logits of its part of the vocabulary, and the ranks exchange
+    two numbers a token: the softmax's log sum and the target's logit.
     Raises ValueError where shapes or devices do not fit or, on the CPU, a target is out of range; a GPU, which is not
     waited for, and compiled code assert it. RuntimeError where a forward-mode or a second derivative is asked for.
     """
@@ -55,9 +55,9 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be mean, sum or none; got {reduction!r}")
     target = targets.reshape(-1).contiguous()
     _check_range(target, weight.shape[0], ignore_index)
-    words = None
+    shard = None
     if hasattr(weight, "device_mesh"):
-        x, weight, words = _unshard(x, weight)
+        x, weight, shard = _unshard(x, weight)
     x = x.to(product_dtype(x))
     refusals = {
         "triton": triton_refusal(x, weight, named=backend == "triton"),
@@ -68,12 +68,12 @@ def linear_cross_entropy(
     each = reduction == "none"
     needs_x, needs_w = (torch.is_grad_enabled() and leaf.requires_grad for leaf in (flat, weight))
     arguments = (flat, weight, target, ignore_index, backend, each, needs_x, needs_w)
-    if torch.compiler.is_compiling() and words is None:
+    if torch.compiler.is_compiling() and shard is None:
         loss = _op(*arguments)[0]
     elif needs_x or needs_w:
-        loss = _SlicedLoss.apply(*arguments, words)[0]
+        loss = _SlicedLoss.apply(*arguments, shard)[0]
     else:
-        loss = _sliced_loss(*arguments, words)[0]
+        loss = _sliced_loss(*arguments, shard)[0]
     if each:
         return loss.view(targets.shape)  # type: ignore[no-any-return]
     if reduction == "sum":
@@ -82,29 +82,35 @@ def linear_cross_entropy(
 
 
 @dataclass(frozen=True)
-class Words:
-    """The words that this process has, from `first` on, where the processes of a group have all."""
+class VocabShard:
+    """The part of the vocabulary that this rank holds, beginning at id `first`. The ranks of `group` hold all of it."""
 
     first: int
     group: dist.ProcessGroup
 
     def combined(self, norms: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor]:
-        """The soft-max's log sums and the targets' logits over all words, from each process' own: two of [n]."""
+        """The softmax's log sums and the targets' logits over the whole vocabulary, from those of each part: two of [n]."""
         mine = torch.stack([norms, at_target])
-        everybody = mine.new_empty(self.group.size(), *mine.shape)
-        all_gather(everybody.flatten(0, 1), mine, group=self.group)
-        return everybody[:, 0].logsumexp(0), everybody[:, 1].sum(0)
+        parts = mine.new_empty(self.group.size(), *mine.shape)
+        all_gather(parts.flatten(0, 1), mine, group=self.group)
+        return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
 
 
-def _unshard(x: Any, weight: Any) -> tuple[Tensor, Tensor, Words]:
-    """What this process computes with: all of x, to whose gradient it gives a part, and its words."""
+def _unshard(x: Any, weight: Any) -> tuple[Tensor, Tensor, VocabShard]:
+    """The local tensors of one rank: all of x, to whose gradient the rank contributes a part, and its part of weight."""
     from torch.distributed.tensor import Partial, Shard
 
     mesh = weight.device_mesh
     if weight.placements != (Shard(0),) or getattr(x, "device_mesh", None) != mesh:
-        raise ValueError(f"words must be Shard(0) of one mesh, and x on it too; got {weight.placements}, {type(x)}")
+        raise ValueError(
+            f"weight must be Shard(0) of one mesh, and x on the same mesh; got {weight.placements}, {type(x)}"
+        )
     mine = weight.to_local()
-    return x.to_local(grad_placements=[Partial()]), mine, Words(mesh.get_local_rank() * len(mine), mesh.get_group())
+    return (
+        x.to_local(grad_placements=[Partial()]),
+        mine,
+        VocabShard(mesh.get_local_rank() * len(mine), mesh.get_group()),
+    )
 
 
 def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
@@ -120,7 +126,7 @@ def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
 @without_autocast
 def _sliced_loss(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, each: bool, needs_x: bool,
-    needs_w: bool, words: Words | None = None,
+    needs_w: bool, shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(losses [N] or their sum, its gradient by x [N, D], its gradient by weight), gradients [0] where not wanted.
 
@@ -128,7 +134,7 @@ def _sliced_loss(
     Losses and the weight's gradient come in at least float32, x's gradient in x's dtype.
     """
     needs_x, needs_w = needs_x and not each, needs_w and not each
-    losses, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, words)
+    losses, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, shard)
     return losses if each else losses.sum(), dx, dw
 
 
@@ -136,7 +142,7 @@ def _sliced_loss(
 @without_autocast
 def _gradients_of_each(
     x: Tensor, weight: Tensor, targets: Tensor, d_losses: Tensor, ignore_index: int, backend: str, needs_x: bool,
-    needs_w: bool, words: Words | None = None,
+    needs_w: bool, shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients by x [N, D] and weight of the losses times d_losses [N]; [0] where not wanted. Logits are made again.
 
@@ -146,13 +152,13 @@ def _gradients_of_each(
     factors = d_losses.where(targets != ignore_index, 0)
     least = torch.finfo(factors.dtype).tiny  # where there is no token, or all factors are zero
     largest = F.pad(factors.abs().nan_to_num(0, 0, 0), (0, 1), value=least).amax()
-    _, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, words, factors / largest)
+    _, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, shard, factors / largest)
     return dx.mul_(factors.unsqueeze(1)) if needs_x else dx, _times(dw, largest, weight.dtype)
 
 
 def _walk(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, needs_x: bool, needs_w: bool,
-    words: Words | None, factors: Tensor | None = None,
+    shard: VocabShard | None, factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(losses [N], gradients of their sum by x and weight), slice by slice.
 
@@ -164,7 +170,7 @@ def _walk(
     tokens, vocab, w = x.shape[0], weight.shape[0], weight.to(x.dtype)
     most = SLICE_ELEMENTS // vocab
     if x.is_cuda:
-        if vocab % 64:  # products and kernels are slow on rows that begin anywhere, so words of zeros are added
+        if vocab % 64:  # products and kernels are slow on rows that begin anywhere, so rows of zeros are added
             w = x.new_zeros(-(-vocab // 64) * 64, x.shape[1])
             w[:vocab] = weight
         held = x.itemsize + (4 if backend == "torch" and x.itemsize == 2 else 0)  # torch holds a slice in float32 too
@@ -178,7 +184,7 @@ def _walk(
         target = targets[rows]
         logits = buffer[: len(target)]
         torch.mm(x[rows], w.T, out=logits)
-        softmax_loss_(logits, target, losses[rows], vocab, ignore_index, needs_x or needs_w, words)
+        softmax_loss_(logits, target, losses[rows], vocab, ignore_index, needs_x or needs_w, shard)
         if needs_x:
             torch.mm(logits, w, out=dx[rows])
         if needs_w:
@@ -190,26 +196,26 @@ def _walk(
 
 def _softmax_loss_(
     logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool,
-    words: Words | None = None,
+    shard: VocabShard | None = None,
 ) -> None:  # fmt: skip
     """Fill in the losses [n] and, where wanted, write the gradient of their sum over the logits [n, pitch], which are lost."""
-    of_words = logits[:, :vocab]
+    of_vocab = logits[:, :vocab]
     counts = targets != ignore_index
-    index = targets if words is None else targets - words.first
-    known = counts & (index >= 0) & (index < vocab)  # the target is among these words
+    index = targets if shard is None else targets - shard.first
+    known = counts & (index >= 0) & (index < vocab)  # the target lies in this part of the vocabulary
     index = index.where(known, 0).unsqueeze(1)
-    wide = of_words.to(losses.dtype)
+    wide = of_vocab.to(losses.dtype)
     at_target = wide.gather(1, index).squeeze(1).where(known, 0)
     top = wide.amax(1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)  # finite where all is -inf
     sums = wide.sub_(top).exp_().sum(1).clamp(min=torch.finfo(wide.dtype).tiny)
     norm = own = sums.log() + top.squeeze(1)
-    if words is not None:
-        norm, at_target = words.combined(own, at_target)
+    if shard is not None:
+        norm, at_target = shard.combined(own, at_target)
     losses.copy_((norm - at_target).where(counts, 0))
     if gradient:
         wide.mul_(((own - norm).exp() / sums).unsqueeze(1))  # the soft-max, then minus one at the target
         wide.scatter_add_(1, index, -known.to(wide.dtype).unsqueeze(1)).masked_fill_(~counts.unsqueeze(1), 0)
-        of_words.copy_(wide)
+        of_vocab.copy_(wide)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -233,7 +239,7 @@ def _results(x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, targets, *ctx.options, ctx.each, ctx.needs_x, ctx.needs_w = inputs[:8]
-    ctx.words, ctx.inputs = inputs[8] if len(inputs) > 8 else None, len(inputs)
+    ctx.shard, ctx.inputs = inputs[8] if len(inputs) > 8 else None, len(inputs)
     if len(inputs) == 8:  # the op of compiled graphs, which torch itself differentiates only once
         ctx.mark_non_differentiable(*output[1:])
     ctx.weight_dtype = weight.dtype
@@ -249,7 +255,7 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, *d_gradients: Tensor | None)
         return None, None, *rest
     if ctx.each:
         arguments = (*ctx.saved_tensors, d_loss, *ctx.options, ctx.needs_x, ctx.needs_w)
-        dx, dw = _backward(*arguments) if ctx.words is None else _gradients_of_each(*arguments, ctx.words)
+        dx, dw = _backward(*arguments) if ctx.shard is None else _gradients_of_each(*arguments, ctx.shard)
     else:
         dx, dw = ctx.saved_tensors
         dx, dw = _times(dx, d_loss, dx.dtype), _times(dw, d_loss, ctx.weight_dtype)

@@ -1,8 +1,8 @@
 """The soft-max and cross entropy of a slice of logits on the GPU, in Triton: two passes over a row, the second in place.
 
 With m = max(x), s = sum(exp(x - m)) and the target t of a row x: loss = m - x_t + log(s), dx = exp(x - m) / s - [c = t].
-Where other processes have other words, the passes are apart: the first stores m + log(s) and x_t, which the processes
-combine, and the second begins from the sum of all.
+Where each rank holds a part of the vocabulary, two kernels run instead of one: the first stores m + log(s) and x_t of
+its part, the ranks combine these, and the second kernel begins from the result.
 """
 
 # mypy: allow-untyped-defs
@@ -84,25 +84,25 @@ def softmax_loss_kernel(
 
 def softmax_loss_(
     logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool,
-    words: Any = None,
+    shard: Any = None,
 ) -> None:  # fmt: skip
     """Fill in the losses of a slice of n tokens and, where the gradient is wanted, overwrite the logits with it.
 
     logits: [n, pitch] contiguous, bfloat16, float16 or float32, of which the first `vocab` columns count; the gradient
     of the others is 0. targets: [n] contiguous integers; losses: [n] float32. Tokens of `ignore_index` get zeros.
-    words: which words these are, where other processes have others (`loss.Words`).
+    shard: which part of the vocabulary these logits are, where other processes have the rest (`loss.VocabShard`).
     """
     call = _launch if direct(logits, targets, losses) else op
-    if words is None:
+    if shard is None:
         call(logits, targets, losses, losses.new_empty(0), vocab, ignore_index, gradient, True, False)
         return
     counts = targets != ignore_index
-    index = targets - words.first
+    index = targets - shard.first
     elsewhere = logits.shape[1]  # no column
     index = index.where((index >= 0) & (index < vocab), elsewhere).where(counts, -1)
     norms = torch.empty_like(losses)
     call(logits, index, losses, norms, vocab, -1, False, True, True)
-    norms, at_target = words.combined(norms, losses)
+    norms, at_target = shard.combined(norms, losses)
     losses.copy_((norms - at_target).where(counts, 0))
     if gradient:
         call(logits, index, losses, norms, vocab, -1, True, False, True)

@@ -33,7 +33,7 @@ from ..model.language_model import LanguageModel
 from . import lora, storage
 from .metrics import say
 from .optim import load_optimizer_tensors, optimizer_tensors
-from .parallel import Elsewhere, Mesh, whole
+from .parallel import FailedOnOtherRank, Mesh, whole
 from .recipe import Checkpoint
 
 MEMORY = "optimizer.safetensors"
@@ -53,7 +53,7 @@ class Origin:
 
 
 @dataclass
-class Place:
+class RunProgress:
     """Where a run is, beside its weights and its optimizer's memory.
 
     position: samples taken so far, by refused steps too; refused: steps in a row, up to the last, that were refused;
@@ -82,7 +82,7 @@ class Checkpoints:
 
     A save is in one of two phases, written and then sealed; `flags` is what this process has to tell about it, summed
     over all processes by the caller at each step's end and given to `advance`, which raises what went wrong: OSError
-    where this process could not write, Elsewhere where another could not. Checkpoints before it are then untouched.
+    where this process could not write, FailedOnOtherRank where another could not. Checkpoints before it are then untouched.
     """
 
     def __init__(self, parent: Path, mesh: Mesh, origin: Origin, keep: Checkpoint):
@@ -109,12 +109,12 @@ class Checkpoints:
 
     # Writing.
 
-    def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, place: Place) -> None:
-        """Begin to write `place`'s checkpoint, once the one before is done; returns when all is copied."""
+    def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, progress: RunProgress) -> None:
+        """Begin to write `progress`'s checkpoint, once the one before is done; returns when all is copied."""
         self.settle()
         mesh, origin = self._mesh, self._origin
-        self._partial = self._parent / f".step-{place.step:07d}.partial"
-        self._prune = place.refused == 0  # else the last one before the refused steps must stay
+        self._partial = self._parent / f".step-{progress.step:07d}.partial"
+        self._prune = progress.refused == 0  # else the last one before the refused steps must stay
         tensors = model.state_dict()
         weights = tensors.items() if origin.adapter is None else lora.merged(model, tensors)
         memory = optimizer_tensors(model, optimizer) | {f"torch{storage.RANDOM}{mesh.rank}": torch.get_rng_state()}
@@ -128,7 +128,7 @@ class Checkpoints:
         copied = torch.cuda.Event() if mesh.device.type == "cuda" else None
         if copied is not None:
             copied.record()
-        record = json.dumps(asdict(place) | {"data": origin.data, "base": origin.base, "mesh": mesh.shape}) + "\n"
+        record = json.dumps(asdict(progress) | {"data": origin.data, "base": origin.base, "mesh": mesh.shape}) + "\n"
 
         def write() -> dict[str, dict[str, object]]:
             if copied is not None:
@@ -174,7 +174,7 @@ class Checkpoints:
             error = job.exception() if job is not None else None
             if self._mesh.first:
                 clear_partial(self._parent)
-            raise error if error is not None else Elsewhere
+            raise error if error is not None else FailedOnOtherRank
         if self._phase is None or unfinished:
             return
         if self._phase == "sealed":
@@ -207,7 +207,7 @@ class Checkpoints:
 
     # Reading.
 
-    def resume(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place:
+    def resume(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> RunProgress:
         """Load the newest good checkpoint into model and optimizer; without any, a run's beginning.
 
         A damaged one that is newer is named and set aside. Raises ValueError where none is good, and where the model,
@@ -217,9 +217,9 @@ class Checkpoints:
         if folder is None and later:
             wrong = self._damage(later[0])
             raise self._mesh.failure(f"{later[0]}: {wrong}; none is good: to start again, move {self._parent} away")
-        return Place() if folder is None else self._load(folder, later, model, optimizer)
+        return RunProgress() if folder is None else self._load(folder, later, model, optimizer)
 
-    def go_back(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place | None:
+    def go_back(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> RunProgress | None:
         """Load the newest good checkpoint that no refused step precedes, and remove those after it; None without one."""
         self.settle()
         folder, later = self._newest(lambda record: not record.get("refused"))
@@ -238,19 +238,21 @@ class Checkpoints:
         found = self._mesh.gather(damaged(folder, self._mesh.rank, self._mesh.world))
         return next((wrong for wrong in found if wrong is not None), None)
 
-    def _load(self, folder: Path, later: list[Path], model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place:
+    def _load(
+        self, folder: Path, later: list[Path], model: LanguageModel, optimizer: torch.optim.Optimizer
+    ) -> RunProgress:
         """Read a checkpoint, then see to it that those after it count no longer."""
-        place = self._mesh.together(lambda: self._read(folder, model, optimizer))
+        progress = self._mesh.together(lambda: self._read(folder, model, optimizer))
         for other in later:
             wrong = self._damage(other)  # which every process must ask
             if self._mesh.first and wrong is not None:
                 say(f"{other}: {wrong}; it is now {set_aside(other).name}, and the run goes on from {folder.name}")
             elif self._mesh.first:
                 remove(other)
-        assert place is not None
-        return place
+        assert progress is not None
+        return progress
 
-    def _read(self, folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Place:
+    def _read(self, folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> RunProgress:
         record, origin, mesh = _record(folder), self._origin, self._mesh
         if record["data"] != origin.data:
             raise ValueError(f"{folder} was trained on other data than data.path holds now; give another run=NAME")
@@ -277,13 +279,13 @@ class Checkpoints:
                 torch.set_rng_state(state)
             elif mesh.device.type == "cuda":
                 torch.cuda.set_rng_state(state)
-        return read_place(folder)
+        return read_progress(folder)
 
 
-def read_place(folder: Path) -> Place:
+def read_progress(folder: Path) -> RunProgress:
     """Where the run was when it wrote a checkpoint."""
     record = _record(folder)
-    return Place(**{name: record[name] for name in asdict(Place()) if name in record})
+    return RunProgress(**{name: record[name] for name in asdict(RunProgress()) if name in record})
 
 
 def damaged(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:

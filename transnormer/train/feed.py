@@ -1,4 +1,4 @@
-"""What this process reads: the batches of the next step, made ready by a thread meanwhile, and its share of validation."""
+"""The batches that this rank reads: those of the next step, which a thread prepares ahead, and its part of validation."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from ..data.loader import Batch, Loader, TokenData
 from .parallel import Mesh
 
 
-class Share(NamedTuple):
-    """Of one step, this process' micro-batches and how many of their targets count; the samples (from, to) of all."""
+class StepBatches(NamedTuple):
+    """The microbatches of one step on this rank.
 
-    batches: list[Batch]
+    learned: the number of target tokens in them that count toward the loss. samples: the step's first sample in the
+    order of the data, and the one after its last, over all ranks.
+    """
+
+    microbatches: list[Batch]
     learned: int
     samples: tuple[int, int]
 
 
 class Feed:
-    """One `Share` a step, read ahead by a thread: what `next` returns has been waiting."""
+    """Gives the `StepBatches` of one step after another. A thread reads ahead, so `next` does not wait for the disk."""
 
     def __init__(self, loader: Loader, accumulate: int, mesh: Mesh):
         self._loader, self._accumulate, self._mesh = loader, accumulate, mesh
         self._reader = ThreadPoolExecutor(1, "feed")
-        self._coming: Future[Share] | None = None
+        self._coming: Future[StepBatches] | None = None
 
     def __enter__(self) -> Feed:
         return self
@@ -32,34 +36,34 @@ class Feed:
         self._reader.shutdown(cancel_futures=True)
 
     def seek(self, position: int) -> None:
-        """Go on from this sample."""
+        """Continue with the sample at this position."""
         if self._coming is not None:
             self._coming.result()
         self._loader.seek(position)
         self._coming = self._reader.submit(self._read)
 
-    def __next__(self) -> Share:
-        """Raises what reading raised."""
+    def __next__(self) -> StepBatches:
+        """Raises whatever reading the data raised."""
         if self._coming is None:
             self._coming = self._reader.submit(self._read)
-        share = self._coming.result()
+        batches = self._coming.result()
         self._coming = self._reader.submit(self._read)
-        return share
+        return batches
 
-    def _read(self) -> Share:
+    def _read(self) -> StepBatches:
         first = self._loader.position
         batches = [self._mesh.split(next(self._loader)) for _ in range(self._accumulate)]
         learned = sum(batch.learned for batch in batches)
         if self._mesh.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]
-        return Share(batches, learned, (first, self._loader.position))
+        return StepBatches(batches, learned, (first, self._loader.position))
 
 
 def validation(data: TokenData, mesh: Mesh, *, seq_len: int, rows: int, tokens: int, reset_state: bool) -> list[Batch]:
-    """This process' share of the first `tokens` of a split, always the same ones.
+    """This rank's batches of the first `tokens` tokens of a split, which are the same in every evaluation.
 
-    Every process gets as many batches, all of one shape; rows that are left over in the last learn nothing.
-    rows: of a micro-batch over all data ranks.
+    Every rank gets equally many batches of one shape. Rows that fill up the last batch have no target that counts.
+    rows: the rows of a microbatch over all data ranks together.
     """
     length = min(seq_len, data.tokens - 1) // (mesh.context * mesh.tensor) * (mesh.context * mesh.tensor)
     if length < 1:

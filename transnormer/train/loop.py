@@ -23,15 +23,15 @@ from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
 from . import checkpoint, float8, lora
-from .checkpoint import Checkpoints, Origin, Place, read_place
-from .feed import Feed, Share, validation
-from .metrics import Metrics, console, plot, progress, read_metrics, say
+from .checkpoint import Checkpoints, Origin, RunProgress, read_progress
+from .feed import Feed, StepBatches, validation
+from .metrics import Metrics, console, plot, progress_bar, read_metrics, say
 from .optim import learning_rate, new_optimizer, step_unless
 from .parallel import Mesh, check, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
 from .recovery import Recovery
 from .setup import check_memory, check_same, check_tokenizer, check_vocabulary, describe, only_one, open_data
-from .step import Passes, Told, agree, evaluation, gradients, refusal
+from .step import MicrobatchRunner, StepResult, agree, evaluation, gradients, refusal
 from .stopping import Interrupted as Interrupted
 from .stopping import StopRequests, stop_requests
 
@@ -65,7 +65,7 @@ def train(recipe: Recipe, runs: str | Path = "runs") -> RunSummary:
     It may be called many times in one process: a call leaves no compiled code, GPU memory, signal handlers or random
     state behind. In a process group that the caller has started it trains on all ranks, and leaves the group to the caller.
 
-    Raises ValueError or OSError (one line: what is wrong and what to do), on one process, and Elsewhere on the others;
+    Raises ValueError or OSError (one line: what is wrong and what to do), on one process, and FailedOnOtherRank on the others;
     and Interrupted on all after SIGINT, SIGTERM or SIGHUP on any.
     """
     run = Path(runs) / recipe.run
@@ -126,9 +126,9 @@ def _summary(recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memo
         lines = read_metrics(metrics) if metrics.exists() else []
         applied = [line["loss"] for line in lines if "refused" not in line and line.get("loss") is not None]
         valid: dict[str, Any] = next((line for line in reversed(lines) if "valid_loss" in line), {})
-        place = read_place(step_folders(run / "checkpoints")[0])
+        progress = read_progress(step_folders(run / "checkpoints")[0])
         return {
-            "steps": place.step, "refused": place.refused_in_all, "final_loss": applied[-1] if applied else math.nan,
+            "steps": progress.step, "refused": progress.refused_in_all, "final_loss": applied[-1] if applied else math.nan,
             "valid_loss": valid.get("valid_loss"), "valid_bits_per_byte": valid.get("valid_bits_per_byte"),
         }  # fmt: skip
 
@@ -256,6 +256,7 @@ def _model(
 
 
 def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data: TokenData, mesh: Mesh) -> None:
+    """Every step of the run that is left, with its evaluations and checkpoints."""
     settings, steps, resets = recipe.train, recipe.train.steps, _resets(recipe, data)
     loader = Loader(
         data, seq_len=settings.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=settings.seed,
@@ -263,77 +264,87 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
     )  # fmt: skip
     optimizer = new_optimizer(model, recipe.optim)
     evaluate = _evaluation(recipe, model, mesh, resets)
-    note: dict[str, Any] = {}  # for the next line
+    went_back: dict[str, Any] = {}  # said in the metrics of the step that follows
     model.train()
     with (
         Checkpoints(run / "checkpoints", mesh, origin, recipe.checkpoint) as checkpoints,
-        Feed(loader, settings.accumulate, mesh) as feed, Passes(model, mesh, settings) as passes,
+        Feed(loader, settings.accumulate, mesh) as feed, MicrobatchRunner(model, mesh, settings) as runner,
         stop_requests(at_once=mesh.world == 1) as stop,
     ):  # fmt: skip
         recovery = Recovery(checkpoints, model, optimizer, mesh, settings.patience, _probe(recipe, model, loader, mesh))
-        place = checkpoints.resume(model, optimizer)
-        feed.seek(place.position)
+        progress = checkpoints.resume(model, optimizer)
+        feed.seek(progress.position)
         if mesh.first:
-            describe(recipe, run, model, loader, mesh, place.step)
-        metrics = Metrics(run / "metrics.jsonl", place.step, settings.tensorboard, write=mesh.first)
-        with _drawn(recipe, run, mesh), progress(steps, place.step) as show:
-            while place.step < steps:
-                began, step, share = time.perf_counter(), place.step + 1, next(feed)
-                told, wrong = _step(recipe, model, optimizer, passes, share, place, mesh, stop, checkpoints.flags)
-                place.pass_step(share.samples[1], wrong is not None, [told.loss] if settings.spike else [])
-                checkpoints.advance(*told.saving)
+            describe(recipe, run, model, loader, mesh, progress.step)
+        metrics = Metrics(run / "metrics.jsonl", progress.step, settings.tensorboard, write=mesh.first)
+        with _drawn(recipe, run, mesh), progress_bar(steps, progress.step) as show:
+            while progress.step < steps:
+                # One step on all ranks.
+                began, step, batches = time.perf_counter(), progress.step + 1, next(feed)
+                outcome = take_step(recipe, model, optimizer, runner, batches, progress, mesh, stop, checkpoints.flags)
+                progress.pass_step(batches.samples[1], not outcome.applied, [outcome.loss] if settings.spike else [])
+                checkpoints.advance(*outcome.saving)
+
+                # What is known of it.
                 speed = settings.batch_tokens / (time.perf_counter() - began)
                 line = {
-                    "step": step, "loss": told.loss, "gradient_norm": told.norm, "tokens": step * settings.batch_tokens,
-                    "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": round(speed, 1),
-                } | note  # fmt: skip
-                if wrong is not None:
-                    say(f"step {step}: {wrong}; not applied (samples {share.samples[0]:,} to {share.samples[1]:,})")
-                    line |= {"refused": wrong, "samples": share.samples}
-                note, last = {}, step == steps
-                saves = bool(last or told.stop or _due(step, recipe.checkpoint))
+                    "step": step, "loss": outcome.loss, "gradient_norm": outcome.gradient_norm,
+                    "tokens": step * settings.batch_tokens, "learning_rate": optimizer.param_groups[0]["lr"],
+                    "tokens_per_second": round(speed, 1),
+                } | went_back  # fmt: skip
+                if not outcome.applied:
+                    first, last_sample = batches.samples
+                    say(f"step {step}: {outcome.refusal}; not applied (samples {first:,} to {last_sample:,})")
+                    line |= {"refused": outcome.refusal, "samples": batches.samples}
+                went_back, last = {}, step == steps
+                saves = bool(last or outcome.stop or _due(step, recipe.checkpoint))
                 if evaluate and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
-                    line |= evaluate(f"step {step}/{steps}  loss {told.loss:.3f}")
+                    line |= evaluate(f"step {step}/{steps}  loss {outcome.loss:.3f}")
                 metrics.write(line)
-                show(step, told.loss, speed)
-                trouble = recovery.trouble(place, wrong, line.get("valid_loss"), saves=saves, last=last)
+                show(step, outcome.loss, speed)
+
+                # Weights that are ruined are never saved: the run goes back to those that were saved last.
+                trouble = recovery.trouble(progress, outcome.refusal, line.get("valid_loss"), saves=saves, last=last)
                 if trouble is not None:
-                    place, note = recovery.go_back(place, trouble), {"went_back": {"after_step": step, "for": trouble}}
-                    feed.seek(place.position)
-                    metrics.cut(place.step)
+                    progress = recovery.go_back(progress, trouble)
+                    went_back = {"went_back": {"after_step": step, "for": trouble}}
+                    feed.seek(progress.position)
+                    metrics.cut(progress.step)
                     continue
                 if saves:
                     metrics.flush()
-                    checkpoints.save(model, optimizer, place)
+                    checkpoints.save(model, optimizer, progress)
                 if mesh.first and (last or "valid_loss" in line):
                     plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
-                if told.stop and not last:
+                if outcome.stop and not last:
                     checkpoints.settle()
                     raise Interrupted(
-                        f"stopped and saved at step {step}; the same command goes on from there", told.stop
+                        f"stopped and saved at step {step}; the same command goes on from there", outcome.stop
                     )
         checkpoints.settle()
         metrics.close()
     say(f"finished: model in {run}, curve in {run / 'loss.png'}")
 
 
-def _step(
-    recipe: Recipe, model: LanguageModel, optimizer: torch.optim.Optimizer, passes: Passes, share: Share, place: Place,
-    mesh: Mesh, stop: StopRequests, saving: tuple[int, int],
-) -> tuple[Told, str | None]:  # fmt: skip
-    """The step after `place` on all ranks: what all of them know of it, and why it was not applied (None: it was)."""
+def take_step(
+    recipe: Recipe, model: LanguageModel, optimizer: torch.optim.Optimizer, runner: MicrobatchRunner,
+    batches: StepBatches, progress: RunProgress, mesh: Mesh, stop: StopRequests, saving: tuple[int, int],
+) -> StepResult:  # fmt: skip
+    """Take the step after `progress` on all ranks, unless its loss or gradient norm forbids it; all ranks know alike."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe.optim, place.step + 1, recipe.train.steps)
-    loss = gradients(passes, share, mesh)
+        group["lr"] = learning_rate(recipe.optim, progress.step + 1, recipe.train.steps)
+    loss = gradients(runner, batches, mesh)
     stop.at_once = False  # all is compiled: from here on a step takes as long as the next one, and is worth saving
-    bad, tell = agree(mesh, loss, clip(model, mesh, recipe.optim.clip), stop, saving)
-    unseen = not recipe.train.spike and step_unless(optimizer, bad)  # queued before the device is waited for
-    told = tell()
-    wrong = refusal(told, place.losses, recipe.train.spike)
-    if wrong is None and not unseen:
+    gradient_norm = clip(model, mesh, recipe.optim.clip)
+    not_finite, read_result = agree(mesh, loss, gradient_norm, stop, saving)
+    # Without a spike rule the update is queued before the device is waited for: it looks at `not_finite` by itself.
+    queued = not recipe.train.spike and step_unless(optimizer, not_finite)
+    result = read_result()
+    result = result._replace(refusal=refusal(result, progress.losses, recipe.train.spike))
+    if result.applied and not queued:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return told, wrong
+    return result
 
 
 @contextmanager

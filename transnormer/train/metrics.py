@@ -116,7 +116,7 @@ def _tensorboard(folder: Path, after_step: int) -> Any:
 
 
 @contextmanager
-def progress(steps: int, done: int) -> Iterator[Any]:
+def progress_bar(steps: int, done: int) -> Iterator[Any]:
     """A function (step, loss, tokens_per_second) that shows where a run is: a bar, or a line now and then without one."""
     if console.is_terminal:
         columns = (

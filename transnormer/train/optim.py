@@ -43,7 +43,7 @@ def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
     blocks = [
         {"params": [p for p in inner if inner[p] == shape], "blocks": shape} for shape in dict.fromkeys(inner.values())
     ]
-    return Together(Muon(blocks, lr=recipe.lr, weight_decay=recipe.weight_decay), adam)
+    return OptimizerGroup(Muon(blocks, lr=recipe.lr, weight_decay=recipe.weight_decay), adam)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
@@ -158,8 +158,8 @@ def _orthogonal(x: Tensor, matrices: int, rows: int) -> Tensor:
     return y.unflatten(0, (len(x), matrices)).unflatten(2, (-1, rows)).transpose(1, 2).flatten(1, 3)
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimizers, each of other parameters, as one."""
+class OptimizerGroup(torch.optim.Optimizer):
+    """Several optimizers that act as one. Each has its own parameters."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})

@@ -35,8 +35,8 @@ T = TypeVar("T")
 GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
 
 
-class Elsewhere(Exception):
-    """Another process failed, and says so itself."""
+class FailedOnOtherRank(Exception):
+    """Raised on every rank but the one that failed, whose own error says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Mesh:
     def together(self, work: Callable[[], T], first: bool = False) -> T | None:
         """What `work` returns, run on every rank, or on the first alone while the others wait (and get None).
 
-        An OSError or ValueError anywhere ends all: the first rank that has one raises it, the others Elsewhere.
+        An OSError or ValueError anywhere ends all: the first rank that has one raises it, the others FailedOnOtherRank.
         """
         result, error = None, None
         if self.first or not first:
@@ -122,12 +122,12 @@ class Mesh:
         if error is not None and failed[0] == self.rank:
             raise error
         if failed:
-            raise Elsewhere
+            raise FailedOnOtherRank
         return result
 
     def failure(self, message: str) -> Exception:
-        """For what every rank raises alike: ValueError on the first, Elsewhere on the others."""
-        return ValueError(message) if self.first else Elsewhere()
+        """For what every rank raises alike: ValueError on the first, FailedOnOtherRank on the others."""
+        return ValueError(message) if self.first else FailedOnOtherRank()
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over all that read different tokens, the same on every rank. x: of any shape, on `device`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..model.language_model import LanguageModel
-from .checkpoint import Checkpoints, Place
+from .checkpoint import Checkpoints, RunProgress
 from .metrics import say
 from .parallel import Mesh
 
@@ -32,7 +32,7 @@ class Recovery:
         self._returns: list[int] = []  # the steps that the run went back to
 
     def trouble(
-        self, place: Place, refused: str | None, valid_loss: float | None, *, saves: bool, last: bool
+        self, progress: RunProgress, refused: str | None, valid_loss: float | None, *, saves: bool, last: bool
     ) -> str | None:
         """Why the run must not go on from these weights, or end with them; None where it may.
 
@@ -40,10 +40,10 @@ class Recovery:
         to be saved; then their loss is measured on other tokens, because an update that ruins them shows in the losses
         of later steps alone. last: the run ends here.
         """
-        if refused and last and place.refused == place.step:
-            return f"all {place.step} steps were refused (the last: {refused})"
-        if refused and place.refused >= self._patience:
-            return f"{place.refused} steps in a row were refused (the last: {refused})"
+        if refused and last and progress.refused == progress.step:
+            return f"all {progress.step} steps were refused (the last: {refused})"
+        if refused and progress.refused >= self._patience:
+            return f"{progress.refused} steps in a row were refused (the last: {refused})"
         name, loss = "validation loss", valid_loss
         if loss is None and saves and self._probe is not None:
             name, loss = "loss of the weights that were to be saved", self._probe()
@@ -51,14 +51,14 @@ class Recovery:
             return None
         return f"the {name} is {loss}"
 
-    def go_back(self, place: Place, why: str) -> Place:
+    def go_back(self, progress: RunProgress, why: str) -> RunProgress:
         """The newest checkpoint from before the steps that were refused, loaded, to go on with the samples after them.
 
         Passing over only them would change nothing, as they never reached the weights: all samples since the checkpoint
         are passed over. Raises ValueError where there is no checkpoint, or going back to it did not help.
         """
         back = self._checkpoints.go_back(self._model, self._optimizer)
-        why = f"step {place.step}: {why}"
+        why = f"step {progress.step}: {why}"
         if back is None:
             raise self._mesh.failure(f"{why}; the run diverged, and there is no checkpoint to go back to; {ADVICE}")
         if self._returns[-RETURNS:] == [back.step] * RETURNS:
@@ -66,7 +66,9 @@ class Recovery:
                 f"{why}; the run diverged, and went back to step {back.step} {RETURNS} times, with other samples; {ADVICE}"
             )
         self._returns.append(back.step)
-        say(f"{why}; going back to step {back.step}; samples {back.position:,} to {place.position:,} are passed over")
-        back.skipped.append([back.position, place.position])
-        back.position, back.refused_in_all = place.position, place.refused_in_all
+        say(
+            f"{why}; going back to step {back.step}; samples {back.position:,} to {progress.position:,} are passed over"
+        )
+        back.skipped.append([back.position, progress.position])
+        back.position, back.refused_in_all = progress.position, progress.refused_in_all
         return back

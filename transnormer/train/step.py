@@ -16,31 +16,45 @@ from ..data.loader import Batch
 from ..model.language_model import LanguageModel
 from . import segments
 from .checkpoint import WINDOW
-from .feed import Share
+from .feed import StepBatches
 from .graph import Graph
 from .parallel import Mesh, reshard
 from .recipe import Train
 from .stopping import STOPS
 
 
-class Told(NamedTuple):
-    """What all processes know of a step. loss: nats a token; stop: the signal that asked to stop; saving: of `Checkpoints.flags`."""
+class StepResult(NamedTuple):
+    """What every rank knows about a step.
+
+    loss: the mean over the tokens learned in this step, in nats. gradient_norm: before clipping. stop: the signal that
+    asked the run to stop. saving: the sums of `Checkpoints.flags`. refusal: why the step was not applied to the
+    weights, None where it was.
+    """
 
     loss: float
-    norm: float
+    gradient_norm: float
     stop: int | None
     saving: tuple[int, int]
+    refusal: str | None = None
+
+    @property
+    def applied(self) -> bool:
+        """Whether the step reached the weights."""
+        return self.refusal is None
 
 
-class Passes:
-    """Forward and backward of a micro-batch, plain or recorded. Called with it and with the scalar that its loss is
-    divided by, it leaves the gradients in the model, added to what earlier micro-batches of the step left there."""
+class MicrobatchRunner:
+    """Runs the forward and backward pass of a microbatch, eagerly or by replaying a recorded CUDA graph.
+
+    It is called with the microbatch and the number that its summed loss is divided by, and adds the gradients to those
+    that earlier microbatches of the step left in the model.
+    """
 
     def __init__(self, model: LanguageModel, mesh: Mesh, settings: Train):
         self.model, self._mesh, self._settings = model, mesh, settings
         self._graph = Graph(model, self._both, adds=settings.accumulate > 1) if settings.graph else None
 
-    def __enter__(self) -> Passes:
+    def __enter__(self) -> MicrobatchRunner:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -49,7 +63,7 @@ class Passes:
             self._graph = None  # which holds on to this, and so to the model
 
     def __call__(self, batch: Batch, learned: Tensor) -> Tensor:
-        """The loss. ValueError, on one process and Elsewhere on the others, where the passes cannot be recorded."""
+        """Returns the loss. Where the passes cannot be recorded, one rank raises ValueError, the others FailedOnOtherRank."""
         ids, targets, cu_seqlens = batch
         if self._graph is None:
             return self._both(ids, targets, learned, cu_seqlens)
@@ -74,63 +88,68 @@ class Passes:
         return loss.detach()
 
 
-def gradients(passes: Passes, share: Share, mesh: Mesh) -> Tensor:
-    """Leave the step's gradients in the model; returns this process' share of the loss, a sum over the processes.
+def gradients(runner: MicrobatchRunner, batches: StepBatches, mesh: Mesh) -> Tensor:
+    """Leave the step's gradients in the model. Returns this rank's part of the loss; the parts of all ranks add up to it.
 
-    The loss is a mean over what is learned in the whole step, by all processes and micro-batches.
+    The loss is the mean over all tokens that the step learns from, on every rank and in every microbatch.
     """
-    learned = mesh.total(torch.full((), share.learned, dtype=torch.float64, device=mesh.device)).clamp(min=1).float()
+    learned = mesh.total(torch.full((), batches.learned, dtype=torch.float64, device=mesh.device)).clamp(min=1).float()
     loss = torch.zeros((), device=mesh.device)
-    for batch in share.batches:
-        loss += passes(batch.to(mesh.device), learned)
+    for batch in batches.microbatches:
+        loss += runner(batch.to(mesh.device), learned)
     return loss
 
 
 def agree(
-    mesh: Mesh, loss: Tensor, norm: Tensor, stop: Sequence[int], saving: tuple[int, int]
-) -> tuple[Tensor, Callable[[], Told]]:
-    """One sum over all processes: (1 where loss or norm is not finite anywhere, else 0; a function that reads the rest).
+    mesh: Mesh, loss: Tensor, gradient_norm: Tensor, stop: Sequence[int], saving: tuple[int, int]
+) -> tuple[Tensor, Callable[[], StepResult]]:
+    """Let all ranks agree on the step, by one sum over all of them.
 
-    stop: signals that this process got. The first is a scalar on the device; the function waits for the device, the
-    only time in a step, and not for what was queued after this call.
+    stop: the signals that this rank received. saving: this rank's `Checkpoints.flags`.
+    Returns (a scalar on the device, 1 where loss or norm is not finite on any rank and 0 otherwise; a function that
+    reads the result). The function is the only place in a step where the host waits for the device. It does not wait
+    for work that was queued after this call.
     """
     cuda = mesh.device.type == "cuda"
-    marks = torch.tensor([*(float(number in stop) for number in STOPS), *saving], dtype=torch.float32)
+    flags = torch.tensor([*(float(number in stop) for number in STOPS), *saving], dtype=torch.float32)
     if cuda:
-        marks = marks.pin_memory().to(mesh.device, non_blocking=True)
-    unsound = ~(loss.isfinite() & norm.isfinite())
+        flags = flags.pin_memory().to(mesh.device, non_blocking=True)
+    not_finite_here = ~(loss.isfinite() & gradient_norm.isfinite())
     counted = loss if mesh.tensor_rank == 0 else torch.zeros_like(loss)  # tensor ranks have the same one
-    numbers = torch.cat([torch.stack([counted, unsound.float()]), marks])
+    sums = torch.cat([torch.stack([counted, not_finite_here.float()]), flags])
     if mesh.ranks is not None:
-        dist.all_reduce(numbers)
-    bad = ((numbers[1] > 0) | ~numbers[0].isfinite()).float()
-    numbers = torch.cat([numbers[:1], bad.view(1), numbers[2:], norm.view(1)])
-    read, there = numbers, None
+        dist.all_reduce(sums)
+    not_finite = ((sums[1] > 0) | ~sums[0].isfinite()).float()
+    sums = torch.cat([sums[:1], not_finite.view(1), sums[2:], gradient_norm.view(1)])
+    on_host, copied = sums, None
     if cuda:
-        read, there = torch.empty(numbers.shape, pin_memory=True), torch.cuda.Event()
-        read.copy_(numbers, non_blocking=True)
-        there.record(torch.cuda.current_stream(mesh.device))
+        on_host, copied = torch.empty(sums.shape, pin_memory=True), torch.cuda.Event()
+        on_host.copy_(sums, non_blocking=True)
+        copied.record(torch.cuda.current_stream(mesh.device))
 
-    def told() -> Told:
-        if there is not None:
-            there.synchronize()
-        total, wrong, *asked, unfinished, failed, length = read.tolist()
-        signals = [int(number) for number, count in zip(STOPS, asked, strict=True) if count]
-        if wrong and math.isfinite(total) and math.isfinite(length):
-            length = math.nan
-        return Told(total, length, signals[0] if signals else None, (int(unfinished), int(failed)))
+    def read_result() -> StepResult:
+        if copied is not None:
+            copied.synchronize()
+        total, failed, *stop_counts, writing, write_failed, norm = on_host.tolist()
+        signals = [int(number) for number, count in zip(STOPS, stop_counts, strict=True) if count]
+        if failed and math.isfinite(total) and math.isfinite(norm):
+            norm = math.nan  # what was not finite was on another rank
+        return StepResult(total, norm, signals[0] if signals else None, (int(writing), int(write_failed)))
 
-    return bad, told
+    return not_finite, read_result
 
 
-def refusal(told: Told, losses: Sequence[float], spike: float) -> str | None:
-    """Why a step must not be applied; None where it may. losses: of the last steps that were; spike: as in the recipe."""
-    if not math.isfinite(told.loss) or not math.isfinite(told.norm):
-        return f"loss {told.loss:.6g}, gradient norm {told.norm:.6g}"
+def refusal(result: StepResult, losses: Sequence[float], spike: float) -> str | None:
+    """Why a step must not be applied, or None where it may be.
+
+    losses: those of the last steps that were applied. spike: `train.spike` of the recipe.
+    """
+    if not math.isfinite(result.loss) or not math.isfinite(result.gradient_norm):
+        return f"loss {result.loss:.6g}, gradient norm {result.gradient_norm:.6g}"
     if spike and len(losses) >= WINDOW:
         mean, spread = statistics.fmean(losses[-WINDOW:]), statistics.pstdev(losses[-WINDOW:])
-        if told.loss > mean + spike * spread:
-            return f"loss {told.loss:.6g} is a spike, after {mean:.6g} ± {spread:.2g}"
+        if result.loss > mean + spike * spread:
+            return f"loss {result.loss:.6g} is a spike, after {mean:.6g} ± {spread:.2g}"
     return None
 
 

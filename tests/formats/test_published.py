@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import transnormer
 from transnormer import LanguageModel, ModelConfig
-from transnormer.formats.released import (
+from transnormer.formats.published import (
     config_from_published,
     load_published,
     own_tensors,
