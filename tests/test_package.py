@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,19 @@ def test_imports_follow_the_arrows() -> None:
     assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - ARROWS.keys() == {
         "__init__", "__main__",
     }  # fmt: skip
+
+
+def test_the_tree_in_readme_is_the_tree_that_is_there() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text()
+    tree = readme[readme.index("```\ntransnormer/\n") :].split("```")[1].partition("\nrecipes/")[0]
+    folder, named = "", set()
+    for line in tree.splitlines()[2:]:
+        indent = len(line) - len(line.lstrip())
+        if indent == 2:
+            folder = line.strip() if line.rstrip().endswith("/") else line.split()[0] if "/" in line.split()[0] else ""
+        named |= {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
+    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert named == there
 
 
 HEAVY = {"triton", "transformers", "tokenizers", "safetensors", "typer", "rich", "matplotlib", "pyarrow", "psutil"}

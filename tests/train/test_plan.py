@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
-from transnormer.cli import _count, app
+from transnormer.cli import app
+from transnormer.cli.plan import _count
 from transnormer.config import SIZES, TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import TokenPositions, rotation
