@@ -63,17 +63,23 @@ def _trained(texts: Iterable[str], vocab_size: int) -> str:
     command = [sys.executable, "-P", str(TRAINER), str(vocab_size), END_OF_TEXT]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
+    assert process.stdout is not None
     try:
         with suppress(BrokenPipeError):  # it has ended, and its code says how
             for text in texts:
                 content = text.encode()
                 process.stdin.write(len(content).to_bytes(8, "little", signed=True) + content)
             process.stdin.write((-1).to_bytes(8, "little", signed=True))
-        trained, _ = process.communicate()
+            process.stdin.close()
+        trained = process.stdout.read()
     except BaseException:
         process.kill()
-        process.communicate()
         raise
+    finally:  # not by communicate(), which fails with another error after it was interrupted
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(BrokenPipeError):
+                pipe.close()
     if process.returncode:
         code = process.returncode
         raise ValueError(f"training the tokenizer was stopped: its process ended with code {code}")
