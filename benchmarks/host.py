@@ -25,11 +25,11 @@ import torch
 
 from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
-from transnormer.train import parallel
+from transnormer.planning import memory
+from transnormer.planning.check import pretended
+from transnormer.planning.memory import Layout
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import clip, parallelize
-from transnormer.train.plan import Layout
-from transnormer.train.plan_check import pretended
 from transnormer.train.recipe import Optim
 
 NARROW = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64, "intermediate_size": 128, "vocab_size": 64}
@@ -51,10 +51,10 @@ def main() -> None:
     name = record.device_name(options.device)
     result: dict[str, Any] = record.head("host", name, options.commit) | {"rows": []}
     path = options.out / f"host_{'cpu' if options.device == 'cpu' else record.slug(name)}_{date.today()}.json"
-    usual = parallel.GATHERED_BYTES
+    usual = memory.GATHERED_BYTES
     for mesh in options.meshes:
         for blocks in ("together", "apart") if mesh != "one" and options.device == "cpu" else ("together",):
-            parallel.GATHERED_BYTES = 0 if blocks == "apart" else usual
+            memory.GATHERED_BYTES = 0 if blocks == "apart" else usual
             found = milliseconds(mesh, options.repeats, torch.device(options.device), options.profile)
             result["rows"].append({"mesh": mesh, "blocks": blocks, **found})
             print({key: value for key, value in result["rows"][-1].items() if key != "functions"}, flush=True)

@@ -30,11 +30,14 @@ from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import local
+from transnormer.planning.hardware import GPUS
+from transnormer.planning.memory import Layout, find_memory
+from transnormer.planning.memory import measure as measure_shape
+from transnormer.planning.mesh_sizes import Parallel
+from transnormer.planning.speed import find_speed
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, make_mesh, parallelize, start
-from transnormer.train.plan import GPUS, Layout, find_memory, find_speed
-from transnormer.train.plan import measure as measure_shape
-from transnormer.train.recipe import Optim, Parallel, Train
+from transnormer.train.recipe import Optim, Train
 from transnormer.train.step import MicrobatchRunner
 
 EVERYTHING = {"position_layers": "all", "norm": "rmsnorm", "bias": True, "gate_rank": 16, "tie_word_embeddings": False}

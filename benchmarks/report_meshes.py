@@ -8,7 +8,9 @@ from typing import Any
 from record import link, newest, source, table
 
 from transnormer.config import ModelConfig
-from transnormer.train.plan import GPUS, Layout, find_memory, find_speed, measure
+from transnormer.planning.hardware import GPUS
+from transnormer.planning.memory import Layout, find_memory, measure
+from transnormer.planning.speed import find_speed
 
 FITTED = "Planned is what today's plan says; some of its constants are fitted to steps of two and four GPUs ([planning.md](planning.md))."
 

@@ -205,7 +205,7 @@ def test_a_new_position_is_called(add, ids) -> None:
 
 
 def test_a_new_norm_is_counted_and_planned(add, ids) -> None:
-    from transnormer.train.plan import Layout, find_memory, measure
+    from transnormer.planning.memory import Layout, find_memory, measure
 
     class Scaled(torch.nn.RMSNorm):
         pass
@@ -219,7 +219,7 @@ def test_a_new_norm_is_counted_and_planned(add, ids) -> None:
 
 
 def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measurement(add, ids) -> None:
-    from transnormer.train.plan import passes_share
+    from transnormer.planning.speed import passes_share
 
     class Twin(mixers.GatedLinearAttention):
         """The state in two halves, as a mixer with two states would have it."""

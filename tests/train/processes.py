@@ -24,10 +24,12 @@ from transnormer.config import ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.ops import dispatch, lightning, loss, lrpe, norm
-from transnormer.train import parallel, segments
+from transnormer.planning import memory
+from transnormer.planning.mesh_sizes import Parallel
+from transnormer.train import segments
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
-from transnormer.train.recipe import Optim, Parallel
+from transnormer.train.recipe import Optim
 
 from ..children import run_processes
 from ..interpreter import language_replaced_once
@@ -151,14 +153,14 @@ def build(case: Case, mesh: Mesh) -> LanguageModel:
         model = LanguageModel(config)
     if case.dtype == "float64":
         model.double()
-    original, most = torch.compile, parallel.GATHERED_BYTES
-    parallel.GATHERED_BYTES = 0 if case.apart else most
+    original, most = torch.compile, memory.GATHERED_BYTES
+    memory.GATHERED_BYTES = 0 if case.apart else most
     if case.compile:
         torch.compile = partial(original, backend=case.compile)  # type: ignore[assignment]
     dtype = case.dtype if case.dtype == "bfloat16" else "float32"
     settings: dict[str, Any] = {"recompute": case.recompute, "compile": bool(case.compile), "float8": case.float8}
     parallelize(model, mesh, dtype=dtype, **settings)
-    torch.compile, parallel.GATHERED_BYTES = original, most
+    torch.compile, memory.GATHERED_BYTES = original, most
     model.to_empty(device="cpu")
     init_weights(model, 1)
     return model

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel
+from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train.loop import train
 from transnormer.train.parallel import Mesh, make_mesh, parallelize
-from transnormer.train.recipe import Parallel, Recipe
+from transnormer.train.recipe import Recipe
 
 from ..children import run_processes
 from .processes import Case, distances, step, summary

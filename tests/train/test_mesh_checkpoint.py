@@ -24,11 +24,12 @@ from transnormer.files import read_weights, sha256, step_folders, write_pieces
 from transnormer.formats.convert import export
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import local
+from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train import checkpoint, loop
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.parallel import make_mesh, parallelize, start
-from transnormer.train.recipe import Lora, Parallel, Recipe
+from transnormer.train.recipe import Lora, Recipe
 from transnormer.train.step import evaluation
 
 from ..children import run_processes

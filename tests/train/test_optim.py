@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel
+from transnormer.planning.check import pretended
+from transnormer.planning.memory import Layout
+from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train.loop import train
 from transnormer.train.optim import Muon, load_optimizer_tensors, new_optimizer, optimizer_tensors, step_unless
 from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
-from transnormer.train.plan import Layout
-from transnormer.train.plan_check import pretended
-from transnormer.train.recipe import OPTIMIZERS, Optim, Parallel
+from transnormer.train.recipe import OPTIMIZERS, Optim
 
 from ..children import run_processes
 from .processes import ROWS, Case, batches, build

@@ -14,8 +14,9 @@ import torch
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.data.loader import Batch
-from transnormer.train.parallel import Mesh, check, clip, full_tensors, parallelize, sizes, start
-from transnormer.train.recipe import Parallel, Recipe
+from transnormer.planning.mesh_sizes import Parallel, check, sizes
+from transnormer.train.parallel import Mesh, clip, full_tensors, parallelize, start
+from transnormer.train.recipe import Recipe
 
 from .processes import TINY, Case, build, run
 from .runs import PATIENCE
@@ -203,7 +204,8 @@ def test_the_recipe_names_the_mesh() -> None:
 SCRIPT = """
 import sys, torch
 from transnormer.train.parallel import start
-from transnormer.train.recipe import Parallel, Recipe
+from transnormer.planning.mesh_sizes import Parallel
+from transnormer.train.recipe import Recipe
 with start(Parallel(tensor=2), "cpu") as mesh:
     found = mesh.world, mesh.data_ranks, mesh.total(torch.tensor(mesh.rank + 1)).item()
     assert found == (2, 1, mesh.rank + 1), found

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from transnormer.config import TRANSFORMER, ModelConfig
+from transnormer.planning.mesh_sizes import check, sizes
 from transnormer.train.optim import learning_rate
-from transnormer.train.parallel import Mesh, check, sizes
+from transnormer.train.parallel import Mesh
 from transnormer.train.recipe import Optim, Recipe, model_overrides
 from transnormer.train.setup import check_memory
 

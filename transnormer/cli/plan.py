@@ -42,21 +42,21 @@ def plan(
     from rich.console import Console
 
     from ..config import TRANSFORMER
-    from ..train import plan_search
-    from ..train.plan_check import as_settings, check_plan, compared, record, table
+    from ..planning import search
+    from ..planning.check import as_settings, check_plan, compared, record, table
     from ..train.recipe import model_overrides
 
     config = model_overrides(size, overrides or ())
     console = stdout_console(100)
     if compare_tensor:
         models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
-        found = {name: plan_search.compare_tensor(each, gpus, seq, gpu.lower()) for name, each in models.items()}
+        found = {name: search.compare_tensor(each, gpus, seq, gpu.lower()) for name, each in models.items()}
         if as_json:
             print(json.dumps({name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}, indent=2))
         else:
             console.print(compared(found))
         return
-    job = plan_search.Job(
+    job = search.Job(
         config=config, gpus=gpus, kind=gpu.lower(), tokens=_count(tokens, 1_000), seq_len=seq,
         batch_tokens=_count(batch_tokens, 1_024) if batch_tokens else 0, replicate=replicate, context=context,
         tensor=tensor, accumulate=accumulate, recompute=recompute,

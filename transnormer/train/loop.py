@@ -22,12 +22,13 @@ from ..files import step_folders, write_text
 from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
+from ..planning.mesh_sizes import check
 from . import checkpoint, float8, lora
 from .checkpoint import Checkpoints, Origin, RunProgress, read_progress
 from .feed import Feed, StepBatches, validation
 from .metrics import Metrics, console, plot, progress_bar, read_metrics, say
 from .optim import learning_rate, new_optimizer, step_unless
-from .parallel import Mesh, check, clip, parallelize, start
+from .parallel import Mesh, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
 from .recovery import Recovery
 from .setup import check_memory, check_same, check_tokenizer, check_vocabulary, describe, only_one, open_data

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,17 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ..config import ModelConfig
 from ..data.loader import Batch
 from ..model.language_model import LanguageModel, find_device
-from .recipe import Parallel
+from ..planning.mesh_sizes import Parallel, sizes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
 T = TypeVar("T")
-GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
 
 
 class FailedOnOtherRank(Exception):
@@ -188,84 +186,6 @@ def make_mesh(parallel: Parallel, device: torch.device) -> Mesh:
         names = ("replicate", "shard", "context", "tensor")
         segments = init_device_mesh(device.type, found, mesh_dim_names=names)["context"]
     return Mesh(device, *found, rank=dist.get_rank(), ranks=ranks, segments=segments)
-
-
-def sizes(parallel: Parallel, world: int) -> tuple[int, int, int, int]:
-    """(replicate, shard, context, tensor) of so many processes, shard = 0 taking what is left.
-
-    Raises ValueError naming the factor that does not divide them, and what would fit.
-    """
-    left = world
-    for name in ("tensor", "context", "replicate"):
-        size = getattr(parallel, name)
-        if world == 1 < size:
-            raise ValueError(
-                f"parallel.{name} = {size} needs that many processes, and there is one; launch/torchrun.sh starts several"
-            )
-        if left % size:
-            there = f"what is left of {world} processes, {left}" if left < world else f"the {world} processes"
-            raise ValueError(f"parallel.{name} = {size} does not divide {there}; {listed(left)} would")
-        left //= size
-    if parallel.shard not in (0, left):
-        raise ValueError(
-            f"parallel.shard = {parallel.shard}, but of {world} processes {left} are left for it; write {left}, or 0 for all"
-        )
-    return parallel.replicate, left, parallel.context, parallel.tensor
-
-
-def check(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, rows: int) -> None:
-    """Refuse a mesh that the model or the batch does not fit. rows: of one micro-batch over all data ranks.
-
-    Raises ValueError naming the factor, what it does not divide, and what would fit.
-    """
-    replicate, shard, context, tensor = sizes(parallel, world)
-    parts = {
-        "num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-    }  # fmt: skip
-    for name, size in parts.items():
-        if size % tensor:
-            fits = listed(math.gcd(*parts.values()))
-            raise ValueError(
-                f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would fit the model"
-            )
-    if context > 1 and config.mixer != "gla":
-        raise ValueError(
-            f"parallel.context = {context} needs linear attention (model.mixer = gla): only its state is handed on"
-        )
-    if seq_len % (context * tensor):
-        most = listed(seq_len // tensor) if seq_len % tensor == 0 else "none"
-        raise ValueError(
-            f"parallel.context x tensor = {context * tensor} does not divide train.seq_len = {seq_len}; with tensor = "
-            f"{tensor}, context may be {most}"
-        )
-    if rows % (replicate * shard):
-        raise ValueError(
-            f"parallel.replicate x shard = {replicate * shard} does not divide the {rows} rows of a micro-batch "
-            f"(train.batch_tokens / seq_len / accumulate); {listed(rows)} would"
-        )
-
-
-def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[range]:
-    """Which neighbouring blocks, by number, are gathered at once: of one kind, and of `GATHERED_BYTES` bytes if several.
-
-    sizes: in bytes, gathered. Each gathering costs the host about a millisecond (`benchmarks/host.py`), in which a GPU
-    is through a small block.
-    """
-    found: list[range] = []
-    for n, size in enumerate(sizes):
-        before = found[-1] if found else range(0)
-        if before and kinds[before[0]] == kinds[n] and sum(sizes[m] for m in before) + size <= GATHERED_BYTES:
-            found[-1] = range(before[0], n + 1)
-        else:
-            found.append(range(n, n + 1))
-    return found
-
-
-def listed(number: int) -> str:
-    """Its divisors, in words."""
-    divisors = [str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0]
-    return " or ".join([", ".join(divisors[:-1]), divisors[-1]] if len(divisors) > 1 else divisors)
 
 
 def parallelize(

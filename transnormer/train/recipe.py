@@ -18,6 +18,7 @@ from typing import Any
 
 from ..config import SIZES, TRANSFORMER, ModelConfig, nearest
 from ..data.chat import FORMATS
+from ..planning.mesh_sizes import Parallel
 
 KINDS: dict[str, dict[str, Any]] = {"published": {}, "transformer": TRANSFORMER}  # in the model's words
 OPTIMIZERS = ("adamw", "adam", "muon")
@@ -63,16 +64,6 @@ class Train:
     device: str = "auto"
     seed: int = 0
     tensorboard: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """How the processes of torchrun share the work; the product of the four is their number."""
-
-    replicate: int = 1  # copies of the sharded model, each reading other rows
-    shard: int = 0  # processes that share one copy, each reading other rows; 0: all that are left over
-    context: int = 1  # processes that share the tokens of a row
-    tensor: int = 1  # processes that share heads, columns and words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,8 @@ from torch.distributed.tensor.parallel import (
 
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE, SimpleRMSNorm, local
-from .parallel import Mesh, gathered_at_once
+from ..planning.memory import gathered_at_once
+from .parallel import Mesh
 
 
 def cut(model: LanguageModel, mesh: Mesh) -> None:

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ..config import ModelConfig
 from ..model.language_model import LanguageModel
-from .parallel import Mesh, make_mesh, parallelize
-from .plan import Layout, Memory, Plan, block_kinds, one_of_each
-from .plan_search import Job, saving
+from ..train.parallel import Mesh, make_mesh, parallelize
+from .memory import Layout, Memory, block_kinds, one_of_each
+from .search import Job, Plan, saving
 
 MOST_PRETENDED = 4_096  # processes; torch makes a group of processes for each, one after another
 

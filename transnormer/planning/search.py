@@ -13,9 +13,10 @@ from functools import cache, cached_property
 from typing import Any
 
 from ..config import ModelConfig
-from .parallel import check, listed
-from .plan import GPUS, USABLE, Gpu, Layout, Plan, Shape, find_memory, find_speed, measure
-from .recipe import Parallel
+from .hardware import GPUS, USABLE, Gpu
+from .memory import Layout, Memory, Shape, find_memory, measure
+from .mesh_sizes import Parallel, check, listed
+from .speed import find_speed
 
 BATCH_TOKENS = 2**22  # of a step, about, where nobody says how many
 # More than anybody has. Within these limits the search takes seconds.
@@ -24,6 +25,18 @@ LARGEST_FACTOR = 2**20
 LARGEST_LAYERS = 4_096
 MOST_LAYOUTS = 50_000
 FACTORS = ("tensor", "context", "replicate", "accumulate", "recompute")  # each given, or to be found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout of a job, and what it costs."""
+
+    layout: Layout
+    memory: Memory
+    tokens_per_second: float  # of all GPUs
+    bytes_per_step: dict[str, int]  # sent by one GPU, by kind
+    days: float
+    megawatt_hours: float  # of the GPUs at their rated power, nothing else
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
-"""What one layout of a training run on many GPUs needs and how long it takes, in closed form.
+"""The memory of one GPU in a training run with a given layout, in closed form.
 
-The run is as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in float32. `plan_search.py`
-looks for the layouts that fit, `plan_check.py` holds a layout's shards against the real ones.
+The run is as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in float32.
 """
 
 from __future__ import annotations
@@ -12,58 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 
 from ..config import NORMS, ModelConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
-from .parallel import gathered_at_once
-from .recipe import Parallel
+from .mesh_sizes import Parallel
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """One kind of GPU, as its vendor's data sheet has it (named beside each); links in one direction."""
-
-    gib: float  # memory
-    tbps: float  # TB/s read from it or written
-    tflops: float  # bfloat16, dense, sums in float32
-    watts: float
-    link: float  # GB/s of one GPU to the others of its node
-    network: float  # GB/s of one GPU to other nodes: one adapter a GPU, an assumption
-    node: int = 8  # GPUs
-
-
-GPUS = {
-    "a100": Gpu(80, 2.039, 312.0, 400, 300, 25),  # NVIDIA A100 80GB SXM; 200 Gb/s adapters, as in DGX A100
-    "h100": Gpu(80, 3.35, 989.4, 700, 450, 50),  # NVIDIA H100 SXM; 400 Gb/s adapters, as in DGX H100
-    "h200": Gpu(141, 4.8, 989.4, 700, 450, 50),  # NVIDIA H200 SXM; as in DGX H200
-    "b200": Gpu(180, 8.0, 2_250.0, 1_000, 900, 50),  # NVIDIA HGX B200; 400 Gb/s adapters, as in DGX B200
-    "l40s": Gpu(48, 0.864, 362.0, 350, 32, 25),  # NVIDIA L40S, PCIe 4.0 x16
-    "rtx4090": Gpu(24, 1.008, 165.2, 450, 32, 12.5),  # NVIDIA Ada whitepaper; PCIe 4.0 x16, 100 Gb/s a GPU
-}
-
-# Measured on an H100 (benchmarks/results/train_h100_2026-11-25.json): what matrix products alone reach of the data
-# sheet's rate, what both passes reach of that, by width D (between widths interpolated, beyond them held), and what
-# copies reach of the memory's.
-MATMUL_SHARE = 724.64 / 989.4
-PASSES_SHARE = {"gla": {1_024: 0.622, 2_048: 0.747, 4_096: 0.83}, "softmax": {1_024: 0.621, 2_048: 0.728, 4_096: 0.81}}
-COPY_SHARE = 3.032 / 3.35
-# Fitted to steps of four H100 (meshes_7b_*_h100x4_2026-11-27.json), as the share at 4,096 above is (softmax's from its own
-# at 2,048 alike): what collectives, starting and waiting included, reach of a link's rate; the share of their time by
-# which weights that travel meanwhile make a step longer, at its ends and as they slow the products; how much longer than
-# a plain copy FSDP's take.
-LINK_SHARE = 0.58
-EXPOSED = 0.4
-FSDP_COPIES = 1.75
-
-UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 4, to clip 8
+GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
 WORKSPACE_BYTES = 2**26  # cuBLAS's on the same H100: 32 MiB for forward's thread and for backward's
-
 # Assumed, not measured.
-NETWORK_SHARE = 0.75  # what collectives reach of the rate between nodes
-USABLE = 0.95  # of a GPU's memory; the rest is lost between blocks of the allocator, and to ECC
 CONTEXT_BYTES = 2**30  # CUDA's context and the kernels
 GROUP_BYTES = 2**28  # buffers of NCCL, for every group of processes that a rank is in
 
@@ -108,18 +65,6 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(vars(self).values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One layout of a job, and what it costs."""
-
-    layout: Layout
-    memory: Memory
-    tokens_per_second: float  # of all GPUs
-    bytes_per_step: dict[str, int]  # sent by one GPU, by kind
-    days: float
-    megawatt_hours: float  # of the GPUs at their rated power, nothing else
 
 
 # Weights, exactly.
@@ -225,6 +170,22 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
     return whole + (stream + mixer + glu) / tensor
 
 
+def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[range]:
+    """Which neighbouring blocks, by number, are gathered at once: of one kind, and of `GATHERED_BYTES` bytes if several.
+
+    sizes: in bytes, gathered. Each gathering costs the host about a millisecond (`benchmarks/host.py`), in which a GPU
+    is through a small block.
+    """
+    found: list[range] = []
+    for n, size in enumerate(sizes):
+        before = found[-1] if found else range(0)
+        if before and kinds[before[0]] == kinds[n] and sum(sizes[m] for m in before) + size <= GATHERED_BYTES:
+            found[-1] = range(before[0], n + 1)
+        else:
+            found.append(range(n, n + 1))
+    return found
+
+
 def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
     """(bytes of one number of each block's weights, which blocks at once), as FSDP gathers them in `sharding.shard`."""
     config = shape.config
@@ -291,78 +252,3 @@ def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory
         weights=4 * numbers, gradients=gradients, optimizer=8 * numbers + 4 * tensors, activations=activations,
         state=state, buffers=buffers + WORKSPACE_BYTES, reserve=CONTEXT_BYTES + meshes * GROUP_BYTES,
     )  # fmt: skip
-
-
-# Time.
-
-
-def passes_share(config: ModelConfig) -> float:
-    """What both passes of a model of this width reach of the rate of matrix products."""
-    if config.mixer not in PASSES_SHARE:
-        raise ValueError(f"no run with model.mixer = {config.mixer} was measured: plans know {', '.join(PASSES_SHARE)}")
-    shares = PASSES_SHARE[config.mixer]
-    return float(np.interp(config.hidden_size, list(shares), list(shares.values())))
-
-
-def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
-    """What one GPU reads and writes in a step to put in order what is gathered and summed. rows: as in `find_memory`.
-
-    Of each weight in each pass: its own 4 bytes to 2, and 2 out of what was gathered to where they are multiplied; of
-    each gradient 2 to 4. Under `tensor` all tokens, 2 bytes to 2, four times a block.
-    """
-    if layout.world == 1:
-        return 0.0
-    own, _ = shape.share(layout)
-    weights = 2 * (6 * own + 4 * shape.blocks / layout.tensor) + 6 * shape.blocks / layout.tensor
-    tokens = rows * seq_len // layout.context * (layout.tensor > 1)
-    return layout.accumulate * (
-        FSDP_COPIES * weights + 16 * shape.config.num_hidden_layers * tokens * shape.config.hidden_size
-    )
-
-
-def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
-    """What one GPU sends in a step, by kind of parallelism. rows: as in `find_memory`."""
-    config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
-    words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    tokens = rows * seq_len // layout.context
-    # FSDP gathers blocks for each pass, but the last ones once; what is computed again is so while they are there.
-    wide, groups = gathered(shape, tensor)
-    twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
-    gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
-    whole = (shape.blocks + words) * 4 / tensor  # gradients in float32
-    blocks = (11 if layout.recompute else 8) * config.num_hidden_layers  # the last sums of each are not computed again
-    passes = 3 if layout.recompute else 2
-    state = 4 * rows * config.num_attention_heads // tensor * config.head_dim**2
-    exact = {
-        "shard": layout.accumulate * (gather / tensor + whole) * (ranks - 1) / ranks,
-        "replicate": layout.accumulate * 2 * whole / ranks * (layout.replicate - 1) / layout.replicate,
-        # The embedding's two exchanges in float32, the head's two in bfloat16.
-        "tensor": layout.accumulate * (blocks + 6) * tokens * 2 * config.hidden_size * (tensor - 1) / tensor,
-        "context": layout.accumulate * passes * config.num_hidden_layers * state * (layout.context - 1),
-    }  # fmt: skip
-    return {kind: int(sent) for kind, sent in exact.items()}
-
-
-def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) -> tuple[float, dict[str, int]]:
-    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed (`EXPOSED`), all else waits.
-
-    No GPU waits for its host: under `tensor` and `context`, and of small models, that takes `train.graph = true`.
-    """
-    config = shape.config
-    flops = shape.flops_per_token
-    if layout.recompute:
-        flops += (flops - 6 * config.vocab_size * config.hidden_size) / 3
-    tokens = rows * layout.accumulate * layout.replicate * layout.shard * seq_len
-    memory = gpu.tbps * 1e12 * COPY_SHARE
-    passes = tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * passes_share(config))
-    passes += copied_bytes(shape, layout, rows, seq_len) / memory
-    update = shape.share(layout)[0] * UPDATE_BYTES / memory
-    sent = sent_bytes(shape, layout, rows, seq_len)
-    spans = {
-        "tensor": layout.tensor, "context": layout.tensor * layout.context,
-        "shard": layout.tensor * layout.context * layout.shard, "replicate": layout.world,
-    }  # fmt: skip
-    link, network = gpu.link * LINK_SHARE, gpu.network * NETWORK_SHARE
-    wait = {kind: sent[kind] / ((link if span <= gpu.node else network) * 1e9) for kind, span in spans.items()}
-    passes = max(passes + EXPOSED * wait["shard"], wait["shard"])
-    return tokens / (passes + update + wait["tensor"] + wait["context"] + wait["replicate"]), sent

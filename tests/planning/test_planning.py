@@ -27,26 +27,19 @@ from transnormer.config import SIZES, TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import TokenPositions, rotation
 from transnormer.ops import gla, lightning, loss, lrpe, norm
-from transnormer.train import parallel, sharding
-from transnormer.train import plan as planning
+from transnormer.planning import hardware, memory, speed
+from transnormer.planning.check import check_plan, held, pretended, weight_bytes
+from transnormer.planning.hardware import GPUS
+from transnormer.planning.memory import WORKSPACE_BYTES, Layout, find_memory, measure, saved_bytes
+from transnormer.planning.search import BATCH_TOKENS, Job, compare_tensor, saving, spelled
+from transnormer.planning.speed import find_speed, sent_bytes
+from transnormer.train import sharding
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallel import make_mesh, parallelize
-from transnormer.train.plan import (
-    GPUS,
-    WORKSPACE_BYTES,
-    Layout,
-    find_memory,
-    find_speed,
-    measure,
-    saved_bytes,
-    sent_bytes,
-)
-from transnormer.train.plan_check import check_plan, held, pretended, weight_bytes
-from transnormer.train.plan_search import BATCH_TOKENS, Job, compare_tensor, saving, spelled
 from transnormer.train.recipe import Optim, Recipe, model_overrides
 
 from ..children import run_processes
-from .processes import TINY
+from ..train.processes import TINY
 
 ROOT = Path(__file__).parents[2]
 MEASURED = json.loads((ROOT / "benchmarks/results/train_h100_2026-11-25.json").read_text())
@@ -76,9 +69,9 @@ def test_one_gpu_as_measured(row: dict[str, Any]) -> None:
 
 
 def test_shares_are_those_measured() -> None:
-    assert pytest.approx(MEASURED["matmul_tflop_per_second"], rel=1e-4) == planning.MATMUL_SHARE * 989.4
-    assert pytest.approx(MEASURED["copy_tb_per_second"], rel=1e-3) == planning.COPY_SHARE * 3.35
-    for mixer, shares in planning.PASSES_SHARE.items():
+    assert pytest.approx(MEASURED["matmul_tflop_per_second"], rel=1e-4) == hardware.MATMUL_SHARE * 989.4
+    assert pytest.approx(MEASURED["copy_tb_per_second"], rel=1e-3) == hardware.COPY_SHARE * 3.35
+    for mixer, shares in hardware.PASSES_SHARE.items():
         for width, share in shares.items():
             if width < 4_096:  # which is of several GPUs
                 rows = [row for row in ROWS if (named(row).mixer, named(row).hidden_size) == (mixer, width)]
@@ -88,7 +81,7 @@ def test_shares_are_those_measured() -> None:
 def of_the_passes(row: dict[str, Any]) -> float:
     """What a step reaches of the rate of matrix products while it does not update the weights."""
     step = row["rows"] * row["seq_len"] / row["tokens_per_second"]
-    update = row["parameters"] * planning.UPDATE_BYTES / (MEASURED["copy_tb_per_second"] * 1e12)
+    update = row["parameters"] * speed.UPDATE_BYTES / (MEASURED["copy_tb_per_second"] * 1e12)
     return float(row["flop_share"] / (1 - update / step))
 
 
@@ -228,11 +221,11 @@ def test_memory_and_collectives_as_traced(
 ) -> None:
     pytest.importorskip("triton")
     if apart:
-        monkeypatch.setattr(parallel, "GATHERED_BYTES", 0)
+        monkeypatch.setattr(memory, "GATHERED_BYTES", 0)
     config = SMALL.replace(**words)
     real, shape = trace(config, layout, rows, seq_len, monkeypatch), measure(config, seq_len)
-    memory = find_memory(shape, layout, rows, seq_len)
-    assert memory.allocated - WORKSPACE_BYTES == pytest.approx(real.most, rel=0.1)
+    planned = find_memory(shape, layout, rows, seq_len)
+    assert planned.allocated - WORKSPACE_BYTES == pytest.approx(real.most, rel=0.1)
     sent, ranks = sent_bytes(shape, layout, rows, seq_len), layout.shard * layout.context
     assert sent["shard"] == pytest.approx(real.sent["c10d"] * (ranks - 1) / ranks, rel=0.01)
     others = (layout.tensor - 1) / layout.tensor
@@ -240,10 +233,10 @@ def test_memory_and_collectives_as_traced(
 
 
 def test_which_blocks_are_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "GATHERED_BYTES", 10)
-    assert parallel.gathered_at_once([4, 4, 4, 4, 4], "wnnnn") == [range(1), range(1, 3), range(3, 5)]
-    assert parallel.gathered_at_once([11, 11, 3], "nnn") == [range(1), range(1, 2), range(2, 3)]
-    assert parallel.gathered_at_once([], "") == []
+    monkeypatch.setattr(memory, "GATHERED_BYTES", 10)
+    assert memory.gathered_at_once([4, 4, 4, 4, 4], "wnnnn") == [range(1), range(1, 3), range(3, 5)]
+    assert memory.gathered_at_once([11, 11, 3], "nnn") == [range(1), range(1, 2), range(2, 3)]
+    assert memory.gathered_at_once([], "") == []
 
 
 @pytest.mark.parametrize("words", [{}, {"position_layers": (1, 2)}, EVERYTHING, OTHER, BASELINE], ids=str)

@@ -1,0 +1,46 @@
+"""GPUs by their data sheets, and what runs reach of these rates: measured where a file is named, otherwise assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU, as its vendor's data sheet has it (named beside each); links in one direction."""
+
+    gib: float  # memory
+    tbps: float  # TB/s read from it or written
+    tflops: float  # bfloat16, dense, sums in float32
+    watts: float
+    link: float  # GB/s of one GPU to the others of its node
+    network: float  # GB/s of one GPU to other nodes: one adapter a GPU, an assumption
+    node: int = 8  # GPUs
+
+
+GPUS = {
+    "a100": Gpu(80, 2.039, 312.0, 400, 300, 25),  # NVIDIA A100 80GB SXM; 200 Gb/s adapters, as in DGX A100
+    "h100": Gpu(80, 3.35, 989.4, 700, 450, 50),  # NVIDIA H100 SXM; 400 Gb/s adapters, as in DGX H100
+    "h200": Gpu(141, 4.8, 989.4, 700, 450, 50),  # NVIDIA H200 SXM; as in DGX H200
+    "b200": Gpu(180, 8.0, 2_250.0, 1_000, 900, 50),  # NVIDIA HGX B200; 400 Gb/s adapters, as in DGX B200
+    "l40s": Gpu(48, 0.864, 362.0, 350, 32, 25),  # NVIDIA L40S, PCIe 4.0 x16
+    "rtx4090": Gpu(24, 1.008, 165.2, 450, 32, 12.5),  # NVIDIA Ada whitepaper; PCIe 4.0 x16, 100 Gb/s a GPU
+}
+
+# Measured on an H100 (benchmarks/results/train_h100_2026-11-25.json): what matrix products alone reach of the data
+# sheet's rate, what both passes reach of that, by width D (between widths interpolated, beyond them held), and what
+# copies reach of the memory's.
+MATMUL_SHARE = 724.64 / 989.4
+PASSES_SHARE = {"gla": {1_024: 0.622, 2_048: 0.747, 4_096: 0.83}, "softmax": {1_024: 0.621, 2_048: 0.728, 4_096: 0.81}}
+COPY_SHARE = 3.032 / 3.35
+# Fitted to steps of four H100 (meshes_7b_*_h100x4_2026-11-27.json), as the share at 4,096 above is (softmax's from its own
+# at 2,048 alike): what collectives, starting and waiting included, reach of a link's rate; the share of their time by
+# which weights that travel meanwhile make a step longer, at its ends and as they slow the products; how much longer than
+# a plain copy FSDP's take.
+LINK_SHARE = 0.58
+EXPOSED = 0.4
+FSDP_COPIES = 1.75
+
+# Assumed, not measured.
+NETWORK_SHARE = 0.75  # what collectives reach of the rate between nodes
+USABLE = 0.95  # of a GPU's memory; the rest is lost between blocks of the allocator, and to ECC

@@ -1,0 +1,92 @@
+"""The time of a step of a training run with a given layout, in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..config import ModelConfig
+from .hardware import (
+    COPY_SHARE,
+    EXPOSED,
+    FSDP_COPIES,
+    LINK_SHARE,
+    MATMUL_SHARE,
+    NETWORK_SHARE,
+    PASSES_SHARE,
+    Gpu,
+)
+from .memory import Layout, Shape, gathered
+
+UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 4, to clip 8
+
+
+def passes_share(config: ModelConfig) -> float:
+    """What both passes of a model of this width reach of the rate of matrix products."""
+    if config.mixer not in PASSES_SHARE:
+        raise ValueError(f"no run with model.mixer = {config.mixer} was measured: plans know {', '.join(PASSES_SHARE)}")
+    shares = PASSES_SHARE[config.mixer]
+    return float(np.interp(config.hidden_size, list(shares), list(shares.values())))
+
+
+def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
+    """What one GPU reads and writes in a step to put in order what is gathered and summed. rows: as in `find_memory`.
+
+    Of each weight in each pass: its own 4 bytes to 2, and 2 out of what was gathered to where they are multiplied; of
+    each gradient 2 to 4. Under `tensor` all tokens, 2 bytes to 2, four times a block.
+    """
+    if layout.world == 1:
+        return 0.0
+    own, _ = shape.share(layout)
+    weights = 2 * (6 * own + 4 * shape.blocks / layout.tensor) + 6 * shape.blocks / layout.tensor
+    tokens = rows * seq_len // layout.context * (layout.tensor > 1)
+    return layout.accumulate * (
+        FSDP_COPIES * weights + 16 * shape.config.num_hidden_layers * tokens * shape.config.hidden_size
+    )
+
+
+def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
+    """What one GPU sends in a step, by kind of parallelism. rows: as in `find_memory`."""
+    config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
+    words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    tokens = rows * seq_len // layout.context
+    # FSDP gathers blocks for each pass, but the last ones once; what is computed again is so while they are there.
+    wide, groups = gathered(shape, tensor)
+    twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
+    gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
+    whole = (shape.blocks + words) * 4 / tensor  # gradients in float32
+    blocks = (11 if layout.recompute else 8) * config.num_hidden_layers  # the last sums of each are not computed again
+    passes = 3 if layout.recompute else 2
+    state = 4 * rows * config.num_attention_heads // tensor * config.head_dim**2
+    exact = {
+        "shard": layout.accumulate * (gather / tensor + whole) * (ranks - 1) / ranks,
+        "replicate": layout.accumulate * 2 * whole / ranks * (layout.replicate - 1) / layout.replicate,
+        # The embedding's two exchanges in float32, the head's two in bfloat16.
+        "tensor": layout.accumulate * (blocks + 6) * tokens * 2 * config.hidden_size * (tensor - 1) / tensor,
+        "context": layout.accumulate * passes * config.num_hidden_layers * state * (layout.context - 1),
+    }  # fmt: skip
+    return {kind: int(sent) for kind, sent in exact.items()}
+
+
+def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) -> tuple[float, dict[str, int]]:
+    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed (`EXPOSED`), all else waits.
+
+    No GPU waits for its host: under `tensor` and `context`, and of small models, that takes `train.graph = true`.
+    """
+    config = shape.config
+    flops = shape.flops_per_token
+    if layout.recompute:
+        flops += (flops - 6 * config.vocab_size * config.hidden_size) / 3
+    tokens = rows * layout.accumulate * layout.replicate * layout.shard * seq_len
+    memory = gpu.tbps * 1e12 * COPY_SHARE
+    passes = tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * passes_share(config))
+    passes += copied_bytes(shape, layout, rows, seq_len) / memory
+    update = shape.share(layout)[0] * UPDATE_BYTES / memory
+    sent = sent_bytes(shape, layout, rows, seq_len)
+    spans = {
+        "tensor": layout.tensor, "context": layout.tensor * layout.context,
+        "shard": layout.tensor * layout.context * layout.shard, "replicate": layout.world,
+    }  # fmt: skip
+    link, network = gpu.link * LINK_SHARE, gpu.network * NETWORK_SHARE
+    wait = {kind: sent[kind] / ((link if span <= gpu.node else network) * 1e9) for kind, span in spans.items()}
+    passes = max(passes + EXPOSED * wait["shard"], wait["shard"])
+    return tokens / (passes + update + wait["tensor"] + wait["context"] + wait["replicate"]), sent
