@@ -13,17 +13,8 @@ from torch import Tensor
 
 import transnormer
 from transnormer import LanguageModel, ModelConfig
-from transnormer.files import (
-    OFFSETS,
-    PIECES,
-    SEAL,
-    check_can_write,
-    damage,
-    new_folder,
-    read_json,
-    read_weights,
-    seal,
-)
+from transnormer.files import OFFSETS, PIECES, check_can_write, new_folder, read_json, read_weights
+from transnormer.run_folder import SEAL, damage, seal
 
 TINY = ModelConfig(vocab_size=5, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
 

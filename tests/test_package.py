@@ -17,16 +17,29 @@ ARROWS = {
     "config": {"files"},  # to read a config.json, when it is called
     "files": set(),
     "provenance": set(),
+    "run_folder": {"files"},
     "ops": set(),
-    "data": {"files"},
+    "data": {"files", "run_folder"},
     "model": {"config", "files", "ops"},
     "planning": {"config", "model", "ops"},
-    "train": {"ops", "config", "files", "data", "model", "formats", "planning", "provenance"},
+    "train": {"ops", "config", "files", "data", "model", "formats", "planning", "provenance", "run_folder"},
     "inference": {"config", "files", "data", "model"},
     "evaluation": {"config", "data", "model", "inference", "ops"},
-    "formats": {"config", "files", "data", "model", "ops"},
+    "formats": {"config", "files", "data", "model", "ops", "run_folder"},
     "hub": {"config", "files", "data", "model", "ops"},
-    "cli": {"config", "files", "data", "model", "train", "planning", "inference", "evaluation", "formats", "ops"},
+    "cli": {
+        "config",
+        "files",
+        "data",
+        "model",
+        "train",
+        "planning",
+        "inference",
+        "evaluation",
+        "formats",
+        "ops",
+        "run_folder",
+    },
 }
 # Heavy libraries and the one door of each.
 DOORS = {

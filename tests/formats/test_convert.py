@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 import transnormer
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
 from transnormer.data.tokenizer import encode, train_tokenizer
-from transnormer.files import seal, sha256
+from transnormer.files import sha256
 from transnormer.formats.convert import PublishedReader, convert, export
 from transnormer.formats.fingerprint import published_logits
 from transnormer.formats.published import config_from_published, published_config, published_shapes, published_tensors
+from transnormer.run_folder import seal
 
 from ..conftest import PUBLISHED, REPOSITORY, TEXT
 from ..test_cli import call, refused

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import transnormer
-from transnormer.files import read_tensors, step_folders, write_pieces
+from transnormer.files import read_tensors, write_pieces
+from transnormer.run_folder import step_folders
 from transnormer.train import checkpoint, loop
 from transnormer.train.checkpoint import RECORD
 from transnormer.train.feed import StepBatches

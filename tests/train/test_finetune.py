@@ -25,7 +25,7 @@ from transnormer.config import TRANSFORMER
 from transnormer.data.chat import DEFAULT, FILE
 from transnormer.data.loader import Loader, TokenData
 from transnormer.data.tokenizer import encode, load_tokenizer
-from transnormer.files import step_folders
+from transnormer.run_folder import step_folders
 from transnormer.train import lora
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics

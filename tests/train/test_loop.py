@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import transnormer
-from transnormer.files import step_folders
+from transnormer.run_folder import step_folders
 from transnormer.train import loop, metrics
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics

@@ -20,11 +20,12 @@ import torch.distributed as dist
 import transnormer
 from transnormer.config import ModelConfig
 from transnormer.data.loader import Batch
-from transnormer.files import read_weights, sha256, step_folders, write_pieces
+from transnormer.files import read_weights, sha256, write_pieces
 from transnormer.formats.convert import export
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import local
 from transnormer.planning.mesh_sizes import Parallel
+from transnormer.run_folder import step_folders
 from transnormer.train import checkpoint, loop
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics

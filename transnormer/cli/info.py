@@ -27,9 +27,9 @@ def info(
 
     from .. import __version__
     from ..config import SIZES, ModelConfig, nearest
-    from ..files import step_folders
     from ..formats.folders import load
     from ..model.language_model import LanguageModel
+    from ..run_folder import CHECKPOINTS, step_folders
     from ..train.runs import describe_run, is_run, read_run
 
     wanted = model or model_option
@@ -49,7 +49,7 @@ def info(
         raise FileNotFoundError(f"{wanted}: neither a folder nor {sizes}")
     if is_run(folder):
         print(*describe_run(read_run(folder)), sep="\n")
-        if not step_folders(folder / "checkpoints"):
+        if not step_folders(folder / CHECKPOINTS):
             print("model           no checkpoint yet")
             return
     _say_model(load(folder))

@@ -119,11 +119,11 @@ def tokenizer_folder(path: Path) -> Path:
     That is the newest checkpoint of a run whose tokenizer.json is undamaged, and `path` itself otherwise. All checkpoints
     of a run hold the same tokenizer. Raises ValueError where a run has no such checkpoint.
     """
-    if not (path / "checkpoints").is_dir():
-        return path
-    from ..files import damage, step_folders
+    from ..run_folder import CHECKPOINTS, damage, step_folders
 
-    for folder in step_folders(path / "checkpoints"):
+    if not (path / CHECKPOINTS).is_dir():
+        return path
+    for folder in step_folders(path / CHECKPOINTS):
         if damage(folder, ["tokenizer.json"]) is None:
             return folder
     raise ValueError(f"{path}: this run has no checkpoint with a tokenizer yet; train it first")

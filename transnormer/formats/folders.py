@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from ..data.tokenizer import GPT2_FILES, load_tokenizer
-from ..files import WEIGHTS, damage, read_seal, step_folders
+from ..files import WEIGHTS
 from ..model.language_model import LanguageModel
+from ..run_folder import CHECKPOINTS, damage, read_seal, step_folders
 from . import published
 from .fingerprint import Fingerprint
 
@@ -48,8 +49,8 @@ def find_model(path: Path) -> Path:
     """The folder with config.json that `path` stands for: itself, or the newest good checkpoint of a run."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: {'a file, not a folder with a model' if path.exists() else 'no such folder'}")
-    if (path / "checkpoints").is_dir():
-        checkpoints = step_folders(path / "checkpoints")
+    if (path / CHECKPOINTS).is_dir():
+        checkpoints = step_folders(path / CHECKPOINTS)
         if not checkpoints:
             raise FileNotFoundError(f"{path}: the run has no complete checkpoint yet")
         damages: list[str] = []

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..data import chat
-from ..files import PIECES, SEAL, WEIGHTS, damage, flush, seal, step_folders, write_pieces, write_text
+from ..files import PIECES, WEIGHTS, flush, write_pieces, write_text
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
+from ..run_folder import SEAL, damage, seal, step_folders
 from . import lora, storage
 from .metrics import say
 from .optim import load_optimizer_tensors, optimizer_tensors

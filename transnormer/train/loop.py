@@ -18,11 +18,12 @@ from ..config import ModelConfig
 from ..data.chat import find_template
 from ..data.loader import Batch, Loader, TokenData
 from ..data.tokenizer import load_tokenizer
-from ..files import step_folders, write_text
+from ..files import write_text
 from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
 from ..planning.mesh_sizes import check
+from ..run_folder import CHECKPOINTS, CURVE, METRICS, RECIPE, step_folders
 from . import checkpoint, float8, lora
 from .checkpoint import Checkpoints, Origin, RunProgress, read_progress
 from .feed import Feed, StepBatches, validation
@@ -74,7 +75,7 @@ def train(recipe: Recipe, runs: str | Path = "runs") -> RunSummary:
         with start(recipe.parallel, recipe.train.device) as mesh, _restored(recipe, mesh):
             return _run(recipe, run, mesh)
     except KeyboardInterrupt:  # before there was anything to save, or by a second Ctrl-C
-        saved = step_folders(run / "checkpoints")
+        saved = step_folders(run / CHECKPOINTS)
         where = f"goes on from step {int(saved[0].name[5:])}" if saved else "begins again"
         raise Interrupted(f"stopped at once; the same command {where}", signal.SIGINT) from None
 
@@ -123,11 +124,11 @@ def _summary(recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memo
     """Read from the run's folder by the first process, and the same on all but for their own `seconds`."""
 
     def read() -> dict[str, Any]:
-        metrics = run / "metrics.jsonl"
+        metrics = run / METRICS
         lines = read_metrics(metrics) if metrics.exists() else []
         applied = [line["loss"] for line in lines if "refused" not in line and line.get("loss") is not None]
         valid: dict[str, Any] = next((line for line in reversed(lines) if "valid_loss" in line), {})
-        progress = read_progress(step_folders(run / "checkpoints")[0])
+        progress = read_progress(step_folders(run / CHECKPOINTS)[0])
         return {
             "steps": progress.step, "refused": progress.refused_in_all, "final_loss": applied[-1] if applied else math.nan,
             "valid_loss": valid.get("valid_loss"), "valid_bits_per_byte": valid.get("valid_bits_per_byte"),
@@ -144,7 +145,7 @@ def _summary(recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memo
 
 def _finished(run: Path, recipe: Recipe) -> bool:
     """Whether nothing is left to do. ValueError where the folder is another run's, or has made more steps already."""
-    checkpoints = step_folders(run / "checkpoints")
+    checkpoints = step_folders(run / CHECKPOINTS)
     check_same(run, recipe, bool(checkpoints))
     if not checkpoints or checkpoint.damaged(checkpoints[0]):
         return False
@@ -209,7 +210,7 @@ def _opened(run: Path, recipe: Recipe) -> Iterator[None]:
     with only_one(run):
         for leftover in run.glob(".*.partial"):
             leftover.unlink()
-        write_text(run / "recipe.toml", recipe.to_toml())
+        write_text(run / RECIPE, recipe.to_toml())
         yield
 
 
@@ -268,7 +269,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
     went_back: dict[str, Any] = {}  # said in the metrics of the step that follows
     model.train()
     with (
-        Checkpoints(run / "checkpoints", mesh, origin, recipe.checkpoint) as checkpoints,
+        Checkpoints(run / CHECKPOINTS, mesh, origin, recipe.checkpoint) as checkpoints,
         Feed(loader, settings.accumulate, mesh) as feed, MicrobatchRunner(model, mesh, settings) as runner,
         stop_requests(at_once=mesh.world == 1) as stop,
     ):  # fmt: skip
@@ -277,7 +278,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
         feed.seek(progress.position)
         if mesh.first:
             describe(recipe, run, model, loader, mesh, progress.step)
-        metrics = Metrics(run / "metrics.jsonl", progress.step, settings.tensorboard, write=mesh.first)
+        metrics = Metrics(run / METRICS, progress.step, settings.tensorboard, write=mesh.first)
         with _drawn(recipe, run, mesh), progress_bar(steps, progress.step) as show:
             while progress.step < steps:
                 # One step on all ranks.
@@ -316,7 +317,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
                     metrics.flush()
                     checkpoints.save(model, optimizer, progress)
                 if mesh.first and (last or "valid_loss" in line):
-                    plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
+                    plot(run / METRICS, run / CURVE, recipe.run)
                 if outcome.stop and not last:
                     checkpoints.settle()
                     raise Interrupted(
@@ -324,7 +325,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data
                     )
         checkpoints.settle()
         metrics.close()
-    say(f"finished: model in {run}, curve in {run / 'loss.png'}")
+    say(f"finished: model in {run}, curve in {run / CURVE}")
 
 
 def take_step(
@@ -355,7 +356,7 @@ def _drawn(recipe: Recipe, run: Path, mesh: Mesh) -> Iterator[None]:
         yield
     except (ValueError, Interrupted):
         if mesh.first:
-            plot(run / "metrics.jsonl", run / "loss.png", recipe.run)
+            plot(run / METRICS, run / CURVE, recipe.run)
         raise
 
 

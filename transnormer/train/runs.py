@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_can_write
+from ..run_folder import METRICS, RECIPE, STARTS
 from .metrics import draw_runs, read_metrics
 
 if TYPE_CHECKING:
@@ -73,13 +74,13 @@ def read_run(folder: str | Path) -> RunReport:
             f"{folder}: {wrong}; runs are folders that `transnormer train` makes, such as runs/demo"
         )
     try:
-        tables = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+        tables = tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{folder / 'recipe.toml'}: damaged ({error})") from error
+        raise ValueError(f"{folder / RECIPE}: damaged ({error})") from error
     settings: dict[str, Any] = {}
     for key, value in tables.items():
         settings |= {f"{key}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {key: value}
-    metrics, record = folder / "metrics.jsonl", folder / "run.json"
+    metrics, record = folder / METRICS, folder / STARTS
     lines = read_metrics(metrics) if metrics.is_file() else []
     started: dict[str, Any] = {"starts": [], "parameters": None}
     if record.is_file():
@@ -91,7 +92,7 @@ def read_run(folder: str | Path) -> RunReport:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "recipe.toml").is_file()
+    return (folder / RECIPE).is_file()
 
 
 def describe_run(run: RunReport) -> list[str]:

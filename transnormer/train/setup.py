@@ -22,6 +22,7 @@ from ..files import read_json, write_text
 from ..formats.folders import find_model
 from ..model.language_model import LanguageModel
 from ..provenance import provenance
+from ..run_folder import RECIPE, STARTS
 from . import lora
 from .metrics import say
 from .parallel import Mesh
@@ -108,7 +109,7 @@ def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> Non
 
 def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
     """Refuse to go on with other settings. A start that saved nothing binds nobody."""
-    path = run / "recipe.toml"
+    path = run / RECIPE
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file, where the run's folder should be; give another run=NAME or remove it")
     if path.exists():
@@ -184,7 +185,7 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
             f"warning: optim.warmup_steps = {optim.warmup_steps:,} is longer than the {whole:,} steps that the run has "
             f"for it; the learning rate does not get beyond {whole / optim.warmup_steps:.0%} of optim.lr"
         )
-    device, path = mesh.device, run / "run.json"
+    device, path = mesh.device, run / STARTS
     starts = _starts(path) if path.exists() and done else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     said = {"time": now, "after_step": done, "processes": mesh.world}
