@@ -144,7 +144,7 @@ def generate(
     """Write on from a prompt, streaming."""
     from itertools import chain
 
-    from .data.corpus import unicode
+    from .data.documents import require_unicode
     from .inference.chat import Conversation, reading_bar
     from .inference.engine import generate_text
     from .inference.sampling import Sampling
@@ -157,7 +157,7 @@ def generate(
     if system and not chat:
         raise ValueError("--system needs --chat, because only a chat template has a place for it")
     loaded = _load(model, device)
-    text = unicode(_standard_input() if prompt == "-" else prompt, "--prompt")
+    text = require_unicode(_standard_input() if prompt == "-" else prompt, "--prompt")
     if not chat:
         with reading_bar() as progress:
             pieces = generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=ends, progress=progress)
@@ -225,7 +225,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn text or conversations into token shards, ready to train on."""
-    from .data.loader import prepare as make
+    from .data.prepare import prepare as make
 
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError("give either --vocab-size, to train a tokenizer, or --tokenizer, the path of one")
@@ -314,8 +314,8 @@ def perplexity(
     from rich.table import Table
     from rich.text import Text
 
-    from .data.corpus import read_texts
-    from .data.loader import progress_bar
+    from .data.documents import read_texts
+    from .data.prepare import progress_bar
     from .evaluation.perplexity import score_documents
 
     files = [*text, *(more or [])]
