@@ -22,7 +22,9 @@ import record
 import torch
 
 from transnormer import LanguageModel, ModelConfig
-from transnormer.data.loader import Loader, TokenData, prepare
+from transnormer.data.loader import Loader
+from transnormer.data.prepare import prepare
+from transnormer.data.shards import TokenData
 from transnormer.model.language_model import init_weights
 from transnormer.train.optim import learning_rate, new_optimizer
 from transnormer.train.recipe import Optim

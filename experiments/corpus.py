@@ -21,8 +21,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from transnormer.data.corpus import documents
-from transnormer.data.loader import prepare
+from transnormer.data.documents import read_documents
+from transnormer.data.prepare import prepare
 from transnormer.data.tokenizer import train_tokenizer
 from transnormer.files import new_folder, write_text
 
@@ -53,7 +53,7 @@ def collect(files: list[Path], text: Path) -> None:
     """Split the documents of the files into text/train.jsonl, valid.jsonl and test.jsonl."""
     parts = {part: (text / f"{part}.jsonl").open("w", encoding="utf-8") for part in PARTS}
     for file in files:
-        for document in documents([file]):
+        for document in read_documents([file]):
             part = part_of(document, "valid" in file.name)
             parts[part].write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
     for opened in parts.values():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from arms import CONFIRMING_SEED, Run, folder_of, known, recipe
 
-from transnormer.data.loader import TokenData
+from transnormer.data.shards import TokenData
 from transnormer.files import write_text
 from transnormer.formats.folders import load
 from transnormer.inference.sampling import Sampling, sample

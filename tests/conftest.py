@@ -66,7 +66,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That text as a prepared folder with 300 words."""
-    from transnormer.data.loader import prepare
+    from transnormer.data.prepare import prepare
 
     out = tmp_path_factory.mktemp("data") / "prepared"
     prepare([text_file], out, vocab_size=300, split=0.1)

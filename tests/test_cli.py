@@ -338,7 +338,7 @@ def test_chat_in_a_terminal(work: Path) -> None:
 def test_the_system_s_errors_are_said_without_their_number(
     raised: Exception, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transnormer.data.loader.prepare", Mock(side_effect=raised))
+    monkeypatch.setattr("transnormer.data.prepare.prepare", Mock(side_effect=raised))
     assert refused("prepare", "a.txt", "--out", "o", "--vocab-size", 300) == f"error: {line}"
 
 
@@ -378,7 +378,7 @@ def test_ctrl_c_in_a_verb_is_silent(work: Path, monkeypatch: pytest.MonkeyPatch)
     def interrupted(*_: object, **__: object) -> None:
         interrupt(signal.SIGINT, sys._getframe())
 
-    monkeypatch.setattr("transnormer.data.loader.prepare", interrupted)
+    monkeypatch.setattr("transnormer.data.prepare.prepare", interrupted)
     assert call("prepare", "short.txt", "--out", "o", "--vocab-size", 300, code=130, folder=work) == ("", "")
 
 

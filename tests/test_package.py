@@ -44,8 +44,8 @@ ARROWS = {
 # Heavy libraries and the one door of each.
 DOORS = {
     "triton": "_triton.py",
-    "pyarrow": "corpus.py",
-    "zstandard": "corpus.py",
+    "pyarrow": "documents.py",
+    "zstandard": "documents.py",
     "matplotlib": "metrics.py",
     "psutil": "setup.py",
     "sentencepiece": "tokenizers.py",

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from transnormer.data import chat
 from transnormer.data.chat import DEFAULT, PLAIN, Template, conversations, find_template
-from transnormer.data.loader import Loader, TokenData, prepare
+from transnormer.data.loader import Loader
+from transnormer.data.prepare import prepare
+from transnormer.data.shards import TokenData
 from transnormer.data.tokenizer import END_OF_TEXT, encode, end_of_text_id, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -347,7 +349,7 @@ def test_conversations_that_are_cut_are_counted(folder, prepared, tmp_path):
     lengths = np.diff(data.document_ends(), prepend=0)
 
     def cut(length):
-        return Loader(data, seq_len=length, batch_size=1, seed=0).cut()
+        return Loader(data, seq_len=length, batch_size=1, seed=0).cut_warning()
 
     longest = lengths.max() - 1  # a window holds one token more than it predicts
     assert cut(longest) is None
@@ -356,7 +358,8 @@ def test_conversations_that_are_cut_are_counted(folder, prepared, tmp_path):
     assert f"seq_len {longest} would cut none" in cut(20)
     path = write(tmp_path / "a.jsonl", [{"text": "one two " * 99}])
     prepare([path], tmp_path / "out", tokenizer=prepared, split=0)
-    assert Loader(TokenData(tmp_path / "out"), seq_len=9, batch_size=1, seed=0).cut() is None
+    text = Loader(TokenData(tmp_path / "out"), seq_len=9, batch_size=1, seed=0)
+    assert text.cut_warning() is None
 
 
 def test_text_resets_after_each_end_of_text(prepared, tmp_path):

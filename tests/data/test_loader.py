@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from transnormer.data import loader
-from transnormer.data.loader import Loader, TokenData, prepare, progress_bar, window_index
+from transnormer.data import prepare as preparing
+from transnormer.data.loader import Loader, window_index
+from transnormer.data.prepare import prepare, progress_bar
+from transnormer.data.shards import TokenData
 from transnormer.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +110,7 @@ def test_the_record_says_what_is_there(prepared, corpus, texts):
 
 
 def test_the_same_call_gives_the_same_bytes_and_shards_do_not_matter(prepared, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "BATCH_CHARS", 500)
+    monkeypatch.setattr(preparing, "BATCH_CHARS", 500)
     prepare([corpus], tmp_path / "again", vocab_size=400, split=0.2, shard_tokens=1000)
     assert {p.name: p.read_bytes() for p in prepared.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()
@@ -121,7 +123,7 @@ def test_the_same_call_gives_the_same_bytes_and_shards_do_not_matter(prepared, c
 
 def test_the_tokenizer_is_trained_on_training_documents_alone(tmp_path):
     texts = ["xyzzy " * 30 if n % 2 else "plugh " * 30 for n in range(20)]
-    held_out = loader._held_out(0, 0.5, 20)
+    held_out = preparing._choose_held_out(0, 0.5, 20)
     words = [("only train " * 9 if not held_out(n) else "hidden quux " * 9) + text for n, text in enumerate(texts)]
     with pytest.warns(UserWarning, match="too small"):
         prepare([write_documents(tmp_path / "a.jsonl", words)], tmp_path / "out", vocab_size=400, split=0.5)
@@ -131,7 +133,7 @@ def test_the_tokenizer_is_trained_on_training_documents_alone(tmp_path):
 
 
 def test_the_tokenizer_is_trained_on_a_bounded_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "SAMPLE_BYTES", 1000)
+    monkeypatch.setattr(preparing, "SAMPLE_BYTES", 1000)
     texts = ["early " * 30] * 10 + ["later " * 30] * 10
     with pytest.warns(UserWarning, match="too small"):
         prepare([write_documents(tmp_path / "a.jsonl", texts)], tmp_path / "out", vocab_size=400, split=0)
@@ -144,19 +146,18 @@ def test_the_tokenizer_is_trained_on_a_bounded_sample(tmp_path, monkeypatch):
 @pytest.mark.parametrize("split", [1e-9, 0.01, 0.3, 0.999999])
 def test_some_documents_are_held_out_and_never_all(count, split):
     for seed in range(20):
-        held_out = loader._held_out(seed, split, count)
+        held_out = preparing._choose_held_out(seed, split, count)
         assert 0 < sum(map(held_out, range(count))) < count
 
 
 def test_held_out_documents_follow_the_seed_and_the_share():
-    first, second = (
-        {n for n in range(5000) if held_out(n)} for held_out in (loader._held_out(s, 0.2, 5000) for s in (0, 1))
-    )
+    choices = [preparing._choose_held_out(seed, 0.2, 5000) for seed in (0, 1)]
+    first, second = (set(filter(held_out, range(5000))) for held_out in choices)
     assert 850 < len(first) < 1150
     assert 850 < len(second) < 1150
     assert 100 < len(first & second) < 300
-    assert first == {n for n in range(5000) if loader._held_out(0, 0.2, 9000)(n)}
-    assert not any(map(loader._held_out(0, 0.0, 99), range(99)))
+    assert first == {n for n in range(5000) if preparing._choose_held_out(0, 0.2, 9000)(n)}
+    assert not any(map(preparing._choose_held_out(0, 0.0, 99), range(99)))
 
 
 def test_the_tail_of_a_single_document_is_held_out(tmp_path, tokenizer):
@@ -182,7 +183,7 @@ def test_the_tail_of_a_single_document_is_held_out(tmp_path, tokenizer):
     ],
 )
 def test_where_a_tail_starts(text, share, tail):
-    assert text[loader._tail_start(text, share) :] == tail
+    assert text[preparing._tail_start(text, share) :] == tail
 
 
 def test_a_single_line_cannot_be_split(tmp_path, tokenizer):
@@ -287,7 +288,7 @@ def test_inputs_that_change_meanwhile_are_noticed(tmp_path, tokenizer):
 
 RUN = """
 import os, resource, signal, sys
-from transnormer.data.loader import prepare
+from transnormer.data.prepare import prepare
 how, corpus, out, tokenizer = sys.argv[1:]
 def progress(task, done, total):
     if how == "kill" and task == "tokenizing":
@@ -358,7 +359,7 @@ def test_the_bar_is_drawn_on_a_terminal_alone_and_only_for_long_work(monkeypatch
     with progress_bar() as progress:
         progress("reading", 10, 0)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(loader, "BAR_AFTER_S", -1.0)
+    monkeypatch.setattr(preparing, "BAR_AFTER_S", -1.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with progress_bar() as progress:
         progress("reading", 10, 0)
@@ -400,7 +401,7 @@ def test_damaged_folders_are_refused(copy, tmp_path):
         (tmp_path / "gone", "is not there"),
         (copy / "data.json", "is a file"),
     ):
-        with pytest.raises(ValueError, match=f"not a prepared folder, for it {message}; make one with"):
+        with pytest.raises(ValueError, match=f"not a prepared folder, because it {message}; run "):
             TokenData(path)
     refused("split must be one of train, valid; got 'test'", "test")
     shard = copy / "train-00001.bin"
@@ -441,7 +442,7 @@ def test_damaged_records_are_refused(copy):
         parts.append(json.dumps(whole | {key: value}))
     for part in parts:
         path.write_bytes(part if isinstance(part, bytes) else part.encode())
-        with pytest.raises(ValueError, match=r"data.json: (damaged, or not of a prepared folder|not JSON)"):
+        with pytest.raises(ValueError, match=r"data.json: (damaged, or not the record|not JSON)"):
             TokenData(copy)
     path.write_text(json.dumps(whole).replace('"dtype"', '"dtype": "uint32", "dtype"'))
     with pytest.raises(ValueError, match=r"data.json: not JSON \(the key 'dtype' stands twice"):

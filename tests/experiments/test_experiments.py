@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from transnormer.config import ModelConfig
-from transnormer.data.loader import Loader, TokenData
+from transnormer.data.loader import Loader
+from transnormer.data.shards import TokenData
 from transnormer.inference.sampling import Sampling, sample
 from transnormer.model.language_model import LanguageModel
 

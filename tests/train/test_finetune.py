@@ -23,7 +23,8 @@ import transnormer.hub
 from transnormer import LanguageModel, ModelConfig
 from transnormer.config import TRANSFORMER
 from transnormer.data.chat import DEFAULT, FILE
-from transnormer.data.loader import Loader, TokenData
+from transnormer.data.loader import Loader
+from transnormer.data.shards import TokenData
 from transnormer.data.tokenizer import encode, load_tokenizer
 from transnormer.run_folder import step_folders
 from transnormer.train import lora
@@ -371,7 +372,7 @@ def test_damage_to_an_adapter_and_another_base_are_named(
 
 
 def test_data_must_be_encoded_with_the_models_tokenizer(work: Path, prepared: Path, text_file: Path) -> None:
-    from transnormer.data.loader import prepare
+    from transnormer.data.prepare import prepare
 
     prepare([text_file], work / "words", vocab_size=310, split=0.1)
     with pytest.raises(

@@ -302,9 +302,8 @@ def test_a_token_past_the_vocabulary_names_its_shard(work: Path, prepared: Path)
     ids = np.fromfile(shard, np.uint16)
     ids[40:] = 300
     ids.tofile(shard)
-    with pytest.raises(
-        ValueError, match=r"^spoilt/train-00000\.bin: damaged; it has the token 300, and the vocabulary 300"
-    ):
+    message = r"damaged; it holds the id 300, and the vocabulary has only 300 tokens"
+    with pytest.raises(ValueError, match=rf"^spoilt/train-00000\.bin: {message}"):
         train(tiny("run=none", "data.path=spoilt"))
 
 
@@ -341,7 +340,7 @@ def test_a_finished_run_needs_nothing_to_say_so(work: Path, prepared: Path, capf
 
 
 def test_a_run_goes_on_with_its_own_data_only(work: Path, text_file: Path) -> None:
-    from transnormer.data.loader import prepare
+    from transnormer.data.prepare import prepare
 
     prepare([text_file], work / "changing", vocab_size=300, split=0.1)
     recipe = tiny("run=tied", "train.steps=6", "data.path=changing")

@@ -37,8 +37,8 @@ def perplexity(
     from rich.table import Table
     from rich.text import Text
 
-    from ..data.corpus import read_texts
-    from ..data.loader import progress_bar
+    from ..data.documents import read_texts
+    from ..data.prepare import progress_bar
     from ..evaluation.perplexity import score_documents
 
     files = [*text, *(more or [])]

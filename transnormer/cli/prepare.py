@@ -27,7 +27,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn text or conversations into token shards, ready to train on."""
-    from ..data.loader import prepare as make
+    from ..data.prepare import prepare as make
 
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError("give either --vocab-size, to train a tokenizer, or --tokenizer, the path of one")

@@ -37,7 +37,7 @@ def generate(
     """Write on from a prompt, streaming."""
     from itertools import chain
 
-    from ..data.corpus import unicode
+    from ..data.documents import require_unicode
     from ..inference.chat import Conversation, reading_bar
     from ..inference.engine import generate_text
     from ..inference.sampling import Sampling
@@ -50,7 +50,7 @@ def generate(
     if system and not chat:
         raise ValueError("--system needs --chat, because only a chat template has a place for it")
     loaded = load_model(model, device)
-    text = unicode(_standard_input() if prompt == "-" else prompt, "--prompt")
+    text = require_unicode(_standard_input() if prompt == "-" else prompt, "--prompt")
     if not chat:
         with reading_bar() as progress:
             pieces = generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=ends, progress=progress)

@@ -1,1 +1,5 @@
-"""Text to tokens: documents in (corpus), conversations (chat), byte-level BPE (tokenizer), shards and loader (loader)."""
+"""Text to tokens.
+
+`documents` reads texts and `chat` conversations, `tokenizer` trains and loads byte-level BPE,
+`prepare` turns documents into token shards, `shards` knows their files, and `loader` makes batches.
+"""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .corpus import normalised, records, unicode
+from .documents import normalised, read_records, require_unicode
 from .tokenizer import encode, require_end_of_text, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -60,16 +60,17 @@ def conversations(inputs: Sequence[str | Path], format: str) -> Iterator[str]:
     Raises ValueError in one line that names the file and the line or row.
     """
     if format == "messages":
-        found = ((where, record["messages"]) for where, record in records(inputs, ["messages"]))
+        read = read_records(inputs, ["messages"])
+        found = ((where, record["messages"]) for where, record in read)
     elif format == "prompt":
         found = (
             (where, _asked_and_said(where, record, ["prompt"], "completion"))
-            for where, record in records(inputs, ["prompt", "completion"])
+            for where, record in read_records(inputs, ["prompt", "completion"])
         )
     elif format == "alpaca":
         found = (
             (where, _asked_and_said(where, record, ["instruction", "input"], "output"))
-            for where, record in records(inputs, ["instruction", "output"], ["input"])
+            for where, record in read_records(inputs, ["instruction", "output"], ["input"])
         )
     else:
         raise ValueError(f"format {format!r} is unknown; there are {', '.join(FORMATS)}")
@@ -77,7 +78,8 @@ def conversations(inputs: Sequence[str | Path], format: str) -> Iterator[str]:
 
 
 def _asked_and_said(where: str, record: dict[str, Any], asked: Sequence[str], said: str) -> list[dict[str, str]]:
-    texts = {name: unicode(record.get(name, ""), f"{where}: {name!r}") for name in (*asked, said)}
+    names = (*asked, said)
+    texts = {name: require_unicode(record.get(name, ""), f"{where}: {name!r}") for name in names}
     question = "\n\n".join(texts[name] for name in asked if texts[name])
     return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[said]}]
 
@@ -95,7 +97,7 @@ def _checked(where: str, messages: Any) -> str:
         for key, value in message.items():
             if key not in ("role", "content") and value not in (None, [], {}):
                 raise ValueError(f"{what}: {key!r} is not supported, only role and content are")
-        content = normalised(unicode(message.get("content"), f"{what}: content"))
+        content = normalised(require_unicode(message.get("content"), f"{what}: content"))
         clean.append({"role": message["role"], "content": content})
     if not any(message["role"] == "assistant" for message in clean):
         raise ValueError(f"{where}: the assistant says nothing, so there is nothing to learn")
@@ -137,7 +139,11 @@ def find_template(folder: str | Path, tokenizer: Tokenizer) -> str | None:
 
 
 def choose_template(tokenizer: Tokenizer, format: str, folder: Path, given: str | Path | None) -> str:
-    """The source of the template that `loader.prepare` uses: the one given, the folder's, or ours."""
+    """The source of the template that `prepare` uses.
+
+    It is the file `given`; else PLAIN for format "prompt"; else that in the tokenizer's folder,
+    or DEFAULT where that has none.
+    """
     if given is not None:
         return read_template(given)
     if format == "prompt":

@@ -161,7 +161,7 @@ def reading_bar() -> Iterator[Progress]:
     and the reading takes more than two seconds."""
     from rich.progress import MofNCompleteColumn
 
-    from ..data.loader import progress_bar
+    from ..data.prepare import progress_bar
 
     with progress_bar(MofNCompleteColumn()) as report:
         yield lambda done, total: report("reading the prompt (tokens)", done, total)

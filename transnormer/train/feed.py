@@ -5,7 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from ..data.loader import Batch, Loader, TokenData
+from ..data.loader import Batch, Loader
+from ..data.shards import TokenData
 from .parallel import Mesh
 
 

@@ -16,7 +16,8 @@ import torch
 
 from ..config import ModelConfig
 from ..data.chat import find_template
-from ..data.loader import Batch, Loader, TokenData
+from ..data.loader import Batch, Loader
+from ..data.shards import TokenData
 from ..data.tokenizer import load_tokenizer
 from ..files import write_text
 from ..formats.folders import find_model, load

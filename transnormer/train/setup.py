@@ -16,7 +16,9 @@ import psutil
 import torch
 
 from ..config import ModelConfig
-from ..data.loader import Loader, TokenData, prepare
+from ..data.loader import Loader
+from ..data.prepare import prepare
+from ..data.shards import TokenData
 from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..files import read_json, write_text
 from ..formats.folders import find_model
@@ -176,7 +178,7 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
         + f"read {epochs:.2g} times"
         + (f"; going on after step {done} of {recipe.train.steps}" if done else "")
     )
-    if (cut := loader.cut()) is not None:
+    if (cut := loader.cut_warning()) is not None:
         say(f"warning: {loader.data.name}: {cut}")
     optim, steps = recipe.optim, recipe.train.steps
     whole = steps - int(optim.decay_share * steps) if optim.schedule == "wsd" else steps  # before the rate must fall

@@ -12,14 +12,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from transnormer.data import corpus
-from transnormer.data.corpus import documents, read_text, read_texts, records
+from transnormer.data import documents
+from transnormer.data.documents import read_documents, read_records, read_text, read_texts
 
 TEXTS = ["one\ntwo\n", "  naïve  \U0001f600", "tab\tand \u2028 a line separator in one document"]
 
 
 def read(*inputs, **options):
-    return list(documents([Path(given) for given in inputs], **options))
+    return list(read_documents([Path(given) for given in inputs], **options))
 
 
 def json_lines(texts, field="text"):
@@ -59,14 +59,14 @@ def test_json_lines(tmp_path, suffix, field):
 
 def test_lines_across_chunks(tmp_path, monkeypatch):
     texts = [random.Random(n).choice("aé€\U0001f600") * n for n in range(60)][1:]
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 7)
     for suffix in (".jsonl", ".jsonl.gz", ".jsonl.zst"):
         assert read(write(tmp_path / f"a{suffix}", json_lines(texts))) == texts
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
 def test_parquet(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(corpus, "PARQUET_ROWS", 4)
+    monkeypatch.setattr(documents, "PARQUET_ROWS", 4)
     texts = [f"row {n}" for n in range(11)]
     path = write_parquet(tmp_path / "a.parquet", pyarrow.array(texts, kind), "content", row_group_size=3)
     assert read(path, text_field="content") == texts
@@ -77,7 +77,7 @@ def test_parquet_columns_that_are_stored_as_a_dictionary_are_text(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", column)
     assert pyarrow.parquet.read_schema(path).field("text").type == column.type  # and not plain strings
     assert read(path) == ["a", "b", "a", "a"]
-    assert [record["text"] for _, record in records([path], ["text"])] == ["a", "b", "a", "a"]
+    assert [record["text"] for _, record in read_records([path], ["text"])] == ["a", "b", "a", "a"]
 
 
 def test_parquet_columns_of_one_name(tmp_path):
@@ -86,10 +86,10 @@ def test_parquet_columns_of_one_name(tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
         return tmp_path / "a.parquet"
 
-    with pytest.raises(ValueError, match=r"a.parquet: 2 columns are named 'text'; which is meant cannot be known"):
+    with pytest.raises(ValueError, match=r"a.parquet: 2 columns are named 'text'; rename"):
         read(table("text", "text"))
     with pytest.raises(ValueError, match=r"a.parquet: 3 columns are named 'input'"):
-        list(records([table("output", "input", "input", "input")], ["output"], ["input"]))
+        list(read_records([table("output", "input", "input", "input")], ["output"], ["input"]))
     assert read(table("other", "text", "other")) == ["1"]  # what is not read may be there twice
 
 
@@ -125,7 +125,7 @@ def test_empty_documents_are_skipped(tmp_path):
 
 def test_documents_are_read_one_at_a_time(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines(["first"]) + "broken\n")
-    found = documents([path])
+    found = read_documents([path])
     assert next(found) == "first"
     with pytest.raises(ValueError, match="line 2"):
         next(found)
@@ -133,7 +133,7 @@ def test_documents_are_read_one_at_a_time(tmp_path):
 
 def test_an_input_that_is_not_there_is_told_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        documents([write(tmp_path / "a.txt", "a"), tmp_path / "b.txt"])
+        read_documents([write(tmp_path / "a.txt", "a"), tmp_path / "b.txt"])
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,10 @@ def test_damaged_compression_is_an_error_not_a_shorter_text(tmp_path, suffix):
     path = write(tmp_path / f"a.txt.{suffix}", noise)
     content = path.read_bytes()
     assert read(path) == [noise]
+    truncated = "a.txt.(gz: cannot be read as gzip|zst: damaged; it ends in the middle)"
     for damaged, message in (
-        (content[:-1000], "a.txt.(gz: cannot be read as gzip|zst: damaged: it ends in the middle)"),
-        (content[: len(content) // 2], "a.txt.(gz: cannot be read as gzip|zst: damaged: it ends in the middle)"),
+        (content[:-1000], truncated),
+        (content[: len(content) // 2], "a.txt.(gz: cannot be read as gzip|zst: damaged; it ends in the middle)"),
         (b"plain text", "a.txt.(gz: cannot be read as gzip|zst: cannot be read as zstandard)"),
     ):
         path.write_bytes(damaged)
@@ -221,9 +222,9 @@ def test_folders_without_documents(tmp_path):
     with pytest.raises(ValueError, match=r"gone.txt: a link to a file that is not there"):
         read(tmp_path)
     with pytest.raises(ValueError, match="no input given"):
-        documents([])
+        read_documents([])
     with pytest.raises(TypeError, match="a list of paths"):
-        documents(str(tmp_path))
+        read_documents(str(tmp_path))
 
 
 @pytest.mark.parametrize(("module", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.jsonl.zst")])
@@ -241,7 +242,7 @@ def test_read_text(tmp_path):
     for path, message in (
         (tmp_path / "gone.txt", "gone.txt: no such file"),
         (tmp_path, "not a single text"),
-        (write(tmp_path / "a.jsonl", "{}"), "a.jsonl: not a single text; wanted is one text file"),
+        (write(tmp_path / "a.jsonl", "{}"), "a.jsonl: not a single text; name one text file"),
         (write(tmp_path / "bad", b"ab\xff"), "bad: not UTF-8 at byte 2"),
     ):
         with pytest.raises(ValueError, match=message):
