@@ -47,7 +47,7 @@ DOORS = {
     "pyarrow": "documents.py",
     "zstandard": "documents.py",
     "matplotlib": "metrics.py",
-    "psutil": "setup.py",
+    "psutil": "validate.py",
     "sentencepiece": "tokenizers.py",
     "tiktoken": "tokenizers.py",
     "lm_eval": "harness.py",

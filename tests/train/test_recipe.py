@@ -13,7 +13,7 @@ from transnormer.planning.mesh_sizes import check, sizes
 from transnormer.train.optim import learning_rate
 from transnormer.train.parallel import Mesh
 from transnormer.train.recipe import Optim, Recipe, model_overrides
-from transnormer.train.setup import check_memory
+from transnormer.train.validate import check_memory
 
 from ..conftest import REPOSITORY
 

@@ -23,7 +23,6 @@ from ..files import write_text
 from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
-from ..planning.mesh_sizes import check
 from ..run_folder import CHECKPOINTS, CURVE, METRICS, RECIPE, step_folders
 from . import checkpoint, float8, lora
 from .checkpoint import Checkpoints, Origin, RunProgress, read_progress
@@ -33,10 +32,11 @@ from .optim import learning_rate, new_optimizer, step_unless
 from .parallel import Mesh, clip, parallelize, start
 from .recipe import Checkpoint, Recipe
 from .recovery import Recovery
-from .setup import check_memory, check_same, check_tokenizer, check_vocabulary, describe, only_one, open_data
+from .setup import describe, only_one, open_data
 from .step import MicrobatchRunner, StepResult, agree, evaluation, gradients, refusal
 from .stopping import Interrupted as Interrupted
 from .stopping import StopRequests, stop_requests
+from .validate import check_memory, check_same, check_settings, check_tokenizer, check_vocabulary, resets_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +91,14 @@ def _run(recipe: Recipe, run: Path, mesh: Mesh) -> RunSummary:
         data = mesh.together(lambda: TokenData(recipe.data.path, "train"))
         assert data is not None
         config = mesh.together(lambda: _config(recipe, base, data, mesh))
+        loader = mesh.together(lambda: _loader(recipe, data, mesh))
         assert config is not None
+        assert loader is not None
         mesh.together(lambda: held.enter_context(_opened(run, recipe)), first=True)
         model, origin = _model(recipe, config, data, mesh, base)
         base = None  # of which each of several processes has a whole one
         began = time.perf_counter()
-        _train(recipe, run, model, origin, data, mesh)
+        _train(recipe, run, model, origin, loader, mesh)
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated(mesh.device) if mesh.device.type == "cuda" else None
         return _summary(recipe, run, mesh, seconds=seconds, peak_memory_bytes=peak)
@@ -169,29 +171,9 @@ def _prepare(recipe: Recipe, base: LanguageModel | None) -> None:
 
 
 def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: Mesh) -> ModelConfig:
-    """The model's, once all is known to fit: data, batch, mesh, memory."""
-    config, length = recipe.model_config(data.vocab_size) if base is None else base.config, recipe.train.seq_len
-    check(config, recipe.parallel, mesh.world, seq_len=length, rows=recipe.rows)
-    Loader(data, seq_len=length, batch_size=recipe.rows, seed=0)
-    if config.position == "ape" and config.max_position_embeddings < length:
-        raise ValueError(
-            f"model.max_position_embeddings = {config.max_position_embeddings} is below train.seq_len = {length}"
-        )
-    if recipe.lora is not None and mesh.tensor > 1:
-        raise ValueError(f"parallel.tensor = {mesh.tensor} cannot cut adapted maps; with lora it must be 1")
-    if recipe.train.segment and (config.mixer != "gla" or mesh.context > 1 or _resets(recipe, data)):
-        raise ValueError(
-            f"train.segment = {recipe.train.segment} needs linear attention (model.mixer = gla), whole rows "
-            f"(parallel.context = 1) and train.reset_state = false"
-        )
-    if recipe.train.graph and _resets(recipe, data):
-        raise ValueError(
-            "train.graph = true needs micro-batches of one shape, which conversations and train.reset_state = true are not"
-        )
-    if recipe.train.graph and mesh.device.type != "cuda":
-        raise ValueError(f"train.graph = true needs a GPU, and the device is {mesh.device.type}; write false")
-    if recipe.train.segment % mesh.tensor:
-        raise ValueError(f"parallel.tensor = {mesh.tensor} does not divide train.segment = {recipe.train.segment}")
+    """The config of the model that is trained, once every setting is known to fit it."""
+    config = recipe.model_config(data.vocab_size) if base is None else base.config
+    check_settings(recipe, config, data, mesh)
     if config.eos_token_id is None and data.end_of_text is not None:
         config = config.replace(eos_token_id=data.end_of_text)
     if recipe.train.float8:
@@ -200,9 +182,12 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
     return config
 
 
-def _resets(recipe: Recipe, data: TokenData) -> bool:
-    """Whether the state begins anew at the borders of documents."""
-    return bool(data.flags) if recipe.train.reset_state is None else recipe.train.reset_state
+def _loader(recipe: Recipe, data: TokenData, mesh: Mesh) -> Loader:
+    """Gives this rank its rows of every microbatch."""
+    return Loader(
+        data, seq_len=recipe.train.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=recipe.train.seed,
+        rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=resets_state(recipe, data),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -258,15 +243,11 @@ def _model(
     return model, Origin(data=data.fingerprint, chat_template=template, adapter=adapter, base=under)
 
 
-def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, data: TokenData, mesh: Mesh) -> None:
+def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, loader: Loader, mesh: Mesh) -> None:
     """Every step of the run that is left, with its evaluations and checkpoints."""
-    settings, steps, resets = recipe.train, recipe.train.steps, _resets(recipe, data)
-    loader = Loader(
-        data, seq_len=settings.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=settings.seed,
-        rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=resets,
-    )  # fmt: skip
+    settings, steps = recipe.train, recipe.train.steps
     optimizer = new_optimizer(model, recipe.optim)
-    evaluate = _evaluation(recipe, model, mesh, resets)
+    evaluate = _evaluation(recipe, model, mesh, resets_state(recipe, loader.data))
     went_back: dict[str, Any] = {}  # said in the metrics of the step that follows
     model.train()
     with (
