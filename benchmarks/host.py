@@ -29,7 +29,7 @@ from transnormer.planning import memory
 from transnormer.planning.check import pretended
 from transnormer.planning.memory import Layout
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import clip, parallelize
+from transnormer.train.parallelize import clip, parallelize
 from transnormer.train.recipe import Optim
 
 NARROW = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64, "intermediate_size": 128, "vocab_size": 64}

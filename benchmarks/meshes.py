@@ -35,8 +35,9 @@ from transnormer.planning.memory import Layout, find_memory
 from transnormer.planning.memory import measure as measure_shape
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.planning.speed import find_speed
+from transnormer.train.mesh import Mesh, make_mesh, start
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import Mesh, clip, make_mesh, parallelize, start
+from transnormer.train.parallelize import clip, parallelize
 from transnormer.train.recipe import Optim, Train
 from transnormer.train.step import MicrobatchRunner
 

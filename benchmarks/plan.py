@@ -27,7 +27,7 @@ from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.planning.check import pretended
 from transnormer.planning.memory import Layout, find_memory, measure
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import parallelize
+from transnormer.train.parallelize import parallelize
 from transnormer.train.recipe import Optim
 
 SEQ_LEN = 2_048

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
-from transnormer.train.graph import Graph
+from transnormer.model.cuda_graph import Graph
+from transnormer.train.mesh import Mesh
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import Mesh, parallelize
+from transnormer.train.parallelize import parallelize
 from transnormer.train.recipe import Optim
 
 

@@ -34,8 +34,9 @@ from transnormer.planning.memory import WORKSPACE_BYTES, Layout, find_memory, me
 from transnormer.planning.search import BATCH_TOKENS, Job, compare_tensor, saving, spelled
 from transnormer.planning.speed import find_speed, sent_bytes
 from transnormer.train import sharding
+from transnormer.train.mesh import make_mesh
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import make_mesh, parallelize
+from transnormer.train.parallelize import parallelize
 from transnormer.train.recipe import Optim, Recipe, model_overrides
 
 from ..children import run_processes

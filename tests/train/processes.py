@@ -27,8 +27,9 @@ from transnormer.ops import dispatch, lightning, loss, lrpe, norm
 from transnormer.planning import memory
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train import segments
+from transnormer.train.mesh import Mesh, make_mesh
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
+from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import Optim
 
 from ..children import run_processes

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from transnormer.train import loop
+from transnormer.train.mesh import start as parallel_start
 from transnormer.train.metrics import read_metrics
-from transnormer.train.parallel import start as parallel_start
 from transnormer.train.recipe import Recipe
 
 from ..children import run_processes

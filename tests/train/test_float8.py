@@ -17,7 +17,8 @@ from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train.loop import train
-from transnormer.train.parallel import Mesh, make_mesh, parallelize
+from transnormer.train.mesh import Mesh, make_mesh
+from transnormer.train.parallelize import parallelize
 from transnormer.train.recipe import Recipe
 
 from ..children import run_processes

@@ -11,11 +11,11 @@ import torch
 
 from transnormer.config import ModelConfig
 from transnormer.data.loader import Batch
+from transnormer.model.cuda_graph import Graph
 from transnormer.model.language_model import LanguageModel
-from transnormer.train.graph import Graph
 from transnormer.train.loop import Interrupted, train
+from transnormer.train.mesh import Mesh
 from transnormer.train.metrics import read_metrics
-from transnormer.train.parallel import Mesh
 from transnormer.train.recipe import Train
 from transnormer.train.step import MicrobatchRunner
 

@@ -28,8 +28,9 @@ from transnormer.planning.mesh_sizes import Parallel
 from transnormer.run_folder import step_folders
 from transnormer.train import checkpoint, loop
 from transnormer.train.loop import train
+from transnormer.train.mesh import make_mesh, start
 from transnormer.train.metrics import read_metrics
-from transnormer.train.parallel import make_mesh, parallelize, start
+from transnormer.train.parallelize import parallelize
 from transnormer.train.recipe import Lora, Recipe
 from transnormer.train.step import evaluation
 

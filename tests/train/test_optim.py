@@ -18,8 +18,9 @@ from transnormer.planning.check import pretended
 from transnormer.planning.memory import Layout
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train.loop import train
+from transnormer.train.mesh import Mesh, make_mesh
 from transnormer.train.optim import Muon, load_optimizer_tensors, new_optimizer, optimizer_tensors, step_unless
-from transnormer.train.parallel import Mesh, clip, full_tensors, make_mesh, parallelize
+from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import OPTIMIZERS, Optim
 
 from ..children import run_processes

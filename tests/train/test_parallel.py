@@ -15,7 +15,8 @@ import torch
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.planning.mesh_sizes import Parallel, check, sizes
-from transnormer.train.parallel import Mesh, clip, full_tensors, parallelize, start
+from transnormer.train.mesh import Mesh, start
+from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import Recipe
 
 from .processes import TINY, Case, build, run
@@ -203,7 +204,7 @@ def test_the_recipe_names_the_mesh() -> None:
 
 SCRIPT = """
 import sys, torch
-from transnormer.train.parallel import start
+from transnormer.train.mesh import start
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train.recipe import Recipe
 with start(Parallel(tensor=2), "cpu") as mesh:

@@ -10,8 +10,8 @@ import torch
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.planning.mesh_sizes import check, sizes
+from transnormer.train.mesh import Mesh
 from transnormer.train.optim import learning_rate
-from transnormer.train.parallel import Mesh
 from transnormer.train.recipe import Optim, Recipe, model_overrides
 from transnormer.train.validate import check_memory
 

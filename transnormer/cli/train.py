@@ -45,8 +45,8 @@ def train(
 
     from ..train.loop import Interrupted
     from ..train.loop import train as run
+    from ..train.mesh import FailedOnOtherRank
     from ..train.metrics import say
-    from ..train.parallel import FailedOnOtherRank
     from ..train.recipe import Recipe
 
     try:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..config import ModelConfig
 from ..model.language_model import LanguageModel
-from ..train.parallel import Mesh, make_mesh, parallelize
+from ..train.mesh import Mesh, make_mesh
+from ..train.parallelize import parallelize
 from .memory import Layout, Memory, block_kinds, one_of_each
 from .search import Job, Plan, saving
 

@@ -32,9 +32,10 @@ from ..model.card import write_card
 from ..model.language_model import LanguageModel
 from ..run_folder import SEAL, damage, seal, step_folders
 from . import lora, storage
+from .mesh import FailedOnOtherRank, Mesh
 from .metrics import say
 from .optim import load_optimizer_tensors, optimizer_tensors
-from .parallel import FailedOnOtherRank, Mesh, whole
+from .parallelize import whole
 from .recipe import Checkpoint
 
 MEMORY = "optimizer.safetensors"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..data.loader import Batch, Loader
 from ..data.shards import TokenData
-from .parallel import Mesh
+from .mesh import Mesh
 
 
 class StepBatches(NamedTuple):

@@ -27,9 +27,10 @@ from ..run_folder import CHECKPOINTS, CURVE, METRICS, RECIPE, step_folders
 from . import checkpoint, float8, lora
 from .checkpoint import Checkpoints, Origin, RunProgress, read_progress
 from .feed import Feed, StepBatches, validation
+from .mesh import Mesh, start
 from .metrics import Metrics, console, plot, progress_bar, read_metrics, say
 from .optim import learning_rate, new_optimizer, step_unless
-from .parallel import Mesh, clip, parallelize, start
+from .parallelize import clip, parallelize
 from .recipe import Checkpoint, Recipe
 from .recovery import Recovery
 from .setup import describe, only_one, open_data

@@ -9,8 +9,8 @@ import torch
 
 from ..model.language_model import LanguageModel
 from .checkpoint import Checkpoints, RunProgress
+from .mesh import Mesh
 from .metrics import say
-from .parallel import Mesh
 
 RETURNS = 3  # to one checkpoint, then the run ends
 ADVICE = "try run=NAME with a lower optim.lr or a longer warm-up"

@@ -20,8 +20,8 @@ from ..formats.folders import find_model
 from ..model.language_model import LanguageModel
 from ..provenance import provenance
 from ..run_folder import STARTS
+from .mesh import Mesh
 from .metrics import say
-from .parallel import Mesh
 from .recipe import Recipe
 from .validate import check_content
 

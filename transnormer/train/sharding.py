@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE, SimpleRMSNorm, local
 from ..planning.memory import gathered_at_once
-from .parallel import Mesh
+from .mesh import Mesh
 
 
 def cut(model: LanguageModel, mesh: Mesh) -> None:
@@ -83,7 +83,7 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
-    """See `parallel.clip`."""
+    """See `parallelize.clip`."""
     assert mesh.ranks is not None
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     shares = [local(gradient) for gradient in gradients]

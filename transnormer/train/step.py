@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.loader import Batch
+from ..model.cuda_graph import Graph
 from ..model.language_model import LanguageModel
 from . import segments
 from .checkpoint import WINDOW
 from .feed import StepBatches
-from .graph import Graph
-from .parallel import Mesh, reshard
+from .mesh import Mesh
+from .parallelize import reshard
 from .recipe import Train
 from .stopping import STOPS
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.language_model import LanguageModel
-from .parallel import Mesh
+from .mesh import Mesh
 
 RANDOM = "_rng/"  # in the name of a random state, before the rank whose it is
 

@@ -17,8 +17,8 @@ from ..model.language_model import LanguageModel
 from ..planning.mesh_sizes import check as check_mesh
 from ..run_folder import RECIPE
 from . import lora
+from .mesh import Mesh
 from .metrics import say
-from .parallel import Mesh
 from .recipe import Data, Recipe
 
 

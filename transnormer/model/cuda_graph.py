@@ -1,8 +1,8 @@
-"""The passes of a micro-batch as one CUDA graph: the host hands the GPU one thing to do instead of thousands.
+"""The forward and backward pass of a microbatch recorded as one CUDA graph, which the host replays with a single call.
 
-A GPU is through a small model, or its part of one, sooner than the host queues it; and where processes wait for each
-other in every block, all wait for the slowest host. What a graph does it does at the same addresses every time: so it
-keeps the memory of both passes while it lives, and micro-batches must be of one shape.
+Small models are launch-bound: the GPU finishes a kernel before the host has queued the next one. On a mesh whose ranks
+wait for each other in every block, all of them wait for the slowest host. A graph reads and writes the same addresses in
+every replay. Therefore it keeps the memory of both passes as long as it exists, and all microbatches must have one shape.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 from ..model.layers import local
 
-WARM = 2  # passes before: they compile, tune, connect processes
+WARM = 2  # calls before the recording, in which kernels are compiled and tuned and processes connect
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """To record on, the same for all: cuBLAS keeps memory for every stream that it has seen."""
+    """The stream to record on. There is one a device, because cuBLAS keeps memory for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 class Graph:
-    """`compute(*inputs)`, recorded once, then replayed. All ranks of a mesh call it alike.
+    """Records `compute(*inputs)` once and then replays it. All ranks of a mesh must call it equally often.
 
-    compute: leaves gradients in the model's parameters and returns its loss, a scalar; reads nothing on the host.
-    inputs: tensors on the GPU.
-    adds: gradients add up until they are set to None; otherwise each call's replace the last one's, which saves a pass
-    over them.
+    compute: leaves gradients in the model's parameters and returns the loss, a scalar. It must not read a tensor's value
+        on the host. inputs: tensors on the GPU.
+    adds: whether gradients add up until they are set to None. Otherwise each call replaces the gradients of the call
+        before it, which saves a pass over them.
     """
 
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor], *, adds: bool):
@@ -44,14 +44,14 @@ class Graph:
         return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The loss, in memory that the next call writes to again. ValueError for inputs of other shapes than recorded."""
+        """Returns the loss, in memory that the next call overwrites. Raises ValueError where an input's shape is new."""
         if self._graph is None:
             self.record(*inputs)
         assert self._graph is not None
-        for place, x in zip(self._inputs, inputs, strict=True):
-            if x.shape != place.shape:
-                raise ValueError(f"an input of shape {tuple(x.shape)}, where {tuple(place.shape)} was recorded")
-            place.copy_(x, non_blocking=True)
+        for recorded, x in zip(self._inputs, inputs, strict=True):
+            if x.shape != recorded.shape:
+                raise ValueError(f"an input of shape {tuple(x.shape)}, where {tuple(recorded.shape)} was recorded")
+            recorded.copy_(x, non_blocking=True)
         if self._adds and self._gradients[0][0].grad is None:
             torch._foreach_zero_([local(gradient) for _, gradient in self._gradients])
         self._graph.replay()
@@ -60,7 +60,7 @@ class Graph:
         return self._loss
 
     def record(self, *inputs: Tensor) -> None:
-        """Compute a few times, then once more to record it. Leaves no gradients.
+        """Call `compute` a few times, then record one more call. No gradients are left afterwards.
 
         Raises ValueError with the reason where `compute` cannot be recorded; the process should then end.
         """
@@ -77,11 +77,11 @@ class Graph:
         torch.cuda.current_stream(device).wait_stream(aside)
         torch.cuda.set_rng_state(drawn, device)
         graph = torch.cuda.CUDAGraph()
-        try:  # other threads may read ahead meanwhile, into memory of their own
+        try:  # other threads, such as the one that reads data ahead, may allocate memory meanwhile
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 self._loss = self._compute(*self._inputs)
         except RuntimeError as error:
-            cause = error.__context__ or error  # the recording's end fails too, and says nothing of why
+            cause = error.__context__ or error  # ending the recording fails as well, with an error that gives no reason
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise ValueError(str(cause).splitlines()[0]) from cause
@@ -90,7 +90,7 @@ class Graph:
         self._graph = graph
 
     def close(self) -> None:
-        """Let go of the memory. The process group that was recorded must still be there."""
+        """Free the memory. A process group whose collectives were recorded must still exist."""
         self._inputs, self._gradients = [], []
         if self._graph is not None:
             self._graph.reset()

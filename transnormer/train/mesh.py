@@ -11,19 +11,17 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch import Tensor
 
 from ..data.loader import Batch
-from ..model.language_model import LanguageModel, find_device
+from ..model.language_model import find_device
 from ..planning.mesh_sizes import Parallel, sizes
 
 if TYPE_CHECKING:
@@ -186,80 +184,3 @@ def make_mesh(parallel: Parallel, device: torch.device) -> Mesh:
         names = ("replicate", "shard", "context", "tensor")
         segments = init_device_mesh(device.type, found, mesh_dim_names=names)["context"]
     return Mesh(device, *found, rank=dist.get_rank(), ranks=ranks, segments=segments)
-
-
-def parallelize(
-    model: LanguageModel, mesh: Mesh, *, recompute: bool = False, compile: bool = False, dtype: str = "float32",
-    float8: str = "",
-) -> None:  # fmt: skip
-    """Make the model this rank's, in place: tensor, context, float8, recompute, compile, shard, in this order.
-
-    The model may lie on the meta device; `model.to_empty` and `init_weights` then give it the values that one process
-    would have. recompute: keep only each block's input in the forward pass, the rest is computed again in the backward
-    pass. compile: the blocks. dtype: of matrix products, as in the recipe; in it weights are gathered and multiplied.
-    float8: how the blocks' products are scaled (`float8.convert`), "" for none.
-    """
-    if mesh.ranks is not None:
-        from . import sharding
-
-        sharding.cut(model, mesh)
-    if float8:
-        from .float8 import convert
-
-        convert(model, float8, mesh.device)
-    for block in model.layers:
-        if model.config.mixer == "softmax":
-            block.forward = partial(_forgetting, block.forward)
-        # The compiler spares what nobody reads of a recomputation it sees, but saves a mesh as a tensor beside softmax
-        # attention's (torch 2.13).
-        seen = model.config.mixer != "softmax" or mesh.tensor == 1
-        draws = any(isinstance(module, nn.Dropout) and module.p for module in block.modules())
-        again = partial(recomputed, use_reentrant=False, preserve_rng_state=draws)  # read on the host: no graph can
-        if recompute and seen:
-            block.forward = partial(again, block.forward)
-        if compile:
-            block.forward = torch.compile(block.forward, fullgraph=True)
-        if recompute and not seen:
-            block.forward = partial(again, block.forward)
-    if mesh.ranks is not None:
-        sharding.shard(model, mesh, torch.bfloat16 if dtype == "bfloat16" else None)
-
-
-def _forgetting(forward: Callable[..., tuple[Tensor, Any]], *inputs: Any) -> tuple[Tensor, tuple[()]]:
-    """A softmax block without its state: all keys and values, which would be kept from every block to the last."""
-    return forward(*inputs)[0], ()
-
-
-def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
-    """Scale the gradients so that their norm over all ranks is at most `most` (0: leave them); returns the norm.
-
-    Nothing is read on the host; where the norm is not finite, neither are the gradients afterwards.
-    """
-    if mesh.ranks is None:
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), most or math.inf)
-    from . import sharding
-
-    return sharding.clip(model, mesh, most)
-
-
-def reshard(model: nn.Module, mesh: Mesh) -> None:
-    """Let go of gathered weights that a forward pass kept for a backward pass, where there was none."""
-    if mesh.ranks is not None:
-        from . import sharding
-
-        sharding.reshard(model)
-
-
-def full_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of whole weights by name on the CPU of rank 0, gathered one at a time; {} on the others. All ranks call it."""
-    first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, tensor in whole(model.state_dict()):
-        if first:
-            found[name] = tensor.detach().to("cpu", copy=True)
-    return found
-
-
-def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """One after another, gathered where they are sharded. All ranks must read all."""
-    for name, tensor in tensors.items():
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
