@@ -19,7 +19,8 @@ from transnormer.planning.memory import Layout
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train.loop import train
 from transnormer.train.mesh import Mesh, make_mesh
-from transnormer.train.optim import Muon, load_optimizer_tensors, new_optimizer, optimizer_tensors, step_unless
+from transnormer.train.muon import Muon
+from transnormer.train.optim import load_optimizer_tensors, new_optimizer, optimizer_tensors, step_unless
 from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import OPTIMIZERS, Optim
 
@@ -61,26 +62,26 @@ def test_matrices_and_embeddings_are_decayed_and_nothing_else(optim: Optim) -> N
 @pytest.mark.parametrize("optim", EVERY, ids=lambda optim: f"{optim.name}-{optim.bits}")
 def test_what_it_remembers_goes_on_bit_for_bit(optim: Optim) -> None:
     model, optimizer = model_and_step(optim, steps=3)
-    memory = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    state = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
     again, fresh = model_and_step(optim)
     again.load_state_dict(model.state_dict())
-    load_optimizer_tensors(again, fresh, memory)
+    load_optimizer_tensors(again, fresh, state)
     for each, other in ((model, optimizer), (again, fresh)):
         move(each, other, 3)
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
     found = optimizer_tensors(again, fresh)
-    assert found.keys() == memory.keys()
+    assert found.keys() == state.keys()
     assert all(torch.equal(x, found[name]) for name, x in optimizer_tensors(model, optimizer).items())
-    lost = next(name for name in memory if "out_proj.weight" in name)
-    del memory[lost]
-    with pytest.raises(ValueError, match=r"the optimizer's memory of layers\.0\.mixer\.out_proj\.weight is missing"):
-        load_optimizer_tensors(again, fresh, memory)
+    lost = next(name for name in state if "out_proj.weight" in name)
+    del state[lost]
+    with pytest.raises(ValueError, match=r"the optimizer state of layers\.0\.mixer\.out_proj\.weight is missing"):
+        load_optimizer_tensors(again, fresh, state)
 
 
 def test_eight_bits_need_bitsandbytes_and_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = model_and_step(Optim(bits=8), steps=1)
-    memory = optimizer_tensors(model, optimizer)
-    assert memory["state1/layers.0.mixer.qkvu_proj.weight"].dtype == torch.uint8
+    state = optimizer_tensors(model, optimizer)
+    assert state["state1/layers.0.mixer.qkvu_proj.weight"].dtype == torch.uint8
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"optim\.bits = 8 needs bitsandbytes: pip install 'transnormer\[bits\]'"):
         model_and_step(Optim(bits=8))

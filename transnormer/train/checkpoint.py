@@ -38,8 +38,8 @@ from .optim import load_optimizer_tensors, optimizer_tensors
 from .parallelize import whole
 from .recipe import Checkpoint
 
-MEMORY = "optimizer.safetensors"
-MEMORY_PIECES = "optimizer-{:05d}-of-{:05d}.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER_PIECES = "optimizer-{:05d}-of-{:05d}.safetensors"
 RECORD = "training.json"
 WINDOW = 32  # losses that are remembered, to know a spike by
 
@@ -56,7 +56,7 @@ class Origin:
 
 @dataclass
 class RunProgress:
-    """Where a run is, beside its weights and its optimizer's memory.
+    """Where a run is, beside its weights and its optimizer state.
 
     position: samples taken so far, by refused steps too; refused: steps in a row, up to the last, that were refused;
     refused_in_all: with those before which the run went back; losses: of the last steps that were not refused; skipped:
@@ -119,12 +119,12 @@ class Checkpoints:
         self._prune = progress.refused == 0  # else the last one before the refused steps must stay
         tensors = model.state_dict()
         weights = tensors.items() if origin.adapter is None else lora.merged(model, tensors)
-        memory = optimizer_tensors(model, optimizer) | {f"torch{storage.RANDOM}{mesh.rank}": torch.get_rng_state()}
+        state = optimizer_tensors(model, optimizer) | {f"torch{storage.RANDOM}{mesh.rank}": torch.get_rng_state()}
         if mesh.device.type == "cuda":
-            memory[f"cuda{storage.RANDOM}{mesh.rank}"] = torch.cuda.get_rng_state()
+            state[f"cuda{storage.RANDOM}{mesh.rank}"] = torch.cuda.get_rng_state()
         files = {
             _name(WEIGHTS, PIECES, mesh): self._copies(weights),
-            _name(MEMORY, MEMORY_PIECES, mesh): self._copies(sorted(memory.items())),
+            _name(OPTIMIZER, OPTIMIZER_PIECES, mesh): self._copies(sorted(state.items())),
         }
         adapter = {} if origin.adapter is None else self._copies(whole(lora.adapter_tensors(model)))[0]
         copied = torch.cuda.Event() if mesh.device.type == "cuda" else None
@@ -269,18 +269,18 @@ class Checkpoints:
             storage.read(folder, model.state_dict())
         else:
             lora.load_adapter(folder / lora.FOLDER, model)
-        memory = storage.optimizer_memory(folder, model)
-        random = {name: memory.pop(name) for name in list(memory) if storage.RANDOM in name}
-        mine = {name: state for name, state in random.items() if before == now and name.endswith(f"/{mesh.rank}")}
-        storage.read(folder, memory | mine)
+        optimizer_state = storage.optimizer_state(folder, model)
+        random = {name: optimizer_state.pop(name) for name in list(optimizer_state) if storage.RANDOM in name}
+        mine = {name: drawn for name, drawn in random.items() if before == now and name.endswith(f"/{mesh.rank}")}
+        storage.read(folder, optimizer_state | mine)
         optimizer.state.clear()
-        if memory:  # there is none before the first step that was not refused
-            load_optimizer_tensors(model, optimizer, memory)
-        for name, state in mine.items():
+        if optimizer_state:  # there is none before the first step that was not refused
+            load_optimizer_tensors(model, optimizer, optimizer_state)
+        for name, drawn in mine.items():
             if name.startswith("torch"):
-                torch.set_rng_state(state)
+                torch.set_rng_state(drawn)
             elif mesh.device.type == "cuda":
-                torch.cuda.set_rng_state(state)
+                torch.cuda.set_rng_state(drawn)
         return read_progress(folder)
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE
 from ..model.mixers import Mixer
+from .muon import Muon
 from .recipe import Optim
 
 Group = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam remembers of a parameter
-ORTHOGONAL_ELEMENTS = 2**25  # of several matrices that Muon orthogonalises at once on one process, at most
 
 
 def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
@@ -33,7 +31,7 @@ def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
     for p in model.parameters():
         if p.requires_grad and p not in inner:
             groups[p.dim() <= 1 or id(p) in spared]["params"].append(p)
-    groups = [group | {"memory": MOMENTS} for group in groups if group["params"]]
+    groups = [group | {"state_names": MOMENTS} for group in groups if group["params"]]
     settings: Group = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "eps": recipe.eps}
     if recipe.bits == 8:
         return _in_8_bits(groups, recipe.name, settings)
@@ -62,10 +60,12 @@ def _in_8_bits(groups: list[Group], name: str, settings: Group) -> torch.optim.O
     except ImportError as error:
         raise ValueError("optim.bits = 8 needs bitsandbytes: pip install 'transnormer[bits]'") from error
     if any(hasattr(p, "placements") for group in groups for p in group["params"]):
-        raise ValueError("optim.bits = 8 is for one process; several share the memory already: write optim.bits = 32")
+        raise ValueError(
+            "optim.bits = 8 is for one process; several share the optimizer state already: write optim.bits = 32"
+        )
     kind = bnb.optim.Adam8bit if name == "adam" else bnb.optim.AdamW8bit
     optimizer: torch.optim.Optimizer = kind(
-        [group | {"memory": ("state1", "state2", "step")} for group in groups], **settings
+        [group | {"state_names": ("state1", "state2", "step")} for group in groups], **settings
     )
     return optimizer
 
@@ -83,79 +83,6 @@ def _inner_matrices(model: LanguageModel) -> dict[Tensor, tuple[int, int]]:
             if mixer.qkvu_proj.weight in found:
                 found[mixer.qkvu_proj.weight] = (mixer.parts, mixer.head_dim)
     return found
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are made equal (arXiv 2502.16982), for fused and sharded matrices too.
-
-    As `torch.optim.Muon` with Nesterov's momentum and adjust_lr_fn="match_rms_adamw": an update's root mean square is
-    0.2 lr, as AdamW's is about, so that both share a rate. A fused projection is several maps: each is
-    orthogonalised by itself, for one with small gradients would else hardly move. Of sharded matrices each process
-    orthogonalises its share, whole, and hands it to the others. Matrices of one shape are orthogonalised together.
-    """
-
-    def __init__(self, groups: list[Group], *, lr: float, weight_decay: float, momentum: float = 0.95):
-        memory = ("momentum",)
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "memory": memory})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step. closure: none, as nothing is computed twice."""
-        for group in self.param_groups:
-            alike = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike[p.shape].append(p)
-            for shape, same in alike.items():
-                processes = same[0].device_mesh.size() if hasattr(same[0], "device_mesh") else 1
-                number = processes * max(1, ORTHOGONAL_ELEMENTS // shape.numel())
-                for first in range(0, len(same), number):
-                    some = same[first : first + number]
-                    for p, update in zip(some, self._updates(some, group), strict=True):
-                        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-
-    def _updates(self, parameters: list[Any], group: Group) -> Iterator[Tensor]:
-        """What each of them, all of one shape, is to move by, for a rate of 1, sharded as it is."""
-        mesh = getattr(parameters[0], "device_mesh", None)
-        processes, rank = (mesh.size(), dist.get_rank()) if mesh else (1, 0)
-        mine: list[Tensor] = []
-        for number, p in enumerate(parameters):
-            state = self.state[p]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(p)
-            momentum: Tensor = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update: Any = p.grad.lerp(momentum, group["momentum"]).bfloat16()
-            whole = update.full_tensor() if mesh else update
-            if number % processes == rank:  # the others' are dropped at once: memory does not grow with processes
-                mine.append(whole)
-        turned = iter(_orthogonal(torch.stack(mine), *group["blocks"]) if mine else ())
-        if mesh is None:
-            yield from (update.to(p.dtype) for p, update in zip(parameters, turned, strict=True))
-            return
-        from torch.distributed.tensor import distribute_tensor
-
-        for number, p in enumerate(parameters):
-            owner = number % processes
-            update = next(turned).contiguous() if owner == rank else torch.empty_like(whole)
-            dist.broadcast(update, owner)
-            yield distribute_tensor(update, mesh, p.placements, src_data_rank=None).to(p.dtype)
-
-
-def _orthogonal(x: Tensor, matrices: int, rows: int) -> Tensor:
-    """U V^T of x = U S V^T, about, times 0.2 sqrt(its longer side), for each of x [N, ...]: of each of the matrices whose
-    rows it interleaves.
-    """
-    y = x.unflatten(1, (-1, matrices, rows)).transpose(1, 2).flatten(2, 3).flatten(0, 1) if matrices > 1 else x
-    if turned := y.shape[1] > y.shape[2]:
-        y = y.mT
-    y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=1e-7)
-    for _ in range(5):  # Newton-Schulz; the coefficients, by Keller Jordan, bring any value to about 1 in five steps
-        square = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
-    y = (y.mT if turned else y) * (0.2 * math.sqrt(max(y.shape[1:])))
-    if matrices == 1:
-        return y
-    return y.unflatten(0, (len(x), matrices)).unflatten(2, (-1, rows)).transpose(1, 2).flatten(1, 3)
 
 
 class OptimizerGroup(torch.optim.Optimizer):
@@ -187,7 +114,7 @@ def learning_rate(recipe: Optim, step: int, steps: int) -> float:
     return recipe.lr * (recipe.min_lr + (1 - recipe.min_lr) * share)
 
 
-# The optimizer's memory.
+# The optimizer state as named tensors.
 
 
 def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -198,23 +125,23 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{kind}/{names[p]}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for p, memory in optimizer.state.items()
-        for kind, value in memory.items()
+        for p, state in optimizer.state.items()
+        for kind, value in state.items()
     }
 
 
 def load_optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; all that is trained must have its memory. Raises ValueError naming one without."""
-    memory = {p: set(group["memory"]) for group in optimizer.param_groups for p in group["params"]}
+    """The inverse of `optimizer_tensors`; every trained parameter must have its state. Raises ValueError naming one without."""
+    wanted = {p: set(group["state_names"]) for group in optimizer.param_groups for p in group["params"]}
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         found[name][kind] = value
     for name, p in model.named_parameters():
-        if p not in memory:
+        if p not in wanted:
             continue
-        if not memory[p] <= found[name].keys():
-            raise ValueError(f"the optimizer's memory of {name} is missing")
+        if not wanted[p] <= found[name].keys():
+            raise ValueError(f"the optimizer state of {name} is missing")
         optimizer.state[p] = {
             kind: int(value) if value.dtype == torch.int64 else value.to(p.device)
             for kind, value in found[name].items()

@@ -44,7 +44,7 @@ def pieces(tensors: Iterable[tuple[str, Any]], mesh: Mesh) -> Iterator[tuple[str
                 yield name, piece, list(described.chunk.offsets), list(described.size)
 
 
-def optimizer_memory(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
+def optimizer_state(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
     """Room for every tensor of the folder's files that is not a weight ("kind/name"), by name.
 
     It is sharded as its parameter is, where it has the parameter's shape.
