@@ -177,7 +177,7 @@ def test_damaged_compression_is_an_error_not_a_shorter_text(tmp_path, suffix):
     truncated = "a.txt.(gz: cannot be read as gzip|zst: damaged; it ends in the middle)"
     for damaged, message in (
         (content[:-1000], truncated),
-        (content[: len(content) // 2], "a.txt.(gz: cannot be read as gzip|zst: damaged; it ends in the middle)"),
+        (content[: len(content) // 2], truncated),
         (b"plain text", "a.txt.(gz: cannot be read as gzip|zst: cannot be read as zstandard)"),
     ):
         path.write_bytes(damaged)

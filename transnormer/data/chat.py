@@ -1,7 +1,8 @@
-"""Conversations: records of instruction data in, a chat template over them, ids out with what is to be learned.
+"""Conversations: reading records of them, and encoding them by a chat template.
 
-A conversation is a list of messages, {"role": "system" | "user" | "assistant", "content": text}. What the assistant
-says is learned, with the token that ends it; all else is only read.
+A conversation is a list of messages, {"role": "system" | "user" | "assistant", "content": text}.
+What the assistant says is learned, together with the token that ends it; everything else is only
+read.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 FORMATS = ("messages", "prompt", "alpaca")
 ROLES = ("system", "user", "assistant")
-FILE = "chat_template.jinja"  # in a folder, beside tokenizer.json; transformers' name for it
+FILE = "chat_template.jinja"  # stands beside tokenizer.json; transformers gives it this name
 LARGEST_TEMPLATE_BYTES = 2**18
-RENDER_SECONDS = 2.0  # of processor time, for one conversation
-RENDER_BYTES = 2**29  # of memory
-RENDER_CHARS = 2**22  # of text at a time
+RENDER_SECONDS = 2.0  # the limit of processor time for one conversation
+RENDER_BYTES = 2**29  # the limit of memory for the process that renders
+RENDER_CHARS = 2**22  # the limit of characters that a template may write at a time
 
-# Only ordinary text and the end of text, which no message can spell: every tokenizer has them, no token is new.
+# This template needs no new token: it writes ordinary text, and the end of text, which every
+# tokenizer here has and no message can spell.
 DEFAULT = """\
 {%- for message in messages %}
     {{- message['role'] + '\\n' }}
@@ -43,7 +45,7 @@ DEFAULT = """\
     {{- 'assistant\\n' }}
 {%- endif %}
 """
-# Of records with a prompt and its completion, which are text as they are.
+# This template leaves a prompt and its completion as they are.
 PLAIN = """\
 {%- for message in messages %}
     {{- message['content'] }}
@@ -53,38 +55,48 @@ PLAIN = """\
 
 
 def conversations(inputs: Sequence[str | Path], format: str) -> Iterator[str]:
-    """The conversations of JSON lines and parquet files, in order, each as JSON: a list of checked messages.
+    """The conversations of JSON lines and parquet files in order, each as the JSON of its messages.
 
-    format: what records hold: "messages", a list of them; "prompt", a prompt and its completion; "alpaca", an
-    instruction, perhaps an input, and an output. Other fields are passed over. Line ends become "\\n".
-    Raises ValueError in one line that names the file and the line or row.
+    format: says what a record holds. That is a list of messages for "messages"; a prompt and its
+        completion for "prompt"; an instruction, perhaps an input, and an output for "alpaca". Other
+        fields are passed over. Line ends become "\\n".
+
+    Raises ValueError with one line that names the file, and the line or row, of a record that does
+    not fit.
     """
     if format == "messages":
         read = read_records(inputs, ["messages"])
         found = ((where, record["messages"]) for where, record in read)
     elif format == "prompt":
         found = (
-            (where, _asked_and_said(where, record, ["prompt"], "completion"))
+            (where, _to_messages(where, record, ["prompt"], "completion"))
             for where, record in read_records(inputs, ["prompt", "completion"])
         )
     elif format == "alpaca":
         found = (
-            (where, _asked_and_said(where, record, ["instruction", "input"], "output"))
+            (where, _to_messages(where, record, ["instruction", "input"], "output"))
             for where, record in read_records(inputs, ["instruction", "output"], ["input"])
         )
     else:
         raise ValueError(f"format {format!r} is unknown; there are {', '.join(FORMATS)}")
-    return (_checked(where, messages) for where, messages in found)
+    return (_to_json(where, messages) for where, messages in found)
 
 
-def _asked_and_said(where: str, record: dict[str, Any], asked: Sequence[str], said: str) -> list[dict[str, str]]:
+def _to_messages(
+    where: str,
+    record: dict[str, Any],
+    asked: Sequence[str],
+    said: str,
+) -> list[dict[str, str]]:
+    """A user's message from the fields `asked`, and the assistant's from the field `said`."""
     names = (*asked, said)
     texts = {name: require_unicode(record.get(name, ""), f"{where}: {name!r}") for name in names}
     question = "\n\n".join(texts[name] for name in asked if texts[name])
     return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[said]}]
 
 
-def _checked(where: str, messages: Any) -> str:
+def _to_json(where: str, messages: Any) -> str:
+    """The JSON of the messages, once each is known to have a role and a text."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list of messages, not {_shown(messages)}")
     clean = []
@@ -92,8 +104,8 @@ def _checked(where: str, messages: Any) -> str:
         what = f"{where} message {number}"
         if not isinstance(message, dict):
             raise ValueError(f"{what}: must hold role and content, not {_shown(message)}")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"{what}: role {message.get('role')!r} is not one of {', '.join(ROLES)}")
+        if (role := message.get("role")) not in ROLES:
+            raise ValueError(f"{what}: role {role!r} is not one of {', '.join(ROLES)}")
         for key, value in message.items():
             if key not in ("role", "content") and value not in (None, [], {}):
                 raise ValueError(f"{what}: {key!r} is not supported, only role and content are")
@@ -112,18 +124,24 @@ def _shown(value: Any) -> str:
 
 
 def read_template(path: str | Path) -> str:
-    """A template's source. Raises ValueError or OSError naming the file: too large, not text."""
+    """The source of a template.
+
+    Raises FileNotFoundError where there is no such file, and ValueError where it is too large or
+    not UTF-8. Both name the file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return _limited(path.read_bytes(), path)
+    return _decode_template(path.read_bytes(), path)
 
 
 def find_template(folder: str | Path, tokenizer: Tokenizer) -> str | None:
-    """The source of the template that a model's or prepared folder holds, in FILE or tokenizer_config.json; or None.
+    """The source of the template in the folder of a model or a prepared folder, or None.
 
-    Where tokenizer_config.json names other tokens than `Template` gives, the source sets them: it stands for itself.
-    Raises ValueError naming the file where it is damaged, too large or names several templates.
+    It stands in FILE or in tokenizer_config.json. Where tokenizer_config.json names other special
+    tokens than `Template` would give, they are set at the top of the source, so that it needs no
+    file beside it. Raises ValueError that names the file where it is damaged or too large, or where
+    it holds several templates.
     """
     folder = Path(folder)
     config = _tokenizer_config(folder / "tokenizer_config.json")
@@ -133,12 +151,19 @@ def find_template(folder: str | Path, tokenizer: Tokenizer) -> str | None:
         source = config["chat_template"]
     else:
         return None
-    given = special_tokens(tokenizer) if config else {}
-    other = {name: config[name] for name, token in given.items() if config.get(name, token) != token}
-    return "".join(f"{{% set {name} = {json.dumps(text)} %}}" for name, text in other.items()) + source
+    ours = special_tokens(tokenizer) if config else {}
+    theirs = {name: config.get(name, token) for name, token in ours.items()}
+    differing = {name: token for name, token in theirs.items() if token != ours[name]}
+    sets = (f"{{% set {name} = {json.dumps(token)} %}}" for name, token in differing.items())
+    return "".join(sets) + source
 
 
-def choose_template(tokenizer: Tokenizer, format: str, folder: Path, given: str | Path | None) -> str:
+def choose_template(
+    tokenizer: Tokenizer,
+    format: str,
+    folder: Path,
+    given: str | Path | None,
+) -> str:
     """The source of the template that `prepare` uses.
 
     It is the file `given`; else PLAIN for format "prompt"; else that in the tokenizer's folder,
@@ -153,22 +178,29 @@ def choose_template(tokenizer: Tokenizer, format: str, folder: Path, given: str 
 
 
 def _tokenizer_config(path: Path) -> dict[str, str]:
-    """The texts among what it holds: the template, and tokens, which may be records; {} where there is no file."""
+    """The values of tokenizer_config.json that are texts: the template, and the special tokens.
+
+    A token may be stored as a record, of which only the text counts. Without a file, this is empty.
+    """
     if not path.is_file():
         return {}
     try:
-        values = {key: value for key, value in json.loads(path.read_bytes()).items() if value is not None}
+        items = json.loads(path.read_bytes()).items()
+        values = {key: value for key, value in items if value is not None}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
     if (template := values.get("chat_template")) is not None:
         if not isinstance(template, str):
-            raise ValueError(f"{path}: chat_template is not one text; put the one to use into {path.parent / FILE}")
-        _limited(template.encode(), path)
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+            file = path.parent / FILE
+            raise ValueError(f"{path}: chat_template is not one text; put yours into {file}")
+        _decode_template(template.encode(), path)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            values[key] = value.get("content")
+    return {key: text for key, text in values.items() if isinstance(text, str)}
 
 
-def _limited(content: bytes, path: Path) -> str:
+def _decode_template(content: bytes, path: Path) -> str:
     if len(content) > LARGEST_TEMPLATE_BYTES:
         raise ValueError(f"{path}: {len(content):,} bytes are too many for a chat template")
     try:
@@ -178,39 +210,52 @@ def _limited(content: bytes, path: Path) -> str:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The variables that a template finds beside the messages: the end of text begins, ends and pads.
+    """The variables for special tokens that a template may use; each is the end-of-text token.
 
-    Raises ValueError where the tokenizer has no end of text, because no turn could end.
+    Raises ValueError where the tokenizer has no such token, because no turn could end.
     """
     end = require_end_of_text(tokenizer)
-    return dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.get_added_tokens_decoder()[end].content)
+    token = tokenizer.get_added_tokens_decoder()[end].content
+    return dict.fromkeys(("bos_token", "eos_token", "pad_token"), token)
 
 
 class Part(NamedTuple):
-    """A stretch of a conversation: ids; whether they are learned; bytes of their text in UTF-8, special tokens aside."""
+    """A stretch of a conversation that is either learned or only read.
+
+    bytes: the bytes of its text in UTF-8, without the special tokens.
+    """
 
     ids: list[int]
     learned: bool
     bytes: int
 
 
-class Template:
-    """A chat template for one tokenizer, rendered in a sandbox, in a process of its own that `close` ends.
+def _unused_character(messages: Sequence[Mapping[str, str]]) -> str:
+    """A character that no message holds, of those that Unicode will never assign."""
+    candidates = map(chr, range(0xFDD0, 0xFDF0))
+    return next(c for c in candidates if not any(c in message["content"] for message in messages))
 
-    Special tokens count where the template writes them; spelled in a message they are text. The parts of a
-    conversation are encoded one by one, so that where they meet never depends on what comes after: training sees the
-    same ids as a chat that goes on turn by turn on one state. Not on Windows.
-    Raises ValueError in one line for what a template must not do, and where it does not fit a conversation.
+
+class Template:
+    """A chat template for one tokenizer, rendered in a sandbox by a process that `close` ends.
+
+    Special tokens are tokens where the template writes them, and text where a message spells them.
+    The parts of a conversation are encoded one by one, so that the ids of a part never depend on
+    what follows it. So training sees the ids that a chat reads turn by turn on one state.
+
+    This does not work on Windows. Raises ValueError with one line where the template does what it
+    must not do, or does not fit a conversation.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "the chat template"):
-        """name: what errors call the template, e.g. its file."""
+        """name: what messages call the template, for example its file."""
         self.source, self.name = source, name
         self._tokenizer, self._end_of_text = tokenizer, require_end_of_text(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
-        self._names = {str(number): token.content for number, token in added.items() if token.special}
-        self._ids = {content: int(number) for number, content in self._names.items()}
-        self._special = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))))
+        self._ids = {token.content: number for number, token in added.items() if token.special}
+        self._names = {str(number): content for content, number in self._ids.items()}
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
         limits = map(str, (RENDER_SECONDS, RENDER_BYTES, RENDER_CHARS))
         command = [sys.executable, "-P", str(Path(__file__).with_name("render.py")), *limits]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -233,61 +278,65 @@ class Template:
 
     @property
     def end(self) -> int:
-        """The id that ends what the assistant says."""
+        """The id that ends a turn of the assistant."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         return self.parts(probe)[-1].ids[-1]
 
     def parts(self, messages: Sequence[Mapping[str, str]]) -> list[Part]:
-        """A conversation as what is read and, in turn, what the assistant says up to its end token.
+        """A conversation in parts that take turns: one is only read, the next is learned.
 
-        Where the last message is not the assistant's, the last part ends where the assistant would
-        begin. Where the template writes nothing before the assistant's first turn, the first part is
-        the end of text alone, as where a text is generated from an empty prompt: a model must read
-        something before it can write.
+        A learned part is what the assistant says, up to and with the token that ends it. Where the
+        last message is not the assistant's, the last part ends where the assistant would begin.
+        Where the template writes nothing before the assistant's first turn, the first part is the
+        end of text alone, because a model must read something before it can write; generating from
+        an empty prompt begins in the same way.
         """
-        cuts: list[tuple[int, bool]] = []  # so many messages, and whether the assistant's turn is begun
+        # Where the parts end: after this many messages, and whether the assistant's turn has begun.
+        cuts: list[tuple[int, bool]] = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 cuts += [(number, True), (number + 1, False)]
         if messages[-1]["role"] != "assistant":
             cuts.append((len(messages), True))
-        mark = next(mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if not any(mark in m["content"] for m in messages))
-        safe = [{**message, "content": self._escaped(message["content"], mark)} for message in messages]
+        mark = _unused_character(messages)
+        safe = [{**each, "content": self._escape(each["content"], mark)} for each in messages]
+        texts = self._ask({"messages": safe, "cuts": cuts})
         parts: list[Part] = []
         done = ""
-        for (count, begun), text in zip(cuts, self._ask({"messages": safe, "cuts": cuts}), strict=True):
+        for (count, begun), text in zip(cuts, texts, strict=True):
             if not text.startswith(done):
                 raise ValueError(
-                    f"{self.name} changes what it wrote before once message {count} is there: "
+                    f"{self.name} changes what it wrote before when message {count} is there; "
                     "a model that reads turn by turn cannot take back what it has read"
                 )
             ends = len(text) if begun else self._end_of_turn(text, len(done))
-            parts.append(self._encoded(text[len(done) : ends], mark, learned=not begun))
+            parts.append(self._encode(text[len(done) : ends], mark, learned=not begun))
             done = text[:ends]
         if not parts[0].ids:
             parts[0] = Part([self._end_of_text], learned=False, bytes=0)
         return parts
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """Where the last special token from `start` on ends. Raises ValueError where there is none."""
+        """Where the last special token after `start` ends; ValueError if there is none."""
         *_, last = [None, *self._special.finditer(text, start)]
         if last is None:
             raise ValueError(
-                f"{self.name} ends what the assistant says with no special token, so the model could not learn "
-                "to stop: write {{ eos_token }} there"
+                f"{self.name} ends what the assistant says with no special token, "
+                "so the model could not learn to stop; write {{ eos_token }} there"
             )
         return last.end()
 
-    def _escaped(self, content: str, mark: str) -> str:
-        """The content with the id between two marks for every special token that it spells."""
+    def _escape(self, content: str, mark: str) -> str:
+        """Replace every special token that the content spells by its id between two marks."""
         return self._special.sub(lambda found: f"{mark}{self._ids[found[0]]}{mark}", content)
 
-    def _encoded(self, text: str, mark: str, learned: bool) -> Part:
+    def _encode(self, text: str, mark: str, learned: bool) -> Part:
+        """Encode rendered text in which messages are escaped."""
         ids: list[int] = []
         size = at = 0
         for found in [*self._special.finditer(text), None]:
             plain = text[at : found.start() if found else len(text)]
-            plain = re.sub(f"{mark}(\\d+){mark}", lambda spelled: self._names[spelled[1]], plain)
+            plain = re.sub(f"{mark}(\\d+){mark}", lambda escaped: self._names[escaped[1]], plain)
             ids += encode(self._tokenizer, plain)
             size += len(plain.encode())
             if found:
@@ -296,6 +345,7 @@ class Template:
         return Part(ids, learned, size)
 
     def _ask(self, request: dict[str, Any]) -> list[str]:
+        """Send one request to the process of render.py, and return the texts that it rendered."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -304,8 +354,9 @@ class Template:
             answer = json.loads(self._process.stdout.readline())
         except (BrokenPipeError, ValueError):
             code = self._process.wait()
-            late = code == -signal.SIGPROF
-            why = f"it takes more than {RENDER_SECONDS:g} s" if late else f"its process ended with code {code}"
+            why = f"its process ended with code {code}"
+            if code == -signal.SIGPROF:
+                why = f"it takes more than {RENDER_SECONDS:g} s"
             raise ValueError(f"{self.name} was stopped: {why}") from None
         if "error" in answer:
             raise ValueError(f"{self.name} was refused: {answer['error']}")

@@ -1,9 +1,9 @@
 """Training a tokenizer, in a process of its own, because Ctrl-C could not end it otherwise.
 
-The library trains in Rust for as long as a minute and looks at no signal meanwhile, but a process can
-be ended. `tokenizer.train_tokenizer` starts this file with the size of the vocabulary and the special
-token as arguments. Standard input holds pieces of text, each after its number of bytes, and then END.
-Standard output gets the tokenizer.json.
+The library trains in Rust for as long as a minute and looks at no signal meanwhile, but a process
+can be ended. `tokenizer.train_tokenizer` starts this file with the size of the vocabulary and the
+special token as arguments. Standard input holds pieces of text, each after its number of bytes, and
+then END. Standard output gets the tokenizer.json.
 """
 
 from __future__ import annotations
