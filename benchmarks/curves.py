@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import record
+from lib import record
 
 from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics

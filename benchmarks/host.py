@@ -20,8 +20,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
+from lib import record
 
 from transnormer.config import ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights

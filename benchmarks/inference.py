@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 
-import record
 import torch
+from lib import record
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
 from transnormer.inference.engine import Session

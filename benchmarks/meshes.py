@@ -21,10 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpu
-import record
 import torch
 import torch.distributed as dist
+from lib import gpu, record
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.data.loader import Batch

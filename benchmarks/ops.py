@@ -32,11 +32,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
 import torch.nn.functional as F
-from contenders import HEADS_FIRST, LeftProduct, attention_contenders, loss_contenders, plain
-from gpu import attempt, ceilings, graph_ms, joules, launches, median_ms, peak_bytes
+from lib import record
+from lib.contenders import HEADS_FIRST, LeftProduct, attention_contenders, loss_contenders, plain
+from lib.gpu import attempt, ceilings, graph_ms, joules, launches, median_ms, peak_bytes
 from torch import Tensor
 
 from transnormer.ops import add_rms_norm, lightning_step_, simple_rms_norm

@@ -18,8 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import record
 import torch
+from lib import record
 
 from transnormer import LanguageModel, ModelConfig
 from transnormer.data.loader import Loader

@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpu
-import record
 import torch
+from lib import gpu, record
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights

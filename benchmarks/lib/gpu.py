@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import record
 import torch
+
+from lib import record
 
 
 def median_ms(call: Callable[[], Any], *, budget_ms: float = 400) -> float:
