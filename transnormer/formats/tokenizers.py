@@ -65,7 +65,7 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer, str] |
     return tokenizer, kind
 
 
-# SentencePiece: pieces with scores. Of the pairs side by side, the one whose union has the best score joins first.
+# SentencePiece has pieces with scores. The neighbouring pair whose union has the best score is joined first.
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
@@ -193,7 +193,7 @@ def _unicode_steps(path: Path, model: Any) -> list[normalizers.Normalizer]:
     return steps
 
 
-# tiktoken: byte strings with ranks. Of the pairs side by side, the one whose union has the lowest rank joins first.
+# tiktoken has byte strings with ranks. The neighbouring pair whose union has the lowest rank is joined first.
 
 
 def _from_tiktoken(path: Path, config: ModelConfig) -> Tokenizer:

@@ -465,9 +465,10 @@ class TransNormerTokenizer(PreTrainedTokenizerFast):
 
 
 def _padding(mask: Tensor, length: int) -> tuple[Tensor | None, bool]:
-    """Of the last `length` columns: [B], how many at the left of each row are padding, and whether any is at the right.
+    """Read the padding of the last `length` columns of a mask.
 
-    None where none is at the left. Raises ValueError for padding between tokens.
+    Returns ([B] how many columns at the left of each row are padding, or None where none is; whether any column at the
+    right is). Raises ValueError for padding between tokens.
     """
     if mask.dim() != 2 or mask.shape[1] < length:
         raise ValueError(f"attention_mask must be [B, T] with T at least {length}; got {list(mask.shape)}")

@@ -183,7 +183,7 @@ def _walk(
 
 @triton.jit
 def _count(cu_seqlens, N, lo, hi):
-    """Of the N sequences: how many end at or before `lo` (those that begin there excepted), and begin before `hi`."""
+    """Count the sequences that end at or before `lo` but do not begin there, and those that begin before `hi`."""
     ended = 0
     begun = 0
     for block in range(0, N, 128):

@@ -51,7 +51,7 @@ _fitting: dict[_Key, Tiles] = {}  # of a call's key: the configuration that runs
 
 @functools.cache
 def _device(index: int | None) -> tuple[int, int, bool]:
-    """Of a GPU, or of what the interpreter plays: multiprocessors, a program's shared memory, tensor descriptors."""
+    """A GPU's multiprocessors, shared memory of a program and whether it has tensor descriptors; None: the interpreter's."""
     if index is None:
         return 4, 232_448, True
     properties = triton.runtime.driver.active.utils.get_device_properties(index)

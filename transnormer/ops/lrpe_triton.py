@@ -73,7 +73,10 @@ def _turn_back(x, dy, dx, at, d_at, to, mask, cosine, sine, dy_c, K: tl.constexp
 
 @triton.jit
 def _place(T, H, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of this program: row, head, block of tokens; tokens [TOKENS, 1] and columns [1, BLOCK]. Heads are neighbours."""
+    """This program's row, head and block of tokens, then its tokens [TOKENS, 1] and columns [1, BLOCK].
+
+    Neighbouring programs have neighbouring heads.
+    """
     head = tl.program_id(0) % H
     rest = tl.program_id(0) // H
     blocks = tl.cdiv(T, TOKENS)

@@ -26,7 +26,7 @@ from .register import define_backward, differentiable
 
 @triton.jit
 def _gate_offsets(row, c, g_row, g_head, HEAD: tl.constexpr):
-    """Of a gate whose rows lie in pieces of HEAD columns, g_head apart."""
+    """Where column c of a row of the gate lies: its rows are cut into pieces of HEAD columns, g_head elements apart."""
     return row * g_row + c // HEAD * g_head + c % HEAD
 
 

@@ -195,7 +195,10 @@ def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
 
 
 def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
-    """Of the fullest GPU. rows: of one micro-batch on one data rank; seq_len: of all context ranks together."""
+    """The memory of the GPU that needs most.
+
+    rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context ranks together.
+    """
     config, tensor, again = shape.config, layout.tensor, layout.recompute
     d, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     alone, ranks = layout.world == 1, layout.shard * layout.context

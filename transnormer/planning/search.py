@@ -112,7 +112,7 @@ class Job:
 
     @cached_property
     def rows(self) -> int:
-        """Of a step."""
+        """The rows of a step."""
         if self.batch_tokens:
             return self.batch_tokens // self.seq_len
         rows = max(1, round(BATCH_TOKENS / self.seq_len))
@@ -171,7 +171,7 @@ class Job:
         return f"a step's {self.rows:,} rows of {self.seq_len:,} tokens cannot be shared by {self.gpus:,} GPUs; {fits}"
 
     def plans(self) -> list[Plan]:
-        """Of all layouts that training would accept. Raises ValueError as `layouts` does."""
+        """A plan for each layout that training would accept. Raises ValueError as `layouts` does."""
         return [self.plan(layout) for layout in self.layouts()]
 
     def plan(self, layout: Layout) -> Plan:
@@ -223,7 +223,7 @@ class Job:
         return f"{short}; take shorter rows (--seq) or a smaller model"
 
     def _would_fit(self, **changes: Any) -> bool:
-        """Whether anything fits with changes to this job. Of each mesh the layouts that need least memory are tried."""
+        """Whether anything fits with changes to this job. Only the layout of each mesh that needs least memory is tried."""
         try:
             job = replace(self, **changes)
             # The last of a mesh recomputes and has the fewest rows at a time; one micro-batch alone sums no gradients.

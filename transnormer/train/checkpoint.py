@@ -1,14 +1,15 @@
 """Checkpoints that a kill at any moment cannot spoil, written while training goes on.
 
-A checkpoint is a folder with config.json, tokenizer.json, the weights, and what training needs beside them. One process
-writes the weights whole, so that the folder is a model by itself; of many each writes the pieces that it holds, with
-their places in the whole, so that any other mesh can read them (with torch.distributed.checkpoint; nothing is pickled)
-and `transnormer.load` as well. Of a model with adapters the weights are written merged, for use; training goes on from
-the adapters, which lie in a folder of their own inside.
+A checkpoint is a folder with config.json, tokenizer.json, the weights, and what training needs beside them. A run on one
+process writes the weights whole, so that the folder is a model by itself. In a run on several processes each writes the
+pieces that it holds and where they belong, so that any other mesh can read them (with torch.distributed.checkpoint;
+nothing is pickled), and `transnormer.load` as well. The weights of a model with adapters are written merged, so that they
+can be used as they are. Training goes on from the adapters, which lie in a folder inside.
 
-A checkpoint is written under a hidden name by a thread of each process, from copies in host memory. When all have
-written, which they learn at the end of a step, the first seals it (all hashes, last) and renames it: under its own name it
-is whole. What is damaged later is named, set aside and never deleted.
+A thread of each process writes its part from copies in host memory, under a hidden name. At the end of each step the
+ranks tell each other whether they have finished. When all have, the first rank seals the folder and renames it, so that a
+folder with the name of a checkpoint is always whole. A checkpoint that is damaged later is named and set aside, and it is
+never deleted.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Mesh:
         return self.rank % self.tensor
 
     def split(self, batch: Batch) -> Batch:
-        """Of this data rank's rows the segment that this rank reads; cu_seqlens stay those of the whole rows.
+        """The slice of each row that this context rank reads. cu_seqlens stay those of the whole rows.
 
         Raises ValueError where the rows' tokens are no multiple of context x tensor.
         """

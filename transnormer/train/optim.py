@@ -74,7 +74,7 @@ def _in_8_bits(groups: list[Group], name: str, settings: Group) -> torch.optim.O
 
 
 def _inner_matrices(model: LanguageModel) -> dict[Tensor, tuple[int, int]]:
-    """Of each trained matrix of the blocks, how its rows interleave several: (matrices, rows that stand together)."""
+    """How each trained matrix of the blocks interleaves the rows of several maps: (maps, rows that stand together)."""
     found: dict[Tensor, tuple[int, int]] = {}
     for block in model.layers:
         maps = [module for module in block.modules() if isinstance(module, nn.Linear)]

@@ -60,7 +60,7 @@ class RunReport:
 
     @property
     def seconds(self) -> float:
-        """Of all steps together, without evaluations and pauses."""
+        """The time of all steps together, without evaluations and pauses."""
         speeds = [line["tokens_per_second"] for line in self.lines if line.get("tokens_per_second")]
         return sum(self.settings["train.batch_tokens"] / speed for speed in speeds)
 

@@ -156,7 +156,7 @@ def _cut_module(module: Any, mesh: DeviceMesh) -> None:
 
 
 def _cut_norm(norm: nn.Module, mesh: DeviceMesh) -> None:
-    """Of a norm of whole tokens: each rank norms its own, and the gains' gradients are summed."""
+    """Let each rank norm its own tokens, which are whole. The gradients of the gains are summed over the ranks."""
     if any(True for _ in norm.parameters()):
         parallelize_module(norm, mesh, SequenceParallel(use_local_output=True))
 
@@ -169,7 +169,9 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Any) -> None:
 
 
 def _embed_words(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
-    """Of an embedding each of whose ranks has some words: zeros for the others', and a sum scattered over tokens."""
+    """Look up ids in an embedding that is sharded by the vocabulary. Each rank gives zeros for ids that it does not hold;
+    the sum over the ranks is scattered over the tokens.
+    """
     weight = local(module.weight)
     first = mesh.get_local_rank() * len(weight)
     index = ids - first
@@ -181,7 +183,7 @@ def _embed_words(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
 
 
 def _embed_positions(module: Any, mesh: DeviceMesh, positions: Tensor) -> Tensor:
-    """Of a learned table that every rank has: the rows of its own tokens."""
+    """Look up the positions of this rank's own tokens in a learned table that every rank holds whole."""
     mine = positions.chunk(mesh.size(), dim=-1)[mesh.get_local_rank()]
     return F.embedding(mine, module.weight.to_local(grad_placements=[Partial()]))
 
