@@ -161,7 +161,7 @@ def export(
 def _finish(
     folder: Path, config: ModelConfig, values: dict[str, Any], tokenizer: Tokenizer | None, source: Path
 ) -> None:
-    """What stands beside the weights; config.json last, for a folder without it is not a model."""
+    """What stands beside the weights; config.json is last, because a folder without it is not a model."""
     if tokenizer is not None:
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
         if (template := chat.find_template(source, tokenizer)) is not None:

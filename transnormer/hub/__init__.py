@@ -15,14 +15,14 @@ if _found == "none" or tuple(int(part) for part in _found.split(".")[:2]) < OLDE
         "pip install 'transnormer[hf]'"
     )
 
-# transformers imports torchao where it is installed, although nothing here asks for float8. What that says of its own
-# kernels that do not load is nothing that a reader of our output could mend.
+# transformers imports torchao where it is installed, although nothing here asks for float8. Its warnings about kernels
+# that it could not load are hidden, because nobody who reads our output could do anything about them.
 _quiet = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
 _levels = [logger.level for logger in _quiet]
 for _logger in _quiet:
     _logger.setLevel(logging.ERROR)
 try:
-    from . import hf  # only now, for what it raises without transformers says less
+    from . import hf  # imported after the check above, whose error says more
 finally:
     for _logger, _level in zip(_quiet, _levels, strict=True):
         _logger.setLevel(_level)

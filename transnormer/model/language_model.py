@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     def share_rows(self, group: ProcessGroup) -> None:
-        """From here on hold, of every row of R T tokens, segment r of T: r and R the rank in the group and its size."""
+        """From here on, rank r of a group of R ranks is given the r-th slice, T tokens, of each row of R T tokens."""
         self.context = Context.of(group)
         for block in self.blocks():
             block.mixer.context = self.context

@@ -24,7 +24,7 @@ from torch import Tensor
 from .decay import finite
 from .register import define, define_backward
 
-_groups: dict[str, dist.ProcessGroup] = {}  # by name, for an op takes no group
+_groups: dict[str, dist.ProcessGroup] = {}  # by name, because an op cannot take a process group as an argument
 # Its name since torch 2.13, and before.
 all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 

@@ -35,7 +35,7 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
     that tells an op's shapes, and return memory that nobody has written.
     """
     first = None
-    for x in tensors.values():  # a loop, for a small model waits for what the host does
+    for x in tensors.values():  # a plain loop, because small models wait for the host
         if x is None:
             continue
         if first is None:

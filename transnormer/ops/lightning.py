@@ -40,7 +40,7 @@ def lightning_attention(
 
     q, k: [B, T, H, K]; v: [B, T, H, V], all of one floating dtype, any strides.
     log_decay: [H], natural logarithm of the decay per token, from -inf (a token sees itself alone) to 0, not learned
-        (no gradient). Its values are looked at on the CPU only, for a GPU would be waited for.
+        (no gradient). Its values are checked on the CPU only, because a check on a GPU would wait for it.
     state: [B, H, K, V] to go on from, or None for zeros; its gradient flows.
     cu_seqlens: [N + 1] integers from 0 to T: row 0 (B = 1) holds N sequences one after another, each with its own
         state ([N, H, K, V]); empty sequences are allowed.

@@ -49,8 +49,8 @@ def _dot(a, b, added=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     if added is not None and a.dtype == tl.float32:
-        # Every term added rounds by the size of what is there: a chunk's few are summed first, alone. Written as a
-        # difference, for the compiler makes of a sum one product that adds its terms to `added`.
+        # Each addition rounds in proportion to the accumulator, so the terms of one chunk are summed by themselves first.
+        # This is written as a difference, because the compiler would fuse a sum into one product that adds to `added`.
         return added - tl.dot(-a, b, input_precision=_PRECISION)
     return tl.dot(a, b, added, input_precision=_PRECISION)
 
@@ -240,7 +240,8 @@ def _program(
         begun = tl.where(s == segments - 1, N, begun)
     else:
         past = row
-        begun = row + tl.minimum(segments, 1)  # one; known only when it runs, for a loop's buffers are given back
+        # This adds 1, but only at run time, so that what follows stays a loop: Triton frees a loop's buffers at its end.
+        begun = row + tl.minimum(segments, 1)
     for m in range(begun - past):
         n = begun - 1 - m if REVERSE else past + m
         begin = 0

@@ -28,7 +28,7 @@ def say(text: str) -> None:
 class Metrics:
     """metrics.jsonl: one JSON object a line, each step once, appended and never rewritten but on going back.
 
-    What is not finite is written as null. write: of several processes only the first does; for the others it is nothing.
+    Numbers that are not finite are written as null. write: whether this process writes; only the first of several does.
     It is said how many of the steps up to `after_step` have no line, because the file was damaged or lost.
     """
 
