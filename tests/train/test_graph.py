@@ -20,7 +20,7 @@ from transnormer.train.recipe import Train
 from transnormer.train.step import MicrobatchRunner
 
 from .runs import curve, tiny
-from .test_checkpoint import BAD, OFTEN, same, state
+from .test_checkpoints import BAD, OFTEN, same, state
 
 pytestmark = pytest.mark.gpu
 SHORT = ("train.steps=12", "eval.every=5", "checkpoint.every=4")

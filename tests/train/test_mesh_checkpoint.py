@@ -26,7 +26,7 @@ from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import local
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.run_folder import step_folders
-from transnormer.train import checkpoint, loop
+from transnormer.train import checkpoints, loop
 from transnormer.train.loop import train
 from transnormer.train.mesh import make_mesh, start
 from transnormer.train.metrics import read_metrics
@@ -108,13 +108,13 @@ def full_disk_of_the_second(rank: int) -> str:
             raise OSError(f"{path}: cannot be written: No space left on device")
         return write_pieces(path, *content)
 
-    checkpoint.write_pieces = full  # type: ignore[attr-defined]
+    checkpoints.write_pieces = full  # type: ignore[attr-defined]
     try:
         train(tiny("run=full", *OFTEN))
     except Exception as error:
         return f"{type(error).__name__} {error}"
     finally:
-        checkpoint.write_pieces = write_pieces  # type: ignore[attr-defined]
+        checkpoints.write_pieces = write_pieces  # type: ignore[attr-defined]
     return "nothing"
 
 

@@ -24,8 +24,8 @@ from ..formats.folders import find_model, load
 from ..model.language_model import LanguageModel, init_weights
 from ..model.layers import fill
 from ..run_folder import CHECKPOINTS, CURVE, METRICS, RECIPE, step_folders
-from . import checkpoint, float8, lora
-from .checkpoint import Checkpoints, Origin, RunProgress, read_progress
+from . import float8, lora
+from .checkpoints import Checkpoints, Origin, RunProgress, damaged, read_progress
 from .feed import Feed, StepBatches, validation
 from .mesh import Mesh, start
 from .metrics import Metrics, console, plot, progress_bar, read_metrics, say
@@ -151,7 +151,7 @@ def _finished(run: Path, recipe: Recipe) -> bool:
     """Whether nothing is left to do. ValueError where the folder is another run's, or has made more steps already."""
     checkpoints = step_folders(run / CHECKPOINTS)
     check_same(run, recipe, bool(checkpoints))
-    if not checkpoints or checkpoint.damaged(checkpoints[0]):
+    if not checkpoints or damaged(checkpoints[0]):
         return False
     step = int(checkpoints[0].name[5:])
     if step > recipe.train.steps:

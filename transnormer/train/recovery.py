@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..model.language_model import LanguageModel
-from .checkpoint import Checkpoints, RunProgress
+from .checkpoints import Checkpoints, RunProgress
 from .mesh import Mesh
 from .metrics import say
 

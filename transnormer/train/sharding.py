@@ -33,7 +33,7 @@ from .mesh import Mesh
 
 
 def cut(model: LanguageModel, mesh: Mesh) -> None:
-    """Tensor and context parallelism, in place."""
+    """Prepare the model for tensor and context parallelism, in place."""
     assert mesh.ranks is not None
     if mesh.tensor > 1:
         _cut_by_tensor(model, mesh.ranks["tensor"], mesh.tensor_rank)
@@ -42,11 +42,11 @@ def cut(model: LanguageModel, mesh: Mesh) -> None:
 
 
 def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
-    """FSDP2 over blocks and the rest, in place. dtype: that weights are gathered in, None for their own.
+    """Shard the weights by FSDP2, in place: the blocks, and then the rest (embedding, last norm, head).
 
-    The rest (embedding, last norm, head) and blocks with LRPE are gathered as they are: angles times a million tokens
-    need all their bits, and a residual stream begins as the embedding's rows. So are blocks with LayerNorm, whose gains
-    the CPU takes in float32 alone.
+    dtype: the dtype in which weights are gathered; None keeps their own. Three kinds keep it in any case. The rest does,
+    because the residual stream begins as rows of the embedding. Blocks with LRPE do, because an angle times a million
+    tokens needs all its bits. Blocks with LayerNorm do, because the CPU takes its gains in float32 only.
     """
     assert mesh.ranks is not None
     over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
@@ -58,24 +58,27 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
         for block, narrow in zip(blocks, dtypes, strict=True)
     ]
     for numbers in gathered_at_once(sizes, dtypes):
-        narrow, last = dtypes[numbers[0]], numbers[-1] == len(blocks) - 1  # the last are wanted again at once
+        narrow, last = (
+            dtypes[numbers[0]],
+            numbers[-1] == len(blocks) - 1,
+        )  # backward needs the last blocks at once, so they stay gathered
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False
         )
         fully_shard([blocks[n] for n in numbers], mesh=over, mp_policy=policy, reshard_after_forward=not last)
     fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    # All weights are read there but the head's, which stay gathered; `forward` and `loss` go through it.
+    # `forward` and `loss` call `hidden`, which reads all weights but the head's; these stay gathered.
     register_fsdp_forward_method(model, "hidden")
     if over.size() == 1:
-        return  # nothing is summed, but FSDP would divide by a factor all the same
+        return  # FSDP would divide by its factor although nothing is summed
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # a sum, which gloo can do only as such
+            module.set_gradient_divide_factor(1.0)  # gradients are summed; gloo has no other reduction here
             module.set_force_sum_reduction_for_comms(True)
 
 
 def reshard(model: nn.Module) -> None:
-    """See `parallel.reshard`."""
+    """See `parallelize.reshard`."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -87,7 +90,7 @@ def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
     assert mesh.ranks is not None
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     shares = [local(gradient) for gradient in gradients]
-    counted: list[list[Tensor]] = [[], []]  # of different values on each tensor rank, and of the same
+    counted: list[list[Tensor]] = [[], []]  # those that differ between tensor ranks, and those that are equal
     for gradient, share in zip(gradients, shares, strict=True):
         counted[_is_whole(gradient)].append(share)
     nothing = torch.zeros((), device=mesh.device)
@@ -103,7 +106,7 @@ def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
 
 
 def _is_whole(x: Any) -> bool:
-    """Whether every tensor rank holds the same of it."""
+    """Whether every tensor rank holds the same values of it."""
     names = x.device_mesh.mesh_dim_names
     return "tensor" in names and x.placements[names.index("tensor")].is_replicate()
 

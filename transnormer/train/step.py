@@ -16,7 +16,7 @@ from ..data.loader import Batch
 from ..model.cuda_graph import Graph
 from ..model.language_model import LanguageModel
 from . import segments
-from .checkpoint import WINDOW
+from .checkpoints import WINDOW
 from .feed import StepBatches
 from .mesh import Mesh
 from .parallelize import reshard

@@ -19,8 +19,8 @@ from torch import Tensor
 import transnormer
 from transnormer.files import read_tensors, write_pieces
 from transnormer.run_folder import step_folders
-from transnormer.train import checkpoint, loop
-from transnormer.train.checkpoint import RECORD
+from transnormer.train import checkpoints, loop
+from transnormer.train.checkpoints import RECORD
 from transnormer.train.feed import StepBatches
 from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
@@ -156,7 +156,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(work: Path, monkeypatch:
 
     gradients = loop.gradients
     train(tiny("run=plain", "train.steps=12", "checkpoint.every=4", "checkpoint.keep=9"))
-    monkeypatch.setattr(checkpoint, "write_pieces", slow)
+    monkeypatch.setattr(checkpoints, "write_pieces", slow)
     monkeypatch.setattr(loop, "gradients", watched)
     train(tiny("run=slow", "train.steps=12", "checkpoint.every=4", "checkpoint.keep=9"))
     assert sum(steps) == 3
@@ -173,7 +173,7 @@ def test_a_failed_write_is_named_and_earlier_checkpoints_are_untouched(
         return write_pieces(path, *content)
 
     train(tiny("run=whole", *OFTEN))
-    monkeypatch.setattr(checkpoint, "write_pieces", full)
+    monkeypatch.setattr(checkpoints, "write_pieces", full)
     with pytest.raises(OSError, match=r"step-0000008\.partial/optimizer\.safetensors: cannot be written: No space"):
         train(tiny("run=full", *OFTEN))
     assert [path.name for path in Path("runs/full/checkpoints").iterdir()] == ["step-0000004"]

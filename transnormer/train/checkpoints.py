@@ -32,7 +32,7 @@ from ..files import PIECES, WEIGHTS, flush, write_pieces, write_text
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
 from ..run_folder import SEAL, damage, seal, step_folders
-from . import lora, storage
+from . import checkpoint_pieces, lora
 from .mesh import FailedOnOtherRank, Mesh
 from .metrics import say
 from .optim import load_optimizer_tensors, optimizer_tensors
@@ -42,12 +42,15 @@ from .recipe import Checkpoint
 OPTIMIZER = "optimizer.safetensors"
 OPTIMIZER_PIECES = "optimizer-{:05d}-of-{:05d}.safetensors"
 RECORD = "training.json"
-WINDOW = 32  # losses that are remembered, to know a spike by
+WINDOW = 32  # the last losses, which a loss must exceed to count as a spike
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run stands on. data: the fingerprint of what it reads; base: of the weights under the adapter, if any."""
+    """What a run depends on.
+
+    data: the fingerprint of its data. base: the fingerprint of the weights under its adapter, where it trains one.
+    """
 
     data: str
     chat_template: str | None = None
@@ -57,11 +60,13 @@ class Origin:
 
 @dataclass
 class RunProgress:
-    """Where a run is, beside its weights and its optimizer state.
+    """How far a run is. Together with the weights and the optimizer state it is all that a run needs to go on.
 
-    position: samples taken so far, by refused steps too; refused: steps in a row, up to the last, that were refused;
-    refused_in_all: with those before which the run went back; losses: of the last steps that were not refused; skipped:
-    samples (from, to) that a return passed over.
+    position: how many samples all steps have read, refused ones included.
+    refused: how many steps in a row, up to the last one, were refused.
+    refused_in_all: how many were refused in the whole run, also before it went back to a checkpoint.
+    losses: the losses of the last steps that were applied, where spikes are watched for.
+    skipped: the samples (from, to) that were passed over when the run went back.
     """
 
     step: int = 0
@@ -72,7 +77,7 @@ class RunProgress:
     skipped: list[list[int]] = field(default_factory=list)
 
     def pass_step(self, position: int, refused: bool, losses: list[float]) -> None:
-        """A step took samples up to `position`, and was refused or not. losses: its own, where losses are watched."""
+        """Count a step that read the samples up to `position`. losses: its loss, where spikes are watched for."""
         self.step, self.position = self.step + 1, position
         self.refused = self.refused + 1 if refused else 0
         self.refused_in_all += refused
@@ -81,11 +86,12 @@ class RunProgress:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints. Every process has one and calls the same methods in the same order.
+    """Writes and reads the checkpoints of a run. Every rank has one and calls the same methods in the same order.
 
-    A save is in one of two phases, written and then sealed; `flags` is what this process has to tell about it, summed
-    over all processes by the caller at each step's end and given to `advance`, which raises what went wrong: OSError
-    where this process could not write, FailedOnOtherRank where another could not. Checkpoints before it are then untouched.
+    A save has two phases: all ranks write, then the first rank seals. `flags` says how far this rank is. The caller sums
+    the flags of all ranks at the end of each step and gives the sums to `advance`, which begins the next phase or raises
+    what went wrong: OSError on the rank that could not write, FailedOnOtherRank on the others. Earlier checkpoints are
+    untouched by a save that fails.
     """
 
     def __init__(self, parent: Path, mesh: Mesh, origin: Origin, keep: Checkpoint):
@@ -94,11 +100,11 @@ class Checkpoints:
         self._job: Future[Any] | None = None
         self._phase: str | None = None
         self._partial, self._prune = parent, False
-        self._host: dict[str, Tensor] = {}  # where the copies are kept, from one save to the next
+        self._host: dict[str, Tensor] = {}  # the memory that copies are made into, kept from one save to the next
         if mesh.first:
             parent.mkdir(exist_ok=True)
             clear_partial(parent)
-        mesh.gather(None)  # nobody writes before that
+        mesh.gather(None)  # no rank writes before the folder is cleared
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -113,16 +119,16 @@ class Checkpoints:
     # Writing.
 
     def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, progress: RunProgress) -> None:
-        """Begin to write `progress`'s checkpoint, once the one before is done; returns when all is copied."""
+        """Begin to write the checkpoint of `progress`, after the one before is done. Returns when all is copied."""
         self.settle()
         mesh, origin = self._mesh, self._origin
         self._partial = self._parent / f".step-{progress.step:07d}.partial"
-        self._prune = progress.refused == 0  # else the last one before the refused steps must stay
+        self._prune = progress.refused == 0  # otherwise the last checkpoint before the refused steps must stay
         tensors = model.state_dict()
         weights = tensors.items() if origin.adapter is None else lora.merged(model, tensors)
-        state = optimizer_tensors(model, optimizer) | {f"torch{storage.RANDOM}{mesh.rank}": torch.get_rng_state()}
+        state = optimizer_tensors(model, optimizer) | {f"torch{checkpoint_pieces.RANDOM}{mesh.rank}": torch.get_rng_state()}
         if mesh.device.type == "cuda":
-            state[f"cuda{storage.RANDOM}{mesh.rank}"] = torch.cuda.get_rng_state()
+            state[f"cuda{checkpoint_pieces.RANDOM}{mesh.rank}"] = torch.cuda.get_rng_state()
         files = {
             _name(WEIGHTS, PIECES, mesh): self._copies(weights),
             _name(OPTIMIZER, OPTIMIZER_PIECES, mesh): self._copies(sorted(state.items())),
@@ -154,7 +160,7 @@ class Checkpoints:
         From a GPU the copies are on their way: `torch.cuda.Event` says when they are there.
         """
         copies, layout = {}, {}
-        for name, piece, begin, shape in storage.pieces(tensors, self._mesh):
+        for name, piece, begin, shape in checkpoint_pieces.pieces(tensors, self._mesh):
             held = self._host.get(name)
             if held is None or held.shape != piece.shape or held.dtype != piece.dtype:
                 held = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
@@ -267,13 +273,13 @@ class Checkpoints:
         if before != now:
             say(f"{folder.name} was written by the mesh {_words(before or {})}; this one is {_words(now)}")
         if origin.adapter is None:
-            storage.read(folder, model.state_dict())
+            checkpoint_pieces.read(folder, model.state_dict())
         else:
             lora.load_adapter(folder / lora.FOLDER, model)
-        optimizer_state = storage.optimizer_state(folder, model)
-        random = {name: optimizer_state.pop(name) for name in list(optimizer_state) if storage.RANDOM in name}
+        optimizer_state = checkpoint_pieces.optimizer_state(folder, model)
+        random = {name: optimizer_state.pop(name) for name in list(optimizer_state) if checkpoint_pieces.RANDOM in name}
         mine = {name: drawn for name, drawn in random.items() if before == now and name.endswith(f"/{mesh.rank}")}
-        storage.read(folder, optimizer_state | mine)
+        checkpoint_pieces.read(folder, optimizer_state | mine)
         optimizer.state.clear()
         if optimizer_state:  # there is none before the first step that was not refused
             load_optimizer_tensors(model, optimizer, optimizer_state)
