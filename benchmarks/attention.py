@@ -11,8 +11,8 @@ import argparse
 import statistics
 from collections.abc import Callable
 
-import record
 import torch
+from lib import record
 from torch import Tensor
 
 from transnormer.ops.lightning import lightning_chunked

@@ -2,12 +2,12 @@
 
     python benchmarks/train.py [--size 10m] [--lengths 512 4096] [--batch-tokens 4096] [--repeats 5]
     python benchmarks/train.py --device cuda --size 385m [--lengths 2048 8192 32768] [--batch-tokens 32768]
-        [--contenders transnormer llama softmax retnet ...] [--million] [--profile] [--name train_float8] [--commit HASH]
-        [--out FOLDER]
+        [--contenders transnormer llama softmax retnet ...] [--million] [--profile]
+        [--name train_float8] [--commit HASH] [--out FOLDER]
 
 On the CPU TransNormerLLM and the softmax Transformer of the same width and depth take turns. On a GPU every contender
-(`trainers.py`) has the GPU to itself: seconds until its first step is done, the median step, tokens a second, the share
-of the matrix product's measured rate by the model's own operations, peak memory and joules a token.
+(`lib/trainers.py`) has the GPU to itself: seconds until its first step is done, the median step, tokens a second, the
+share of the matrix product's measured rate by the model's own operations, peak memory and joules a token.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
+from lib import record
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
 
@@ -95,7 +95,7 @@ def on_cpu(options: argparse.Namespace) -> None:
 
 
 def on_gpu(options: argparse.Namespace) -> None:
-    import gpu
+    from lib import gpu
 
     for backend in ("flash", "mem_efficient", "math"):  # cuDNN's is the fastest softmax attention on Hopper
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(False)
@@ -112,8 +112,8 @@ def on_gpu(options: argparse.Namespace) -> None:
 
 
 def gpu_rows(options: argparse.Namespace, ceiling: float) -> Iterator[dict[str, Any]]:
-    import gpu
-    from trainers import CONTENDERS
+    from lib import gpu
+    from lib.trainers import CONTENDERS
 
     for size in options.size:
         for length in options.lengths or [2_048, 8_192, 32_768]:
@@ -134,8 +134,8 @@ def gpu_rows(options: argparse.Namespace, ceiling: float) -> Iterator[dict[str, 
 def measure(
     name: str, size: str, rows: int, length: int, options: argparse.Namespace, ceiling: float
 ) -> dict[str, Any]:
-    import gpu
-    from trainers import CONTENDERS
+    from lib import gpu
+    from lib.trainers import CONTENDERS
 
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
@@ -163,7 +163,7 @@ def measure(
 
 def measure_segments(size: str, tokens: int) -> dict[str, Any]:
     """One row of so many tokens, its segments of 32,768 recomputed from the states between them."""
-    from trainers import CONTENDERS
+    from lib.trainers import CONTENDERS
 
     from transnormer.train import segments
 

@@ -1,4 +1,4 @@
-"""What is trained in `train.py` on a GPU: ours, our softmax baseline, a LLaMA from outside, fla's RetNet.
+"""What `benchmarks/train.py` trains on a GPU: ours, our softmax baseline, a LLaMA from outside, fla's RetNet.
 
 Each is a function of a size that gives a `Trainer`: `loss(ids)` is the mean loss of ids [B, T + 1], whose forward runs
 under bf16 autocast over float32 weights (RetNet: pure bf16 weights, as its authors train it).

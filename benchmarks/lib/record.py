@@ -17,7 +17,7 @@ import torch
 
 from transnormer.provenance import device_name, provenance
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def slug(device: str) -> str:
@@ -26,7 +26,7 @@ def slug(device: str) -> str:
 
 
 def head(subject: str, device: str, of: str | None = None, launcher: tuple[str, ...] = ("python",)) -> dict[str, Any]:
-    """What every result begins with: subject, device, versions of what is installed, commit (`of`, or git's), command, date."""
+    """What every result begins with: subject, device, installed versions, commit (`of`, or git's), command and date."""
     arguments = list(sys.argv[1:])
     if "--out" in arguments:  # where it lay says nothing
         place = arguments.index("--out")
@@ -81,34 +81,3 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     before = status("VmRSS")
     call()
     return max(0, status("VmHWM") - before)
-
-
-# For the report.
-
-
-def every(subject: str, device: str) -> list[dict[str, Any]]:
-    """The results of a subject, the oldest first."""
-    found = sorted(RESULTS.glob(f"{subject}_{device}_*.json"))
-    return [json.loads(path.read_text()) | {"file": path.name} for path in found]
-
-
-def newest(subject: str, device: str) -> dict[str, Any] | None:
-    found = every(subject, device)
-    return found[-1] if found else None
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def link(result: dict[str, Any], name: str = "") -> str:
-    return f"[{name or result['file']}](../benchmarks/results/{result['file']})"
-
-
-def source(result: dict[str, Any]) -> str:
-    named = ", ".join(
-        f"{name} {result['versions'][name]}" for name in ("torch", "triton") if name in result["versions"]
-    )
-    return (f"{result['device']}; {named}; commit {result['commit'][:12]}{'-dirty' * result['commit'].endswith('dirty')}; `{result['command']}`; "
-            f"{link(result)}.")  # fmt: skip
