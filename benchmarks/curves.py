@@ -48,7 +48,8 @@ def main() -> None:
     slug = record.slug(name) if options.device != "cpu" else "cpu"
     result: dict[str, Any] = record.head("curves", name, options.commit) | {
         "data": [Path(x).name for x in json.loads((data / "data.json").read_text())["source"]["inputs"]],
-        "size": options.size, "steps": options.steps, "batch_tokens": options.batch_tokens, "lr": options.lr, "rows": [],
+        "size": options.size, "steps": options.steps, "batch_tokens": options.batch_tokens, "lr": options.lr,
+        "rows": [],
     }  # fmt: skip
     jobs = [(variant, 0) for variant in options.variants] + [(options.variants[0], 1)]
     for variant, seed in jobs:
@@ -62,8 +63,8 @@ def one_run(options: argparse.Namespace, data: Path, changes: dict[str, Any], se
     """The losses of every step, and of the validation split at every tenth part."""
     values: dict[str, dict[str, Any]] = {
         "model": {"size": options.size}, "data": {"path": str(data)}, "checkpoint": {"every": 0},
-        "train": {"steps": options.steps, "seq_len": options.seq_len, "batch_tokens": options.batch_tokens, "seed": seed,
-                  "dtype": "bfloat16", "compile": True, "device": options.device},
+        "train": {"steps": options.steps, "seq_len": options.seq_len, "batch_tokens": options.batch_tokens,
+                  "seed": seed, "dtype": "bfloat16", "compile": True, "device": options.device},
         "optim": {"lr": options.lr, "warmup_steps": options.steps // 10},
         "eval": {"every": max(1, options.steps // 10), "tokens": 32_768},
     }  # fmt: skip

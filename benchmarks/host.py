@@ -1,10 +1,11 @@
 """What the host needs for a training step, by mesh: 385m's 24 layers, and hardly anything to compute.
 
     python benchmarks/host.py [--meshes one shard replicate tensor context] [--repeats 60]
-    python benchmarks/host.py --device cuda --profile [--out FOLDER]    of 512 tokens; and the functions that take longest
+    python benchmarks/host.py --device cuda --profile [--out FOLDER]
 
-On a CPU the layers are narrow. Over a fake process group, which sends nothing. A GPU that is through its work sooner than
-the host queues the next waits.
+On a CPU the layers are narrow; on a GPU a step has 512 tokens, and `--profile` also lists the functions that take
+longest. The other processes are a fake process group, which sends nothing. A GPU waits whenever it ends its work
+before the host has queued the next.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import torch
 from lib import record
@@ -50,7 +51,7 @@ def main() -> None:
         writers = {n: session.write(options.tokens + 12, Sampling(temperature=0)) for n, session in sessions.items()}
         for token in range(options.tokens + 10):
             for context, writer in writers.items():
-                took = record.time_ms(lambda writer=writer: next(writer), options.device)  # type: ignore[misc]
+                took = record.time_ms(partial(next, writer), options.device)
                 if token >= 10:
                     times[context].append(took)
         for context, writer in writers.items():
@@ -59,7 +60,7 @@ def main() -> None:
             rows.append({
                 "model": name, "size": options.size, "context_tokens": context,
                 "token_ms": round(statistics.median(times[context]), 3),
-                "peak_bytes": record.peak_bytes(lambda writer=writer: next(writer), options.device),  # type: ignore[misc]
+                "peak_bytes": record.peak_bytes(partial(next, writer), options.device),
                 "state_bytes": state.nbytes,
             })  # fmt: skip
             print(rows[-1])

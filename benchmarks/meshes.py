@@ -1,11 +1,13 @@
 """Meshes of several GPUs: how far from one process they are, how fast, in how much memory, and what the plan said.
 
     torchrun --nproc-per-node 2 benchmarks/meshes.py
-    torchrun --nproc-per-node 4 benchmarks/meshes.py --kinds --size 7b --shapes 4x2048 --meshes "tensor 4" "shard 2, tensor 2"
+    torchrun --nproc-per-node 4 benchmarks/meshes.py --kinds --size 7b --shapes 4x2048 \\
+        --meshes "tensor 4" "shard 2, tensor 2"
 
 Meshes not named are one process and all processes by each factor alone and, of four or more, by two of them.
 An error is ||gradient - gradient in float32 on one process|| / ||...||, the worst of all parameters, in bf16 autocast;
-beside it what one process itself is off by, of the same parameter. Writes benchmarks/results/<name>_<gpu>x<gpus>_<date>.json.
+beside it what one process itself is off by, of the same parameter. Writes
+benchmarks/results/<name>_<gpu>x<gpus>_<date>.json.
 """
 
 from __future__ import annotations
@@ -66,9 +68,10 @@ def main() -> None:
         slug = next((kind for kind in GPUS if kind in name.lower()), mesh.device.type)
         path = options.out / f"{options.name}_{slug}x{mesh.world}_{date.today()}.json"
         launcher = ("torchrun", "--nproc-per-node", str(mesh.world))
+        matmul = record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512)
         result: dict[str, Any] = record.head(options.name, f"{mesh.world} x {name}", options.commit, launcher) | {
             "all_reduce_gb_per_second": all_reduce_speed(mesh),
-            "matmul_tflop_per_second": record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512) / 1e12,
+            "matmul_tflop_per_second": matmul / 1e12,
             "rows": [],
         }  # fmt: skip
         meshes = {name: named(name, mesh) for name in options.meshes or default_names(mesh.world)}

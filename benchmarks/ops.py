@@ -213,8 +213,9 @@ def fusion_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
         }
         if function is alone:
             forms["F.rms_norm"] = lambda x: (F.rms_norm(x, x.shape[-1:], eps=1e-6),)
+        names = {alone: "norm", times_gate: "norm, gate", after_update: "residual, norm", turned: "swish, LRPE"}
         row: dict[str, Any] = {
-            "op": {alone: "norm", times_gate: "norm, gate", after_update: "residual, norm", turned: "swish, LRPE"}[function],
+            "op": names[function],
             "floor_forward_ms": forward_units * unit, "floor_both_ms": both_units * unit, "contenders": {},
         }  # fmt: skip
         for name, form in forms.items():
@@ -333,10 +334,8 @@ def check(quick: bool) -> Iterator[dict[str, Any]]:
     calls = []
     for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
         wide = max(K, V)
-        passes = {
-            "forward": kernels.choices(K, V, dtype, shared),
-            "backward": [x for paired in (True, False) for x in kernels.choices(wide, wide, dtype, shared, paired=paired)],
-        }  # fmt: skip
+        walks = [kernels.choices(wide, wide, dtype, shared, paired=paired) for paired in (True, False)]
+        passes = {"forward": kernels.choices(K, V, dtype, shared), "backward": [*walks[0], *walks[1]]}
         brief = quick and (dtype != torch.bfloat16 or (K, V) != (128, 128))
         for name, options in passes.items():
             found = list(dict.fromkeys(options))[: 1 if brief else None]
@@ -375,7 +374,7 @@ def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles
                 begin = time.perf_counter()
                 row[f"{name}_ms"] = attempt(functools.partial(_kernel_ms, call, B * H * T < 2**18))
                 row[f"{name}_seconds"] = time.perf_counter() - begin
-            found = attempt(lambda forward=forward, backward=backward: [forward()[0], *backward()[:3]])  # type: ignore[misc]
+            found = attempt(functools.partial(_outputs, forward, backward))
             if isinstance(found, list):
                 wanted = wanted or found
                 row["distance"] = [_distance(x, y) for x, y in zip(found, wanted, strict=True)]
@@ -384,6 +383,11 @@ def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles
             yield row
             del found
         del wanted
+
+
+def _outputs(forward: Callable[[], Any], backward: Callable[[], Any]) -> list[Tensor]:
+    """The output of forward, and dq, dk and dv of backward."""
+    return [forward()[0], *backward()[:3]]
 
 
 def _kernel_ms(call: Callable[[], Any], small: bool) -> float:

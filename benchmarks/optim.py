@@ -2,8 +2,8 @@
 
     python benchmarks/optim.py [--names adamw muon] [--rates 3e-3 ... 9.6e-2] [--seeds 3] [--steps 150] [--processes 2]
 
-The validation loss after the last step of the demo's model at half its depth and width. Every rate runs with seed 0, the best
-one of each optimizer with the other seeds too; a seed is that of the weights and of the order of the data.
+The validation loss after the last step of the demo's model at half its depth and width. Every rate runs with seed 0,
+the best one of each optimizer with the other seeds too; a seed is that of the weights and of the order of the data.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Memory as planned beside memory as allocated: steps of the real sharded, compiled model on one GPU, all other processes
-pretended (a fake process group: what they would send is any number, so times and losses say nothing).
+"""Memory as planned beside memory as allocated, in steps of the real sharded, compiled model on one GPU.
+
+All other processes are pretended by a fake process group. What they would send is any number, so times and losses say
+nothing.
 
     python benchmarks/plan.py [--size 385m] [--seconds 300] [--commit HASH] [--out FOLDER]
     python benchmarks/plan.py --size 7b --compare-tensor [--name plan_tensor]    as `transnormer plan --compare-tensor`
@@ -46,8 +48,10 @@ CASES: list[tuple[str, dict[str, Any], int]] = [  # model, layout, rows of a dat
     *(("softmax", {**mesh, "recompute": True}, 16) for mesh in ({}, {"shard": 8})),
 ]  # fmt: skip
 COMPARED: list[tuple[str, dict[str, Any], int]] = [
-    (kind, {"shard": 8 // tensor, "tensor": tensor}, 4) for kind in ("transnormer", "softmax") for tensor in (8, 4, 2, 1)
-]  # fmt: skip
+    (kind, {"shard": 8 // tensor, "tensor": tensor}, 4)
+    for kind in ("transnormer", "softmax")
+    for tensor in (8, 4, 2, 1)
+]
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
     python benchmarks/train.py [--size 10m] [--lengths 512 4096] [--batch-tokens 4096] [--repeats 5]
     python benchmarks/train.py --device cuda --size 385m [--lengths 2048 8192 32768] [--batch-tokens 32768]
-        [--contenders transnormer llama softmax retnet ...] [--million] [--profile] [--name train_float8] [--commit HASH]
-        [--out FOLDER]
+        [--contenders transnormer llama softmax retnet ...] [--million] [--profile]
+        [--name train_float8] [--commit HASH] [--out FOLDER]
 
 On the CPU TransNormerLLM and the softmax Transformer of the same width and depth take turns. On a GPU every contender
-(`lib/trainers.py`) has the GPU to itself: seconds until its first step is done, the median step, tokens a second, the share
-of the matrix product's measured rate by the model's own operations, peak memory and joules a token.
+(`lib/trainers.py`) has the GPU to itself: seconds until its first step is done, the median step, tokens a second, the
+share of the matrix product's measured rate by the model's own operations, peak memory and joules a token.
 """
 
 from __future__ import annotations

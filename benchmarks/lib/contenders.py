@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transnormer.ops import lightning_attention, linear_cross_entropy
 
-# The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2) work, nothing T x T stored.
+# The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2) work, and nothing of
+# T x T stored.
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -123,10 +123,11 @@ def profiled(call: Callable[[], Any], longest: int = 40) -> dict[str, Any]:
     for start, end, name in spans:
         calls, ms = kernels.get(name, (0, 0.0))
         kernels[name] = calls + 1, ms + (end - start) / 1e3
+    slowest = sorted(kernels.items(), key=lambda item: -item[1][1])[:longest]
     return {
         "queued_ms": queued * 1e3, "whole_ms": whole * 1e3, "busy_ms": _covered(spans),
         "computing_ms": _covered(span for span in spans if "nccl" not in span[2].lower()), "launches": len(spans),
-        "kernels": [(name[:120], *seen) for name, seen in sorted(kernels.items(), key=lambda item: -item[1][1])][:longest],
+        "kernels": [(name[:120], *seen) for name, seen in slowest],
     }  # fmt: skip
 
 

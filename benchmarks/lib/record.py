@@ -26,7 +26,7 @@ def slug(device: str) -> str:
 
 
 def head(subject: str, device: str, of: str | None = None, launcher: tuple[str, ...] = ("python",)) -> dict[str, Any]:
-    """What every result begins with: subject, device, versions of what is installed, commit (`of`, or git's), command, date."""
+    """What every result begins with: subject, device, installed versions, commit (`of`, or git's), command and date."""
     arguments = list(sys.argv[1:])
     if "--out" in arguments:  # where it lay says nothing
         place = arguments.index("--out")

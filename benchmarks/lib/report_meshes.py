@@ -45,7 +45,8 @@ def by_mesh(results: list[Result]) -> dict[tuple[str, str, str, bool], list[tupl
             if "tokens_per_second" in row:
                 key = row["size"], f"{row['rows']} × {row['seq_len']:,}", row["mesh"], bool(row.get("graph"))
                 found.setdefault(key, []).append((row, result))
-    return found
+    order = sorted(found, key=lambda key: (*key[:2], key[2] != "one process", *key[2:]))
+    return {key: found[key] for key in order}
 
 
 def meshes(results: list[Result]) -> tuple[Figure, Values]:

@@ -235,7 +235,7 @@ def float8() -> tuple[Figure, Values]:
             )
     head = ["size", "scales", "tokens/s", "bfloat16's", "ratio", "GiB", "bfloat16's", "mJ a token", "bfloat16's"]
     shape = result["rows"][0]
-    return apart(curves, ("bfloat16", "float8"), "bfloat16"), {
+    return apart(curves, ("bfloat16", "float8"), "bfloat16", {}), {
         "table": table(head, sorted(rows)),
         "runs": [result, curves],
         "rows": shape["rows"],
@@ -255,18 +255,18 @@ def ends(curves: Result, *variants: str) -> str:
     )
 
 
-def apart(curves: Result, variants: tuple[str, ...], base: str) -> Figure:
+def apart(curves: Result, variants: tuple[str, ...], base: str, names: dict[str, str]) -> Figure:
     """The curves, and how far each is from the first one, among which another seed shows what chance does."""
     figure, axes = panels(2, 5.2)
     found = [row for row in curves["rows"] if row["variant"].startswith(variants)]
     first = dict(next(row for row in found if row["variant"] == base)["valid"])
     curve, off = {}, {}
     for row in found:
-        label = f"{row['variant']}, seed {row['seed']}"
+        label = f"{names.get(row['variant'], row['variant'])}, seed {row['seed']}"
         curve[label] = row["valid"]
         off[label] = [(step, loss - first[step]) for step, loss in row["valid"]]
     lines(axes[0], curve, "step", "validation loss, nats a token", lengths=False)
-    lines(axes[1], off, "step", f"difference from {base}, seed 0", lengths=False)
+    lines(axes[1], off, "step", f"difference from {names.get(base, base)}, seed 0", lengths=False)
     axes[1].get_legend().remove()  # type: ignore[union-attr]
     return figure
 
@@ -281,7 +281,7 @@ def optimizers() -> tuple[Figure, Values]:
     ms = [statistics.median(row["times_ms"]) for row in steps["rows"][:2]]
     of = {row["model"]: row for row in eight["rows"] if "8 bits" in row["model"] or row["model"] == "transnormer"}
     plain, bits = of["transnormer"], of["transnormer, 8 bits"]
-    return apart(curves, ("bfloat16", "muon", "8 bits"), "bfloat16"), {
+    return apart(curves, ("bfloat16", "muon", "8 bits"), "bfloat16", OPTIMIZERS), {
         "table": table(["optimizer", "seed", "validation loss at the end", "tokens/s of the loop"], rows),
         "size": curves["size"],
         "steps": curves["steps"],

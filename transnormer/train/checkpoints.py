@@ -126,7 +126,9 @@ class Checkpoints:
         self._prune = progress.refused == 0  # otherwise the last checkpoint before the refused steps must stay
         tensors = model.state_dict()
         weights = tensors.items() if origin.adapter is None else lora.merged(model, tensors)
-        state = optimizer_tensors(model, optimizer) | {f"torch{checkpoint_pieces.RANDOM}{mesh.rank}": torch.get_rng_state()}
+        state = optimizer_tensors(model, optimizer) | {
+            f"torch{checkpoint_pieces.RANDOM}{mesh.rank}": torch.get_rng_state()
+        }
         if mesh.device.type == "cuda":
             state[f"cuda{checkpoint_pieces.RANDOM}{mesh.rank}"] = torch.cuda.get_rng_state()
         files = {
