@@ -228,18 +228,18 @@ def spoiled(
 @contextmanager
 def written_at_once() -> Iterator[None]:
     """Every step waits for what the threads are writing: the checkpoint of step 3 is sealed at the end of step 5."""
-    flags = checkpoint.Checkpoints.flags
+    flags = checkpoints.Checkpoints.flags
 
-    def waited(checkpoints: checkpoint.Checkpoints) -> tuple[int, int]:
-        if checkpoints._job is not None:
-            checkpoints._job.exception()
-        return flags.__get__(checkpoints)  # type: ignore[no-any-return]
+    def waited(saves: checkpoints.Checkpoints) -> tuple[int, int]:
+        if saves._job is not None:
+            saves._job.exception()
+        return flags.__get__(saves)  # type: ignore[no-any-return]
 
-    checkpoint.Checkpoints.flags = property(waited)  # type: ignore[assignment, method-assign]
+    checkpoints.Checkpoints.flags = property(waited)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        checkpoint.Checkpoints.flags = flags  # type: ignore[method-assign]
+        checkpoints.Checkpoints.flags = flags  # type: ignore[method-assign]
 
 
 def work_through(rank: int, folder: Path) -> None:
