@@ -97,8 +97,11 @@ def drawings(model: LanguageModel, run: Run, test: TokenData, seq_len: int) -> d
 
 
 def by_layer(model: LanguageModel, data: TokenData, seq_len: int) -> dict[str, list[float]]:
-    """Over the first tokens of a split: each layer's largest output by absolute value, and its weights' gradient norm."""
-    length = min(seq_len, data.tokens - 1)
+    """Over the first SCORED_TOKENS of a split: each layer's largest absolute output, and its weights' gradient norm.
+
+    Longer rows are cut, because the passes are neither compiled nor recomputed and would not fit into a GPU's memory.
+    """
+    length = min(seq_len, SCORED_TOKENS, data.tokens - 1)
     rows = max(1, min(SCORED_TOKENS // length, (data.tokens - 1) // length))
     ids = torch.from_numpy(data.window(0, rows * length + 1)).to(model.device)
     largest: list[float] = []
@@ -183,8 +186,8 @@ def measure(
         "scores": scores, "refused": summary.refused,
         "gradient_norm": {"mean": statistics.fmean(norms), "largest": max(norms), "last": norms[-1]},
         "valid_curve": [[line["tokens"], line["valid_loss"]] for line in lines if line.get("valid_loss") is not None],
-        "by_layer": by_layer(model, splits["valid"], length), "curve": curve, "model": model.config.to_dict(), "recipe": wanted.to_toml(),
-        "data": data.fingerprint, **where,
+        "by_layer": by_layer(model, splits["valid"], length), "curve": curve,
+        "model": model.config.to_dict(), "recipe": wanted.to_toml(), "data": data.fingerprint, **where,
     }  # fmt: skip
     return record, drawn
 

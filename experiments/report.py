@@ -35,9 +35,10 @@ Each cell is the mean over seeds, with the standard deviation between seeds wher
 token on held-out text, **BPB** bits per byte, **WikiText-103** perplexity per word by the official word counts: models
 here have not been trained on WikiText, so that figure compares them with each other and with nothing published.
 Every row of every arm, and every window that is scored, begins from an empty state. The **difference** to the first
-arm, or to the arm that is named, is a mean over pairs of runs with equal seeds (equal initial weights by name, equal data in equal order), with its
-95 % t interval; *p* is two-sided and corrected by Holm's method over the table. Where the interval holds 0 or *p* is
-not below 0.05, the arms are not distinguishable. Tables that explore use seeds below 11 and never read the test part.
+arm, or to the arm that is named, is a mean over pairs of runs with equal seeds (equal initial weights by name, equal
+data in equal order), with its 95 % t interval; *p* is two-sided and corrected by Holm's method over the table. Where the
+interval holds 0 or *p* is not below 0.05, the arms are not distinguishable. Tables that explore use seeds below 11 and
+never read the test part.
 Where the data are digits or speech, a token is a sample of 256 levels, and **bits a sample**, which others call bits
 per dimension, are measured on the same part as the difference.
 
@@ -216,12 +217,14 @@ def rates(name: str, by_setting: dict[Setting, dict[str, list[dict[str, Any]]]])
             family = arms.TABLES["arms"][arm]["family"]
             grid = TABLES[name]["grid"].get(optimizer, {}).get(family, [])
             found = {r["lr"]: r["valid_loss"] for r in runs if r["seed"] == 0 and r["lr"] in grid}
-            if not found:
+            known = {lr: loss for lr, loss in found.items() if loss is not None}  # the others diverged
+            if not known:
                 continue
-            best = min(found, key=lambda lr: found[lr])
+            best = min(known, key=lambda lr: known[lr])
             inside = len(found) == len(grid) and best not in (min(grid), max(grid))
             cells = ", ".join(
-                f"{lr:g}: {'**' * (lr == best)}{loss:.4f}{'**' * (lr == best)}" for lr, loss in sorted(found.items())
+                f"{lr:g}: " + ("diverged" if loss is None else f"{'**' * (lr == best)}{loss:.4f}{'**' * (lr == best)}")
+                for lr, loss in sorted(found.items())
             )
             verdict = (
                 "inside" if inside else "grid not complete" if len(found) < len(grid) else "at its edge: to be widened"
@@ -345,8 +348,11 @@ def main() -> None:
         if "grid" in entry:
             text += [f"## {entry['title']}", rates(name, by_setting)] if by_setting else []
             continue
-        for setting, by_arm in sorted(by_setting.items()):
+        for setting, all_by_arm in sorted(by_setting.items()):
             size, tokens, optimizer = setting
+            by_arm = {arm: [r for r in runs if "diverged" not in r] for arm, runs in all_by_arm.items()}
+            diverged = {arm: len(all_by_arm[arm]) - len(runs) for arm, runs in by_arm.items()}
+            by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
             if name == "spread":  # one rate an arm, the table's own
                 by_arm = {
                     arm: [r for r in runs if r["lr"] == arms.rate(size, optimizer, r["family"])]
@@ -361,6 +367,7 @@ def main() -> None:
                 picture(name, setting, by_arm),
                 compare(name, setting, by_arm),
                 *drawn(name, by_arm),
+                *(f"{count} runs of `{arm}` diverged and count nowhere." for arm, count in diverged.items() if count),
             ]
             text += [sources(by_arm)]
     write_text(DOCS / "results.md", "\n\n".join(text) + "\n")

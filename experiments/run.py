@@ -154,6 +154,8 @@ def main() -> None:
     parser.add_argument("--merge", type=Path, help="unpack such a file into --out, and do nothing else")
     parser.add_argument("--dry", action="store_true", help="say what would run")
     options = parser.parse_args()
+    if options.last and options.until is None:
+        parser.error("--last needs --until, which says when nothing is kept any more")
     began = time.monotonic()
     if options.merge:
         with tarfile.open(options.merge) as archive:

@@ -22,10 +22,10 @@ LIBRARIES = (
 CHECKOUT = Path(__file__).parent.parent
 
 
-def device_name(device: str) -> str:
-    """The GPU's name for "cuda", else the processor's and how many threads torch uses."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+def device_name(device: str | torch.device) -> str:
+    """The name of a GPU such as "cuda" or "cuda:1", otherwise the processor's with the number of threads torch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(torch.device(device))
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
@@ -42,8 +42,8 @@ def commit() -> str | None:
         return None
 
 
-def provenance(device: str, *, command: str, of: str | None = None) -> dict[str, Any]:
-    """What every result says of itself. device: "cuda" or "cpu"; of: the commit, where the code has no git with it."""
+def provenance(device: str | torch.device, *, command: str, of: str | None = None) -> dict[str, Any]:
+    """What every result says of itself. device: as in `device_name`; of: the commit, where the code has no git with it."""
     versions = {"transnormer": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

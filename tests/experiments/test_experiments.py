@@ -102,7 +102,7 @@ def test_chosen_rates_are_the_best_of_their_grids() -> None:
                     r["lr"]: r["valid_loss"] for r in results
                     if (r["size"], r["optimizer"], r["family"], r["seed"]) == (size, optimizer, family, 0)
                     and r["arm"] in table["arms"] and r.get("dataset", "text") == (folder or "text")
-                    and "dtypes" not in arms.TABLES["tables"].get(r["table"], {})
+                    and r["valid_loss"] is not None and "dtypes" not in arms.TABLES["tables"].get(r["table"], {})
                 }  # fmt: skip
                 if found.keys() >= set(grid) and grid:
                     complete += 1
@@ -135,6 +135,13 @@ def test_conclusions_follow_from_intervals_and_say_what_the_paper_says() -> None
     by_arm = {"plain": runs(3.5, 3.61, 3.7), "plain-rope": runs(3.0, 3.1, 3.2), "published": runs(3.0, 3.1, 3.2)}
     found = report.conclusion("ladder", report.verdicts("ladder", by_arm, "test"))
     assert found == "`plain` is worse than `published` (+16.2 %). `plain-rope` is better than `plain` (-14.0 %)."
+
+
+def test_a_rate_at_which_a_run_diverged_is_never_the_best() -> None:
+    losses = {0.5e-3: 3.9, 1e-3: 3.7, 2e-3: 3.8, 4e-3: None}
+    runs = [{"lr": lr, "seed": 0, "valid_loss": loss} for lr, loss in losses.items()]
+    table = report.rates("rates", {("45m", 100_000_000, "adamw"): {"plain": runs}})
+    assert "| 0.0005: 3.9000, 0.001: **3.7000**, 0.002: 3.8000, 0.004: diverged | inside |" in table
 
 
 def test_scores_count_every_token_once(prepared: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.data.loader import Batch
-from transnormer.planning.mesh_sizes import Parallel, check, sizes
+from transnormer.planning.mesh_sizes import Parallel, check_mesh, sizes
 from transnormer.train.mesh import Mesh, start
 from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import Recipe
@@ -185,8 +185,8 @@ def test_a_mesh_must_fit_the_processes(parallel: Parallel, world: int, message: 
 def test_a_mesh_must_fit_the_model_and_the_batch(parallel: Parallel, model: dict[str, object], message: str) -> None:
     config = ModelConfig.from_dict(TINY).replace(**model)
     with pytest.raises(ValueError, match=message):
-        check(config, parallel, 16, seq_len=24, rows=8)
-    check(config, Parallel(replicate=2, shard=2), 4, seq_len=24, rows=8)
+        check_mesh(config, parallel, 16, seq_len=24, rows=8)
+    check_mesh(config, Parallel(replicate=2, shard=2), 4, seq_len=24, rows=8)
 
 
 def test_the_recipe_names_the_mesh() -> None:

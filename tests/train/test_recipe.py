@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from transnormer.config import TRANSFORMER, ModelConfig
-from transnormer.planning.mesh_sizes import check, sizes
+from transnormer.planning.mesh_sizes import check_mesh, sizes
 from transnormer.train.mesh import Mesh
 from transnormer.train.optim import learning_rate
 from transnormer.train.recipe import Optim, Recipe, model_overrides
@@ -234,7 +234,7 @@ def test_the_papers_sizes_fit_the_gpus_that_their_recipes_name(
     assert config == ModelConfig.named(size, embed_scale=size != "7b")
     assert train.steps * train.batch_tokens == pytest.approx(300e9, rel=1e-4)
     assert (train.seq_len, optim.lr, optim.weight_decay, optim.schedule) == (8_192, 3e-4, 0.1, "constant")
-    check(config, recipe.parallel, gpus, seq_len=train.seq_len, rows=recipe.rows)
+    check_mesh(config, recipe.parallel, gpus, seq_len=train.seq_len, rows=recipe.rows)
     mesh = Mesh(torch.device("cuda"), *sizes(recipe.parallel, gpus))
     assert recipe.rows == rows_each * mesh.data_ranks
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30, 80 * 2**30))

@@ -19,7 +19,8 @@ from ..ops.loss import CUDA_SLICE_BYTES
 from .mesh_sizes import Parallel
 
 GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
-WORKSPACE_BYTES = 2**26  # cuBLAS's on the same H100: 32 MiB for forward's thread and for backward's
+WORKSPACE_BYTES = 2**26  # cuBLAS's on an H100: 32 MiB for each of the threads of forward and backward
+
 # Assumed, not measured.
 CONTEXT_BYTES = 2**30  # CUDA's context and the kernels
 GROUP_BYTES = 2**28  # buffers of NCCL, for every group of processes that a rank is in

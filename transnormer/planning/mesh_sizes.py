@@ -41,7 +41,7 @@ def sizes(parallel: Parallel, world: int) -> tuple[int, int, int, int]:
     return parallel.replicate, left, parallel.context, parallel.tensor
 
 
-def check(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, rows: int) -> None:
+def check_mesh(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, rows: int) -> None:
     """Refuse a mesh that the model or the batch does not fit. rows: of one micro-batch over all data ranks.
 
     Raises ValueError naming the factor, what it does not divide, and what would fit.

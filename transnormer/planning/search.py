@@ -15,7 +15,7 @@ from typing import Any
 from ..config import ModelConfig
 from .hardware import GPUS, USABLE, Gpu
 from .memory import Layout, Memory, Shape, find_memory, measure
-from .mesh_sizes import Parallel, check, listed
+from .mesh_sizes import Parallel, check_mesh, listed
 from .speed import find_speed
 
 BATCH_TOKENS = 2**22  # of a step, about, where nobody says how many
@@ -148,7 +148,7 @@ class Job:
         if rows % layout.accumulate:
             return False
         try:
-            check(self.config, layout.parallel, self.gpus, seq_len=self.seq_len, rows=rows // layout.accumulate)
+            check_mesh(self.config, layout.parallel, self.gpus, seq_len=self.seq_len, rows=rows // layout.accumulate)
         except ValueError:
             return False
         return True

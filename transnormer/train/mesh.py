@@ -1,7 +1,7 @@
-"""One run on many processes: the mesh they form, what each of them is in it, and the model made to fit.
+"""One run on many processes: the mesh they form, and what each of them is in it.
 
 The mesh has four dimensions, the last of which changes fastest from one rank to the next: `replicate` and `shard` read
-different rows, `context` different segments of the same rows, `tensor` different heads and columns of the same tokens.
+different rows, `context` different slices of the same rows, `tensor` different heads and columns of the same tokens.
 Losses are sums over tokens divided by the tokens of the whole step, and gradients are summed, never averaged: so every
 mesh computes what one process does.
 """

@@ -86,11 +86,11 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
             f"warning: optim.warmup_steps = {optim.warmup_steps:,} is longer than the {whole:,} steps that the run has "
             f"for it; the learning rate does not get beyond {whole / optim.warmup_steps:.0%} of optim.lr"
         )
-    device, path = mesh.device, run / STARTS
+    path = run / STARTS
     starts = _starts(path) if path.exists() and done else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     said = {"time": now, "after_step": done, "processes": mesh.world}
-    starts.append(said | provenance(device.type, command=shlex.join(sys.argv)))
+    starts.append(said | provenance(mesh.device, command=shlex.join(sys.argv)))
     write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
 
 

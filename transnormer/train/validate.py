@@ -14,7 +14,7 @@ from ..config import ModelConfig
 from ..data.shards import TokenData
 from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..model.language_model import LanguageModel
-from ..planning.mesh_sizes import check as check_mesh
+from ..planning.mesh_sizes import check_mesh
 from ..run_folder import RECIPE
 from . import lora
 from .mesh import Mesh
