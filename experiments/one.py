@@ -25,8 +25,8 @@ from transnormer.provenance import provenance
 from transnormer.train.loop import Interrupted, train
 from transnormer.train.metrics import read_metrics
 
-POSITIONS = 64  # that losses by position are averaged over, at most
-SCORED_TOKENS = 32_768  # at a time, about
+POSITIONS = 64  # `loss_by_position` has at most this many values
+SCORED_TOKENS = 32_768  # about as many are read in one forward pass
 
 
 @torch.inference_mode()
@@ -73,7 +73,7 @@ def score(
 def draw(model: LanguageModel, rows: int, length: int, end: int, seed: int) -> np.ndarray:
     """Samples that the model draws at temperature 1 behind the end-of-text token, uint8 [rows, length].
 
-    The token of level n is end + 1 + n, and all tokens are such: the end of a text is not drawn.
+    The token of level n is end + 1 + n. Only levels are sampled; the end of a text is left out.
     """
     sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
     generator = sampling.generator(model.device)
@@ -134,8 +134,8 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Train (or finish, or find finished) the run and score it. Returns the record of its JSON, and what was drawn.
 
-    Only the first confirming run of data that are not text draws. Of a run that diverged, which is a result where rates
-    are compared, the record says so and has no scores.
+    Samples are drawn only from data that are not text, by the first confirming run of each arm. A run that diverged is a
+    result too, where rates are compared: its record says so and has no scores.
     """
     cuda, text = torch.cuda.is_available(), run.dataset == "text"
     corpus = corpus / folder_of(run.dataset)

@@ -6,7 +6,7 @@
 
 The corpus comes from experiments/corpus.py. What is not language comes from experiments/sequences.py and lies in the
 corpus as its folders digits and speech, which need no text beside them. Each run is a process of its own and ends as
-one JSON in --out, beside which the first confirming run of digits and of speech leaves what it drew (.npz). With
+one JSON in --out, beside which the first confirming run of each arm leaves the digits or the speech that it sampled (.npz). With
 --until SECONDS every run is stopped at a checkpoint before so many seconds have passed since the start; the same
 command goes on with it. --archive FILE packs all results for another machine, where --merge FILE unpacks them.
 Runs side by side on one GPU are 13 % faster together when `nvidia-cuda-mps-control -d` has been called before.
@@ -38,7 +38,7 @@ START_SECONDS = 30  # that a run takes beside its training: imports, compiling, 
 
 
 class Queue:
-    """Starts runs in processes of their own, at most `width` on each GPU at a time."""
+    """Starts runs in processes of their own, at most `options.side_by_side` on each GPU at a time."""
 
     def __init__(self, options: argparse.Namespace, command: str):
         self._options, self._command = options, command
@@ -110,7 +110,10 @@ def seconds_of(run: Run, options: argparse.Namespace) -> float:
 
 
 def execute(queue: Queue, missing: list[Run], until: float | None, options: argparse.Namespace) -> int:
-    """Run them all, those that were begun first, or stop before `until` (by time.monotonic). Returns how many are left."""
+    """Run all, beginning with those that an earlier call has started. Stop before `until` (by time.monotonic).
+
+    Returns how many are left.
+    """
     begun = {run for run in missing if (options.work / run.name).exists()}
     waiting, left = sorted(missing, key=lambda run: run not in begun), 0
     try:
@@ -147,7 +150,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for results")
     parser.add_argument("--until", type=float, help="stop, everything saved, within so many seconds")
     parser.add_argument(
-        "--last", action="store_true", help="nothing is kept after --until, so begin only what will end before it"
+        "--last",
+        action="store_true",
+        help="begin only runs that will end before --until, because this machine's disk is lost then; "
+        "a run is always begun where none like it has been timed yet",
     )
     parser.add_argument("--commit", help="of this code, where it has no git with it")
     parser.add_argument("--archive", type=Path, help="write all results into this file at the end")

@@ -1,4 +1,4 @@
-"""Corpora that are not language, one token a sample: drawn digits and raw speech.
+"""Corpora that are not language, one token a sample: handwritten digits and raw speech.
 
     python experiments/sequences.py digits FOLDER --out build/corpus/digits   # MNIST's *-images-idx3-ubyte.gz
     python experiments/sequences.py speech FOLDER --out build/corpus/speech   # a folder of WAV files
@@ -12,8 +12,8 @@ An image is a document of 784 samples, row by row from the top. MNIST's test ima
 5,000 of its training images are for validation. A recording is a document of 8-bit mu-law samples, 8,000 a second.
 A hash of its samples decides its part, one in 20 for validation and one in 20 for the test.
 
-Each part begins with one sample that is no data. It stands where the end-of-text token stands before all later
-documents, so that rows of 785 tokens from the start of a part hold one image each, behind its end-of-text token.
+Each part begins with one dummy sample, because no end-of-text token stands before the first document. So every row of 785
+tokens holds one end-of-text token (the first row the dummy) and one image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run folder holds, and how its checkpoints are found and known to be whole. Nothing else knows these names.
+"""What a run folder holds, and how its checkpoints are found and known to be whole.
 
 A folder is sealed when it was written completely: the file SEAL is written last and lists the size and hash of every other
 file. A checkpoint gets its name step-N only after it was sealed.

@@ -34,7 +34,7 @@ Model = Annotated[Path, typer.Option("--model", help="A run, an exported model o
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
 TopK = Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Draw among the fewest tokens with this much probability.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens whose probabilities add up to this.")]
 TextField = Annotated[str, typer.Option(help="The field or column of jsonl and parquet with the text.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
 
@@ -95,7 +95,7 @@ def load_model(folder: Path, device: str) -> LanguageModel:
 
 
 def stdout_console(width: int) -> Console:
-    """Where tables are printed: as wide as the terminal, or so wide where there is none."""
+    """Where tables are printed: as wide as the terminal, or `width` columns where the output is no terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else width)

@@ -62,7 +62,8 @@ class Graph:
     def record(self, *inputs: Tensor) -> None:
         """Call `compute` a few times, then record one more call. No gradients are left afterwards.
 
-        Raises ValueError with the reason where `compute` cannot be recorded; the process should then end.
+        Raises OutOfMemoryError where the memory does not suffice, and ValueError with the reason where `compute` cannot be
+        recorded for another one. The process should then end.
         """
         self._inputs = [x.clone() for x in inputs]
         device, parameters = inputs[0].device, [p for p in self._model.parameters() if p.requires_grad]

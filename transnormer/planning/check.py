@@ -1,4 +1,4 @@
-"""A plan held against the real sharding code, as many processes as it takes pretended, and what `transnormer plan` shows."""
+"""Checks a plan against the real sharding code, on pretended processes, and builds the tables of `transnormer plan`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_PRETENDED = 4_096  # processes; torch makes a group of processes for each, 
 
 @contextmanager
 def pretended(layout: Layout, device: torch.device) -> Iterator[Mesh]:
-    """The mesh of this process and of others that are not there (PyTorch's fake process group): they send any number.
+    """The mesh of this process and of pretended ones, by PyTorch's fake process group: what they send is arbitrary.
 
     Raises RuntimeError inside a process group.
     """

@@ -27,16 +27,20 @@ GPUS = {
     "rtx4090": Gpu(24, 1.008, 165.2, 450, 32, 12.5),  # NVIDIA Ada whitepaper; PCIe 4.0 x16, 100 Gb/s a GPU
 }
 
-# Measured on an H100 (benchmarks/results/train_h100_2026-11-25.json): what matrix products alone reach of the data
-# sheet's rate, what both passes reach of that, by width D (between widths interpolated, beyond them held), and what
-# copies reach of the memory's.
+# Measured on an H100 (benchmarks/results/train_h100_2026-11-25.json), but for the shares at width 4,096.
+# MATMUL_SHARE: the part of the data sheet's rate that matrix products alone reach.
+# PASSES_SHARE: the part of MATMUL_SHARE that forward and backward reach, by width D. Shares between two widths are
+# interpolated; beyond the last width they stay.
+# COPY_SHARE: the part of the memory's rate that copies reach.
 MATMUL_SHARE = 724.64 / 989.4
 PASSES_SHARE = {"gla": {1_024: 0.622, 2_048: 0.747, 4_096: 0.83}, "softmax": {1_024: 0.621, 2_048: 0.728, 4_096: 0.81}}
 COPY_SHARE = 3.032 / 3.35
-# Fitted to steps of four H100 (meshes_7b_*_h100x4_2026-11-27.json), as the share at 4,096 above is (softmax's from its own
-# at 2,048 alike): what collectives, starting and waiting included, reach of a link's rate; the share of their time by
-# which weights that travel meanwhile make a step longer, at its ends and as they slow the products; how much longer than
-# a plain copy FSDP's take.
+# These, and the shares at width 4,096 above, are fitted to steps of 7b on four H100 (meshes_7b_*_h100x4_2026-11-27.json);
+# softmax's share there is taken in proportion to its share at 2,048.
+# LINK_SHARE: the part of a link's rate that collectives reach, starting and waiting included.
+# EXPOSED: the part of the time in which weights travel by which a step becomes longer, at its ends and because they slow
+# the products.
+# FSDP_COPIES: how many times as long as plain copies FSDP's copies take.
 LINK_SHARE = 0.58
 EXPOSED = 0.4
 FSDP_COPIES = 1.75

@@ -48,7 +48,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest GPU at its fullest moment; gradients are few where that is before the backward pass."""
+    """Bytes on the GPU that needs most, at the moment when it needs most.
+
+    gradients: few where that moment lies before the backward pass.
+    """
 
     weights: int
     gradients: int
@@ -141,11 +144,12 @@ def one_of_each(config: ModelConfig, kinds: Sequence[bool]) -> ModelConfig:
 
 
 def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one_op: bool = False) -> float:
-    """What the compiled backward pass of one block keeps of each token of a segment, under bf16 autocast, in bytes.
+    """Bytes that a compiled block keeps of each token for the backward pass, under bf16 autocast.
 
-    In bfloat16 all but the residual stream. Of `tensor` ranks each has its heads and columns, and between the products
-    its part of the tokens; but what projections read, it has gathered whole. one_op: the mixer is
-    `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in layers without positions.
+    Every tensor is bfloat16 except the residual stream, which is float32. A tensor rank keeps its own heads and columns,
+    and between the products its own part of the tokens. It keeps the input of each projection whole, because it gathers
+    that input. one_op: the mixer is `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in layers
+    without positions.
     """
     d, inner, f = config.hidden_size, config.inner_size, config.intermediate_size
     rank = config.gate_rank or 0
@@ -172,10 +176,11 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
 
 
 def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[range]:
-    """Which neighbouring blocks, by number, are gathered at once: of one kind, and of `GATHERED_BYTES` bytes if several.
+    """Group neighbouring blocks, by number, whose weights are gathered at once.
 
-    sizes: in bytes, gathered. Each gathering costs the host about a millisecond (`benchmarks/host.py`), in which a GPU
-    is through a small block.
+    The blocks of a group are of one kind, and several have at most `GATHERED_BYTES` together. They are grouped because
+    each gathering costs the host about a millisecond (`benchmarks/host.py`), and a GPU computes a small block in less.
+    sizes: of each block's gathered weights, in bytes.
     """
     found: list[range] = []
     for n, size in enumerate(sizes):
@@ -213,12 +218,14 @@ def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory
     inside = tokens * (6 * config.intermediate_size / tensor + 2 * d) + stream  # gradients in the midst of a block
     backward = held + inside + (kept[-1] - stream if again else 0)  # the last block's, while all others are still kept
     normed = 2 * tokens * d  # what the head reads, and its gradient; gathered ones are put in order
-    # States: all blocks' last live until the loss is there; what segments begin with is kept for the backward pass.
+    # The last state of every block lives until the loss is computed. Under `context` the state with which a slice of the
+    # row begins is kept as well, because the backward pass reads it.
     each = rows * config.num_attention_heads // tensor * config.head_dim**2 * 4 if config.mixer == "gla" else 0
     states = each * (layers + sum(lrpe))
     begun = states if layout.context > 1 and not again else 0
     state = each * (1 + any(lrpe)) + begun
-    # Bytes of a number of each block's weights: gathered, and of those in float32 autocast's copies, kept for backward.
+    # `wide` is how many bytes one weight of each block takes while it is gathered. `cast` is how many bytes autocast's
+    # bfloat16 copy of it takes, where there is one; the copy is kept because the backward pass reads it.
     block, words = shape.block / tensor, vocab * d / tensor
     wide, groups = gathered(shape, tensor)
     cast = [2 if alone or x == 4 else 0 for x in wide]
@@ -247,7 +254,8 @@ def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory
         "blocks before": (summed, backward - done, state,
                           (before + moving[-1] + 2 * earlier + wide[max(0, end[0] - 1)]) * block + root + own),
         "first block": (late, kept[0] + inside, state, (sum(moving[1:2]) + 2 * at_once[0]) * block + own_root),
-        # The head's gradient, the embedding's and where they are one their sum; of these one is not yet among all.
+        # The gradients of the head and of the embedding, and where they are one matrix their sum. What `late` counts of
+        # them already is subtracted.
         "embedding": (late, stream, 0, words * (8 * tied if alone else 16) - root / ranks),
     }  # fmt: skip
     gradients, activations, state, buffers = map(int, max(moments.values(), key=sum))

@@ -41,9 +41,9 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained on what; a factor of None is to be found. Raises ValueError for what cannot be.
+    """A model, its tokens and the GPUs. The search chooses every factor that is None.
 
-    batch_tokens: of a step; 0 stands for about BATCH_TOKENS, in as many rows as the GPUs can share.
+    Raises ValueError for a job that no layout can run. batch_tokens: of a step; 0 stands for about BATCH_TOKENS, in as many rows as the GPUs can share.
     """
 
     config: ModelConfig
@@ -129,7 +129,7 @@ class Job:
         return max(1, round(rows / unit)) * unit
 
     def candidates(self, rows: int) -> Iterator[Layout]:
-        """Tensor within a node, and where it is free, rows cut so that a context rank has 1,024 tokens of them."""
+        """The layouts with `tensor` within a node and, where `context` is free, at least 1,024 tokens on a context rank."""
         tensors = [n for n in _divisors(self.gpus) if n <= self.gpu.node] if self.tensor is None else [self.tensor]
         for tensor in tensors:
             left = max(1, self.gpus // tensor)
@@ -226,7 +226,8 @@ class Job:
         """Whether anything fits with changes to this job. Only the layout of each mesh that needs least memory is tried."""
         try:
             job = replace(self, **changes)
-            # The last of a mesh recomputes and has the fewest rows at a time; one micro-batch alone sums no gradients.
+            # `layouts` yields the layout of a mesh with the least memory last, because it recomputes and has the smallest
+            # microbatches. accumulate = 1 is tried separately, because it keeps no sum of gradients.
             tightest = {(layout.parallel, layout.accumulate == 1): layout for layout in job.layouts()}
         except ValueError:
             return False

@@ -29,10 +29,10 @@ def passes_share(config: ModelConfig) -> float:
 
 
 def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
-    """What one GPU reads and writes in a step to put in order what is gathered and summed. rows: as in `find_memory`.
+    """Bytes that one GPU copies (read and written) in a step because of sharding. rows: as in `find_memory`.
 
-    Of each weight in each pass: its own 4 bytes to 2, and 2 out of what was gathered to where they are multiplied; of
-    each gradient 2 to 4. Under `tensor` all tokens, 2 bytes to 2, four times a block.
+    In each pass FSDP casts the GPU's own weights from 4 bytes to 2, and copies every gathered weight to where it is
+    multiplied. It casts every gradient from 2 bytes to 4. Under `tensor` all tokens are copied four times a block.
     """
     if layout.world == 1:
         return 0.0
@@ -49,7 +49,8 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
     config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
     words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     tokens = rows * seq_len // layout.context
-    # FSDP gathers blocks for each pass, but the last ones once; what is computed again is so while they are there.
+    # FSDP gathers a block once for each pass, and the last blocks only once because they stay gathered. Recomputation
+    # gathers nothing, because it runs while the block is gathered for the backward pass.
     wide, groups = gathered(shape, tensor)
     twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
     gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
@@ -68,9 +69,10 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
 
 
 def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) -> tuple[float, dict[str, int]]:
-    """(tokens a second of all GPUs, `sent_bytes`). Weights travel while blocks are computed (`EXPOSED`), all else waits.
+    """(tokens a second of all GPUs, `sent_bytes`).
 
-    No GPU waits for its host: under `tensor` and `context`, and of small models, that takes `train.graph = true`.
+    Weights travel while blocks are computed (`EXPOSED`); for everything else that is sent the GPUs wait. It is assumed
+    that no GPU waits for its host. Small models, `tensor` and `context` reach that only with `train.graph = true`.
     """
     config = shape.config
     flops = shape.flops_per_token

@@ -42,7 +42,7 @@ from .recipe import Checkpoint
 OPTIMIZER = "optimizer.safetensors"
 OPTIMIZER_PIECES = "optimizer-{:05d}-of-{:05d}.safetensors"
 RECORD = "training.json"
-WINDOW = 32  # the last losses, which a loss must exceed to count as a spike
+WINDOW = 32  # how many of the last losses a spike is told by (`step.refusal`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Origin:
 
 @dataclass
 class RunProgress:
-    """How far a run is. Together with the weights and the optimizer state it is all that a run needs to go on.
+    """How far a run is. A checkpoint holds it beside the weights, the optimizer state and the random states.
 
     position: how many samples all steps have read, refused ones included.
     refused: how many steps in a row, up to the last one, were refused.
@@ -157,9 +157,10 @@ class Checkpoints:
         self._phase, self._job = "written", self._writer.submit(write)
 
     def _copies(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """What this process writes of the tensors, on the host, and where it lies in the whole (None: it is the whole).
+        """Copy what this process writes of the tensors to the host.
 
-        From a GPU the copies are on their way: `torch.cuda.Event` says when they are there.
+        Returns (the copies; their offsets in the whole tensors, or None on one process, whose tensors are whole). Copies
+        from a GPU are complete only after a `torch.cuda.Event`.
         """
         copies, layout = {}, {}
         for name, piece, begin, shape in checkpoint_pieces.pieces(tensors, self._mesh):
@@ -231,7 +232,10 @@ class Checkpoints:
         return RunProgress() if folder is None else self._load(folder, later, model, optimizer)
 
     def go_back(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> RunProgress | None:
-        """Load the newest good checkpoint that no refused step precedes, and remove those after it; None without one."""
+        """Load the newest good checkpoint that was not written directly after a refused step, and remove those after it.
+
+        Returns None where there is none.
+        """
         self.settle()
         folder, later = self._newest(lambda record: not record.get("refused"))
         return None if folder is None else self._load(folder, later, model, optimizer)
@@ -245,7 +249,7 @@ class Checkpoints:
         return None, found
 
     def _damage(self, folder: Path) -> str | None:
-        """As `damaged`, the files shared among the processes."""
+        """As `damaged`, but each process checks a part of the files, because hashing takes time."""
         found = self._mesh.gather(damaged(folder, self._mesh.rank, self._mesh.world))
         return next((wrong for wrong in found if wrong is not None), None)
 

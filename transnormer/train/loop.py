@@ -46,8 +46,8 @@ class RunSummary:
 
     final_loss: the training loss of the last step that was applied, in nats per token; NaN where metrics.jsonl is lost.
     valid_loss, valid_bits_per_byte: the last evaluation, None where there was none.
-    tokens: how many all steps read together.
-    refused: how many steps were refused, including those before which the run went back to a checkpoint.
+    tokens: how many the steps of the finished run read. Steps that were undone by going back do not count.
+    refused: how many steps were refused in the whole run. Steps that were undone by going back count too.
     seconds: the time this call spent on steps, evaluations and checkpoints; 0 where the run was finished before.
     peak_memory_bytes: the most that tensors took on one GPU in this call; None on a CPU, or where nothing was trained.
     """
@@ -69,8 +69,8 @@ def train(recipe: Recipe, runs: str | Path = "runs") -> RunSummary:
     It may be called many times in one process: a call leaves no compiled code, GPU memory, signal handlers or random
     state behind. In a process group that the caller has started it trains on all ranks, and leaves the group to the caller.
 
-    Raises ValueError or OSError (one line: what is wrong and what to do), on one process, and FailedOnOtherRank on the others;
-    and Interrupted on all after SIGINT, SIGTERM or SIGHUP on any.
+    Raises ValueError or OSError (one line: what is wrong and what to do) on one process, and FailedOnOtherRank on the
+    others; and Interrupted on all after SIGINT, SIGTERM or SIGHUP on any.
     """
     run = Path(runs) / recipe.run
     try:
@@ -238,7 +238,7 @@ def _model(
             whole = base.state_dict()
             for name, tensor in model.state_dict().items():
                 fill(tensor, whole[name].to(mesh.device))
-    if mesh.world > 1:  # each drops out its own: lora.dropout alone draws from here on
+    if mesh.world > 1:  # lora.dropout, which alone draws after this line, must draw another mask on each rank
         torch.manual_seed(settings.seed + mesh.rank)
     model.tokenizer = tokenizer
     return model, Origin(data=data.fingerprint, chat_template=template, adapter=adapter, base=under)
@@ -288,7 +288,7 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, load
                 metrics.write(line)
                 show(step, outcome.loss, speed)
 
-                # Weights that are ruined are never saved: the run goes back to those that were saved last.
+                # Ruined weights are never saved. The run goes back to the newest checkpoint from before the trouble.
                 trouble = recovery.trouble(progress, outcome.refusal, line.get("valid_loss"), saves=saves, last=last)
                 if trouble is not None:
                     progress = recovery.go_back(progress, trouble)
@@ -315,14 +315,15 @@ def take_step(
     recipe: Recipe, model: LanguageModel, optimizer: torch.optim.Optimizer, runner: MicrobatchRunner,
     batches: StepBatches, progress: RunProgress, mesh: Mesh, stop: StopRequests, saving: tuple[int, int],
 ) -> StepResult:  # fmt: skip
-    """Take the step after `progress` on all ranks, unless its loss or gradient norm forbids it; all ranks know alike."""
+    """Take the step after `progress`, or refuse it. All ranks do the same and return the same result."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe.optim, progress.step + 1, recipe.train.steps)
     loss = gradients(runner, batches, mesh)
-    stop.at_once = False  # all is compiled: from here on a step takes as long as the next one, and is worth saving
+    stop.at_once = False  # the first step has compiled everything; a stop now waits for the step, and saves it
     gradient_norm = clip(model, mesh, recipe.optim.clip)
     not_finite, read_result = agree(mesh, loss, gradient_norm, stop, saving)
-    # Without a spike rule the update is queued before the device is waited for: it looks at `not_finite` by itself.
+    # Without a spike rule the fused AdamW update is queued before the host reads the result, because its kernel reads
+    # `not_finite` on the device. Other optimizers cannot, and step below.
     queued = not recipe.train.spike and step_unless(optimizer, not_finite)
     result = read_result()
     result = result._replace(refusal=refusal(result, progress.losses, recipe.train.spike))

@@ -39,7 +39,9 @@ class FailedOnOtherRank(Exception):
 class Mesh:
     """What this process is in the run. One process alone has no process group and no meshes.
 
-    ranks: the mesh (replicate, shard, tensor), whose shard is shard x context of these. segments: those of the same rows.
+    ranks: the DeviceMesh with the dimensions replicate, shard and tensor. Its `shard` joins shard and context, because
+        FSDP shards weights over both.
+    context_mesh: the DeviceMesh of the ranks that read slices of the same rows.
     """
 
     device: torch.device
@@ -49,7 +51,7 @@ class Mesh:
     tensor: int = 1
     rank: int = 0
     ranks: DeviceMesh | None = None
-    segments: DeviceMesh | None = None
+    context_mesh: DeviceMesh | None = None
 
     @property
     def shape(self) -> dict[str, int]:
@@ -61,7 +63,7 @@ class Mesh:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Whether this process prints, and writes the files of which there is one. Every rank writes pieces of checkpoints."""
         return self.rank == 0
 
     @property
@@ -156,7 +158,9 @@ def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
         if found.index is not None:
             raise ValueError(f"train.device = {device} names one GPU, and there are {world} processes; write cuda")
         if local >= there:
-            raise ValueError(f"{there} GPUs are here for more processes; start torchrun with --nproc-per-node={there}")
+            raise ValueError(
+                f"this machine has {there} GPUs, and torchrun started more processes; start it with --nproc-per-node={there}"
+            )
         found = torch.device("cuda", local)
         torch.cuda.set_device(found)
     if not given:
@@ -179,8 +183,8 @@ def make_mesh(parallel: Parallel, device: torch.device) -> Mesh:
     ranks = init_device_mesh(
         device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
     )
-    segments = None
+    context_mesh = None
     if context > 1:
         names = ("replicate", "shard", "context", "tensor")
-        segments = init_device_mesh(device.type, found, mesh_dim_names=names)["context"]
-    return Mesh(device, *found, rank=dist.get_rank(), ranks=ranks, segments=segments)
+        context_mesh = init_device_mesh(device.type, found, mesh_dim_names=names)["context"]
+    return Mesh(device, *found, rank=dist.get_rank(), ranks=ranks, context_mesh=context_mesh)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dict[str, Any]
-ORTHOGONAL_ELEMENTS = 2**25  # of several matrices that Muon orthogonalises at once on one process, at most
+ORTHOGONAL_ELEMENTS = 2**25  # one process orthogonalises several matrices in a batch only up to so many elements
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,9 +59,8 @@ class Muon(torch.optim.Optimizer):
             momentum: Tensor = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update: Any = p.grad.lerp(momentum, group["momentum"]).bfloat16()
             whole = update.full_tensor() if mesh else update
-            if (
-                number % processes == rank
-            ):  # the others are dropped at once, so that memory does not grow with the processes
+            # Other ranks' matrices are dropped at once, so that memory does not grow with the number of processes.
+            if number % processes == rank:
                 mine.append(whole)
         turned = iter(_orthogonal(torch.stack(mine), *group["blocks"]) if mine else ())
         if mesh is None:
@@ -79,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 def _orthogonal(x: Tensor, matrices: int, rows: int) -> Tensor:
     """About U V^T times 0.2 sqrt(longer side), for each x = U S V^T of a batch [N, rows, columns].
 
-    matrices, rows: each x interleaves the rows of so many matrices, that many rows at a time; each is taken by itself.
+    The rows of each x belong to `matrices` maps in turn, `rows` rows at a time. Each map is orthogonalised by itself.
     """
     y = x.unflatten(1, (-1, matrices, rows)).transpose(1, 2).flatten(2, 3).flatten(0, 1) if matrices > 1 else x
     if turned := y.shape[1] > y.shape[2]:

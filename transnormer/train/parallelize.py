@@ -1,4 +1,4 @@
-"""The model made to fit a mesh of processes, and what differs on one: clipping, gathered weights, whole tensors."""
+"""Fits the model to a mesh, and does there what is done otherwise on one process: clipping, and gathering whole tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def parallelize(
 ) -> None:  # fmt: skip
     """Turn the whole model into this rank's part of it, in place. The order of the steps matters:
 
-    1. `tensor` and `context` replace layers by their parallel forms, while weights are still plain tensors.
+    1. `tensor` replaces layers by their parallel forms, while weights are still plain tensors; `context` tells the mixers
+       which ranks share their rows.
     2. float8 replaces the blocks' linear maps, which must be those that the rank will multiply with.
     3. Softmax blocks drop their state, because training would otherwise keep all keys and values to the last block.
     4. Recomputation wraps a block's forward pass before the compiler does, so that the compiler sees it and skips the
@@ -32,7 +33,7 @@ def parallelize(
 
     The model may lie on the meta device; `model.to_empty` and `init_weights` then give it the values that one process
     would have. recompute: keep only each block's input in the forward pass and compute the rest again in the backward
-    pass. compile: the blocks. dtype: of matrix products, as in the recipe; weights are gathered and multiplied in it.
+    pass. compile: the blocks. dtype: of matrix products, as in the recipe; most weights are gathered in it (`sharding.shard` names the others).
     float8: how the blocks' products are scaled (`float8.convert`), "" for none.
     """
     if mesh.ranks is not None:

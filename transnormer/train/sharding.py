@@ -1,8 +1,11 @@
-"""What a mesh does to a model: heads and columns to tensor ranks, segments to context ranks, weights to all (FSDP2).
+"""What a mesh does to a model: tensor ranks get heads and columns, context ranks slices of rows, and FSDP2 shards weights.
 
-Between the blocks' products a tensor rank holds a part of the tokens, [B, T / N, D]: what stands there, norms and sums,
-is cut too. A mixer or GLU gathers all tokens, has its own heads or columns of them, and its last product scatters the
-sums over tokens again. Which part is cut how, the modules say themselves (`SHARDS`).
+Between the products of the blocks a tensor rank holds a part of the tokens, [B, T / N, D], so norms and additions work on
+that part. A mixer or GLU gathers all tokens, computes its own heads or columns of them, and its last product adds up the
+ranks' results and scatters the sums over the tokens. The modules say themselves which part is cut how (`SHARDS`).
+
+With `tensor = 2`, for example, each rank computes the gate of the mixer for half of the heads, as it does q, k and v. The
+norm over all heads then needs sums from both ranks (`_NormOfShards`), so norm and gate are two operations instead of one.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ def cut(model: LanguageModel, mesh: Mesh) -> None:
     assert mesh.ranks is not None
     if mesh.tensor > 1:
         _cut_by_tensor(model, mesh.ranks["tensor"], mesh.tensor_rank)
-    if mesh.segments is not None:
-        model.share_rows(mesh.segments.get_group())
+    if mesh.context_mesh is not None:
+        model.share_rows(mesh.context_mesh.get_group())
 
 
 def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
@@ -58,10 +61,8 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
         for block, narrow in zip(blocks, dtypes, strict=True)
     ]
     for numbers in gathered_at_once(sizes, dtypes):
-        narrow, last = (
-            dtypes[numbers[0]],
-            numbers[-1] == len(blocks) - 1,
-        )  # backward needs the last blocks at once, so they stay gathered
+        # The backward pass needs the last blocks at once, so they stay gathered.
+        narrow, last = dtypes[numbers[0]], numbers[-1] == len(blocks) - 1
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False
         )

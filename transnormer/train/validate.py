@@ -1,6 +1,7 @@
-"""Every refusal of a setting that the data, the model, the mesh or the machine cannot serve, before anything is allocated.
+"""Refusals of settings that do not fit the data, the model, the mesh, the machine or each other, before a run allocates.
 
-What a single value may be is said in `recipe.py`. Each refusal is a ValueError of one line that says what would fit.
+`recipe.py` says what a single value may be. What only a library can tell is refused where the library is called:
+`float8.py`, `lora.py`, 8-bit optimizers in `optim.py`. Each refusal is a ValueError of one line that says what would fit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def check_settings(recipe: Recipe, config: ModelConfig, data: TokenData, mesh: M
         raise ValueError(f"parallel.tensor = {mesh.tensor} does not divide train.segment = {settings.segment}")
     if settings.graph and resets:
         raise ValueError(
-            "train.graph = true needs micro-batches of one shape, which conversations and train.reset_state = true are not"
+            "train.graph = true needs micro-batches of one shape; conversations and train.reset_state = true give several"
         )
     if settings.graph and mesh.device.type != "cuda":
         raise ValueError(f"train.graph = true needs a GPU, and the device is {mesh.device.type}; write false")
@@ -70,7 +71,7 @@ def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
 
 
 def check_vocabulary(recipe: Recipe) -> None:
-    """Refuse a model that cannot be, or has too few words for any tokenizer, before text is prepared for it."""
+    """Refuse an impossible config, and a vocabulary smaller than any tokenizer's, before text is prepared."""
     words = recipe.model.get("vocab_size", SMALLEST)
     if type(words) is int and 0 < words < SMALLEST and not Path(recipe.data.path).exists():
         raise ValueError(
@@ -80,7 +81,10 @@ def check_vocabulary(recipe: Recipe) -> None:
 
 
 def check_content(wanted: Data) -> None:
-    """Refuse settings that say of a folder prepared elsewhere what it does not hold; defaults say nothing."""
+    """Refuse a data.format or data.chat_template that is not that of a folder which `prepare` made earlier.
+
+    Defaults are not compared.
+    """
     path = Path(wanted.path)
     if wanted.text or not path.exists():  # then the folder is made, or compared, as a whole
         return
@@ -111,9 +115,9 @@ def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> Non
 def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
     """Refuse, before allocating, what cannot fit this process.
 
-    Counted are weights, of those that are trained gradients and AdamW's two moments, all float32 (on a CPU again what a
-    checkpoint copies of them), and of the activations only those that no implementation can do without: what the
-    projections read and wrote.
+    It counts float32 weights, and for trained weights also the gradient and AdamW's two moments. On a CPU it counts
+    weights and moments twice, because a checkpoint copies them. Of the activations it counts only those that every
+    implementation needs: what the projections read and wrote.
     """
     trained = weights = config.parameter_count()
     if recipe.lora is not None:
@@ -133,7 +137,7 @@ def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"training {trained:,} parameters with {tokens:,} tokens at a time needs more than "
             f"{needed / 2**30:,.1f} GiB, {activations / 2**30:,.1f} of them for activations; {free / 2**30:,.1f} GiB of "
-            f"{device.type} memory are free. Choose a smaller model or batch, train.accumulate or train.recompute"
+            f"{device.type} memory are free. Choose a smaller model or batch, a larger train.accumulate, or train.recompute = true"
         )
 
 
