@@ -1,9 +1,11 @@
-"""Lightning Attention in chunks against plain linear attention (T x T scores and mask), the paper's comparison.
+"""Lightning Attention in chunks against plain linear attention (T x T scores and mask), the paper's
+comparison.
 
-    python benchmarks/attention.py [--lengths 512 ... 16384] [--heads 2] [--head-dim 64] [--repeats 3] [--device cpu]
+    python benchmarks/attention.py [--lengths 512 ... 16384] [--heads 2] [--head-dim 64] [--repeats
+    3] [--device cpu]
 
-Forward and backward in float32. The plain form is given its mask; neither the mask's time nor its memory counts.
-"""
+Forward and backward in float32. The plain form is given its mask; neither the mask's time nor its
+memory counts."""
 
 from __future__ import annotations
 
@@ -27,14 +29,18 @@ def decay_mask(log_decay: Tensor, length: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1_024, 2_048, 4_096, 8_192, 16_384])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[512, 1_024, 2_048, 4_096, 8_192, 16_384]
+    )
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device, rows = options.device, []
-    log_decay = -torch.tensor([2.0 ** (-8 * (h + 1) / options.heads) for h in range(options.heads)], device=device)
+    log_decay = -torch.tensor(
+        [2.0 ** (-8 * (h + 1) / options.heads) for h in range(options.heads)], device=device
+    )
     for length in options.lengths:
         shape = (1, length, options.heads, options.head_dim)
         inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
@@ -48,7 +54,9 @@ def main() -> None:
         def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return lightning_chunked(q, k, v, log_decay)[0]
 
-        def run(form: Callable[..., Tensor], inputs: list[Tensor] = inputs, upstream: Tensor = upstream) -> None:
+        def run(
+            form: Callable[..., Tensor], inputs: list[Tensor] = inputs, upstream: Tensor = upstream
+        ) -> None:
             for x in inputs:
                 x.grad = None
             form(*inputs).backward(upstream)

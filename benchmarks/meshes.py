@@ -1,14 +1,14 @@
-"""Meshes of several GPUs: how far from one process they are, how fast, in how much memory, and what the plan said.
+"""Meshes of several GPUs: how far from one process they are, how fast, in how much memory, and what
+the plan said.
 
     torchrun --nproc-per-node 2 benchmarks/meshes.py
     torchrun --nproc-per-node 4 benchmarks/meshes.py --kinds --size 7b --shapes 4x2048 \\
         --meshes "tensor 4" "shard 2, tensor 2"
 
-Meshes not named are one process and all processes by each factor alone and, of four or more, by two of them.
-An error is ||gradient - gradient in float32 on one process|| / ||...||, the worst of all parameters, in bf16 autocast;
-beside it what one process itself is off by, of the same parameter. Writes
-benchmarks/results/<name>_<gpu>x<gpus>_<date>.json.
-"""
+Meshes not named are one process and all processes by each factor alone and, of four or more, by two
+of them. An error is ||gradient - gradient in float32 on one process|| / ||...||, the worst of all
+parameters, in bf16 autocast; beside it what one process itself is off by, of the same parameter.
+Writes benchmarks/results/<name>_<gpu>x<gpus>_<date>.json. """
 
 from __future__ import annotations
 
@@ -42,23 +42,49 @@ from transnormer.train.parallelize import clip, parallelize
 from transnormer.train.recipe import Optim, Train
 from transnormer.train.step import MicrobatchRunner
 
-EVERYTHING = {"position_layers": "all", "norm": "rmsnorm", "bias": True, "gate_rank": 16, "tie_word_embeddings": False}
-KINDS: dict[str, dict[str, Any]] = {"transnormer": {}, "transnormer, everything": EVERYTHING, "softmax": TRANSFORMER}
+EVERYTHING = {
+    "position_layers": "all",
+    "norm": "rmsnorm",
+    "bias": True,
+    "gate_rank": 16,
+    "tie_word_embeddings": False,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "transnormer": {},
+    "transnormer, everything": EVERYTHING,
+    "softmax": TRANSFORMER,
+}
 HOWS = ("plain", "compile", "recompute", "compile, recompute", "compile, graph")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="385m", help="of the speeds; errors are of four layers of 45m")
-    parser.add_argument("--shapes", nargs="*", default=["8x2048", "2x8192"], help="rows of a data rank x tokens")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", default="385m", help="of the speeds; errors are of four layers of 45m"
+    )
+    parser.add_argument(
+        "--shapes", nargs="*", default=["8x2048", "2x8192"], help="rows of a data rank x tokens"
+    )
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="of the errors")
     parser.add_argument("--hows", nargs="*", default=list(HOWS), help="of the errors")
-    parser.add_argument("--meshes", nargs="+", help='of both, such as "one process" or "shard 2, tensor 2"')
+    parser.add_argument(
+        "--meshes", nargs="+", help='of both, such as "one process" or "shard 2, tensor 2"'
+    )
     parser.add_argument("--recompute", action="store_true", help="of the speeds")
-    parser.add_argument("--graph", action="store_true", help="of the speeds: also with both passes as one CUDA graph")
-    parser.add_argument("--profile", action="store_true", help="also where a step's time goes, of the first rank")
+    parser.add_argument(
+        "--graph",
+        action="store_true",
+        help="of the speeds: also with both passes as one CUDA graph",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also where a step's time goes, of the first rank"
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--name", default="meshes", help="of the result: meshes, meshes_profile, meshes_errors")
+    parser.add_argument(
+        "--name", default="meshes", help="of the result: meshes, meshes_profile, meshes_errors"
+    )
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args()
@@ -69,17 +95,26 @@ def main() -> None:
         path = options.out / f"{options.name}_{slug}x{mesh.world}_{date.today()}.json"
         launcher = ("torchrun", "--nproc-per-node", str(mesh.world))
         matmul = record.matmul_flops(mesh.device.type, torch.bfloat16, 8192 if cuda else 512)
-        result: dict[str, Any] = record.head(options.name, f"{mesh.world} x {name}", options.commit, launcher) | {
+        result: dict[str, Any] = record.head(
+            options.name, f"{mesh.world} x {name}", options.commit, launcher
+        ) | {
             "all_reduce_gb_per_second": all_reduce_speed(mesh),
             "matmul_tflop_per_second": matmul / 1e12,
             "rows": [],
-        }  # fmt: skip
+        }
         meshes = {name: named(name, mesh) for name in options.meshes or default_names(mesh.world)}
         for row in itertools.chain(speeds(meshes, options, slug), errors(meshes, options)):
             result["rows"].append(row)
             if mesh.first:
                 path.write_text(json.dumps(result, indent=1) + "\n")
-                print({key: value for key, value in row.items() if key not in ("times_ms", "profile")}, flush=True)
+                print(
+                    {
+                        key: value
+                        for key, value in row.items()
+                        if key not in ("times_ms", "profile")
+                    },
+                    flush=True,
+                )
         del meshes
 
 
@@ -97,7 +132,10 @@ def named(name: str, mesh: Mesh) -> Mesh:
     """The mesh of all processes that a name such as "shard 2, tensor 2" means."""
     if name == "one process":
         return Mesh(mesh.device)
-    return make_mesh(Parallel(**{factor: int(size) for factor, size in map(str.split, name.split(","))}), mesh.device)
+    return make_mesh(
+        Parallel(**{factor: int(size) for factor, size in map(str.split, name.split(","))}),
+        mesh.device,
+    )
 
 
 def all_reduce_speed(mesh: Mesh, size: int = 2**28) -> float:
@@ -118,7 +156,10 @@ def errors(meshes: dict[str, Mesh], options: argparse.Namespace) -> Iterator[dic
         for name, mesh in meshes.items():
             if mesh.world == 1 or (kind == "softmax" and mesh.context > 1):
                 continue
-            for how in ({word: True for word in each.split(", ") if word != "plain"} for each in options.hows):
+            for how in (
+                {word: True for word in each.split(", ") if word != "plain"}
+                for each in options.hows
+            ):
                 row = {"model": kind, "mesh": name, **how}
                 found = gpu.attempt(partial(gradients, config, mesh, "bfloat16", **how))
                 if isinstance(found, str):
@@ -126,9 +167,16 @@ def errors(meshes: dict[str, Mesh], options: argparse.Namespace) -> Iterator[dic
                 else:
                     off = distances(found, true)
                     worst = max(off, key=lambda key: off[key] / max(usual[key], 2**-9))
-                    row |= {"of": worst, "off": off[worst], "one_process_off": usual[worst], "loss_off": off["loss"]}
+                    row |= {
+                        "of": worst,
+                        "off": off[worst],
+                        "one_process_off": usual[worst],
+                        "loss_off": off["loss"],
+                    }
                     if not how:
-                        row["float32_off"] = max(distances(gradients(config, mesh, "float32"), true).values())
+                        row["float32_off"] = max(
+                            distances(gradients(config, mesh, "float32"), true).values()
+                        )
                 yield row
                 forget()
 
@@ -144,12 +192,16 @@ def build(config: ModelConfig, mesh: Mesh, dtype: str, **how: Any) -> LanguageMo
 
 def draw(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Batch:
     """This rank's part of `rows` rows over all data ranks."""
-    ids = torch.randint(config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(
+        config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(2)
+    )
     mine = ids.chunk(mesh.data_ranks)[mesh.data_rank]
     return mesh.split(Batch(mine[:, :-1], mine[:, 1:])).to(mesh.device)
 
 
-def gradients(config: ModelConfig, mesh: Mesh, dtype: str, graph: bool = False, **how: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    config: ModelConfig, mesh: Mesh, dtype: str, graph: bool = False, **how: Any
+) -> dict[str, torch.Tensor]:
     """Of four rows of 512 tokens: the loss, every gradient, their norm."""
     model = build(config, mesh, dtype, **how)
     batch = draw(config, mesh, 4, 512)
@@ -164,7 +216,11 @@ def gradients(config: ModelConfig, mesh: Mesh, dtype: str, graph: bool = False, 
     found = {"loss": mesh.total(loss).double().cpu()}
     for name, p in model.named_parameters():
         gradient: Any = p.grad
-        found[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).double().cpu()
+        found[name] = (
+            (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient)
+            .double()
+            .cpu()
+        )
     return found | {"norm": clip(model, mesh, 1.0).double().cpu()}
 
 
@@ -174,16 +230,27 @@ def _scale(model: LanguageModel, factor: float) -> None:
 
 
 def distances(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float((found[name] - x).norm() / x.norm().clamp(min=1e-30)) for name, x in true.items()}
+    return {
+        name: float((found[name] - x).norm() / x.norm().clamp(min=1e-30))
+        for name, x in true.items()
+    }
 
 
-def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> Iterator[dict[str, Any]]:
+def speeds(
+    meshes: dict[str, Mesh], options: argparse.Namespace, kind: str
+) -> Iterator[dict[str, Any]]:
     config = ModelConfig.named(options.size)
     for shape, (name, mesh), graph in itertools.product(
         options.shapes, meshes.items(), (False, True) if options.graph else (False,)
     ):
         rows, length = map(int, shape.split("x"))
-        row = {"model": "transnormer", "size": options.size, "mesh": name, "rows": rows, "seq_len": length}
+        row = {
+            "model": "transnormer",
+            "size": options.size,
+            "mesh": name,
+            "rows": rows,
+            "seq_len": length,
+        }
         row |= {"recompute": True} if options.recompute else {}
         row |= {"graph": True} if graph else {}
         found = gpu.attempt(partial(speed, config, mesh, rows, length, options, graph))
@@ -193,7 +260,13 @@ def speeds(meshes: dict[str, Mesh], options: argparse.Namespace, kind: str) -> I
 
 
 def speed(
-    config: ModelConfig, mesh: Mesh, rows: int, length: int, options: argparse.Namespace, graph: bool, steps: int = 8
+    config: ModelConfig,
+    mesh: Mesh,
+    rows: int,
+    length: int,
+    options: argparse.Namespace,
+    graph: bool,
+    steps: int = 8,
 ) -> dict[str, Any]:
     """Steps with AdamW of the compiled model, `rows` on every data rank."""
     model = build(config, mesh, "bfloat16", compile=True, recompute=options.recompute)
@@ -211,19 +284,26 @@ def speed(
             return loss
 
         first = record.time_ms(step, kind) / 1e3
-        if kind == "cuda":  # of what is reserved from here on: a graph's memory is, but never allocated
+        # of what is reserved from here on: a graph's memory is, but never allocated
+        if kind == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         times = [record.time_ms(step, kind) for _ in range(steps + 2)][2:]
         return {
-            "tokens_per_second": round(tokens / statistics.median(times) * 1e3), "first_step_seconds": round(first, 1),
-            "peak_bytes": torch.cuda.max_memory_allocated() if kind == "cuda" and not graph else None,
+            "tokens_per_second": round(tokens / statistics.median(times) * 1e3),
+            "first_step_seconds": round(first, 1),
+            "peak_bytes": torch.cuda.max_memory_allocated()
+            if kind == "cuda" and not graph
+            else None,
             "reserved_bytes": torch.cuda.max_memory_reserved() if kind == "cuda" else None,
-            "loss": mesh.total(step()).item(), "times_ms": [round(t, 2) for t in times],
-        } | ({"profile": gpu.profiled(step)} if options.profile else {})  # fmt: skip
+            "loss": mesh.total(step()).item(),
+            "times_ms": [round(t, 2) for t in times],
+        } | ({"profile": gpu.profiled(step)} if options.profile else {})
 
 
-def planned(config: ModelConfig, mesh: Mesh, rows: int, length: int, recompute: bool, kind: str) -> dict[str, Any]:
+def planned(
+    config: ModelConfig, mesh: Mesh, rows: int, length: int, recompute: bool, kind: str
+) -> dict[str, Any]:
     if kind not in GPUS:
         return {}
     shape = measure_shape(config, length)

@@ -1,16 +1,18 @@
 """Speed, memory and energy of the ops on one GPU, with every contender in the same run.
 
-    python benchmarks/ops.py            everything; writes benchmarks/results/ops_<device>_<date>.json
+    python benchmarks/ops.py            everything, into benchmarks/results/ops_<device>_<date>.json
     python benchmarks/ops.py --quick    fewer rows and repeats, a few minutes
-    python benchmarks/ops.py --parts attention    only some of check, first, attention, lengths, fusions, others, losses
-    python benchmarks/ops.py --check    only: every configuration that may be chosen, against the float64 recurrence
+    python benchmarks/ops.py --parts attention    only some of check, first, attention, lengths,
+                                                  fusions, others, losses
+    python benchmarks/ops.py --check    only: every configuration that may be chosen, in float64
     python benchmarks/ops.py --sweep    only: chunk, slice, warps and stages
-    python benchmarks/ops.py --profile forward|backward|step [--shape B H T]    one call, to be run under a profiler
+    python benchmarks/ops.py --profile forward|backward|step [--shape B H T]    one call, to be
+                                                                                profiled
 
-Times are medians of single calls between CUDA events; "graph" is the replay of a CUDA graph that holds 20 calls over
-several inputs, a call. Memory is what a call needs beyond its inputs. The floor is the bytes that must move (every
-input read once, every output written once) over the copy bandwidth measured first. What fails is recorded as text.
-"""
+Times are medians of single calls between CUDA events; "graph" is the replay of a CUDA graph that
+holds 20 calls over several inputs, a call. Memory is what a call needs beyond its inputs. The floor
+is the bytes that must move (every input read once, every output written once) over the copy
+bandwidth measured first. What fails is recorded as text."""
 
 # mypy: allow-untyped-defs
 
@@ -51,26 +53,53 @@ ROWS = [(4, 32, 2_048), (4, 32, 8_192), (4, 32, 32_768), (1, 32, 131_072), (1, 1
 SWEEP = [
     Tiles(*tiles)  # type: ignore[arg-type]
     for tiles in [
-        (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (64, 64, 4, 2, True), (64, 64, 4, 3, True),
-        (64, 128, 8, 2), (64, 128, 8, 3), (64, 128, 8, 3, True), (64, 128, 8, 4, True), (128, 64, 8, 2),
-        (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 128, 8, 2), (128, 128, 8, 2, True), (64, 64, 8, 3),
-        (64, 128, 8, 1), (64, 128, 8, 2, True), (128, 64, 8, 1), (128, 64, 4, 1), (128, 128, 8, 1), (64, 128, 4, 2),
-        (32, 64, 4, 2), (32, 64, 4, 3, True), (16, 64, 4, 2), (16, 64, 4, 4),
+        (64, 64, 4, 2),
+        (64, 64, 4, 1),
+        (64, 64, 4, 3),
+        (64, 64, 4, 2, True),
+        (64, 64, 4, 3, True),
+        (64, 128, 8, 2),
+        (64, 128, 8, 3),
+        (64, 128, 8, 3, True),
+        (64, 128, 8, 4, True),
+        (128, 64, 8, 2),
+        (128, 64, 8, 2, True),
+        (128, 64, 8, 3, True),
+        (128, 128, 8, 2),
+        (128, 128, 8, 2, True),
+        (64, 64, 8, 3),
+        (64, 128, 8, 1),
+        (64, 128, 8, 2, True),
+        (128, 64, 8, 1),
+        (128, 64, 4, 1),
+        (128, 128, 8, 1),
+        (64, 128, 4, 2),
+        (32, 64, 4, 2),
+        (32, 64, 4, 3, True),
+        (16, 64, 4, 2),
+        (16, 64, 4, 4),
     ]
-]  # fmt: skip
+]
 SEGMENTS: list[tuple[tuple[int, int, int], tuple[int | None, ...]]] = [
-    ((1, 32, 131_072), (None, 1, 4, 8, 16)), ((1, 16, 2_048), (None, 1, 4, 8)), ((4, 32, 2_048), (None, 2)),
-]  # fmt: skip
+    ((1, 32, 131_072), (None, 1, 4, 8, 16)),
+    ((1, 16, 2_048), (None, 1, 4, 8)),
+    ((4, 32, 2_048), (None, 2)),
+]
 
 
 # Lightning Attention beside the others.
 
 
-def inputs(B: int, H: int, T: int, sets: int = 1, heads_first: bool = False) -> tuple[list[Any], Tensor]:
+def inputs(
+    B: int, H: int, T: int, sets: int = 1, heads_first: bool = False
+) -> tuple[list[Any], Tensor]:
     """(sets of q, k, v and the output's gradient, log_decay by ALiBi)."""
     log_decay = -torch.exp2(-8 * torch.arange(1, H + 1, device="cuda") / H)
     shape = (B, H, T, 128) if heads_first else (B, T, H, 128)
-    tensors = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)] for _ in range(sets)]
+    tensors = [
+        [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        for _ in range(sets)
+    ]
     for q, k, v, _ in tensors:
         k.mul_(0.1)
         for x in (q, k, v):
@@ -83,7 +112,9 @@ def both_ways(attend: Callable[..., Tensor], tensors: Any, log_decay: Tensor) ->
     return torch.autograd.grad(attend(q, k, v, log_decay), (q, k, v), d_output)
 
 
-def measure(attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor, small: bool, energy: bool) -> Any:
+def measure(
+    attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor, small: bool, energy: bool
+) -> Any:
     def forward(x: Any) -> Tensor:
         with torch.no_grad():
             return attend(*x[:3], log_decay)
@@ -99,7 +130,9 @@ def measure(attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor
     row["forward_bytes"] = peak_bytes(lambda: forward(one))
     row["both_bytes"] = peak_bytes(lambda: both_ways(attend, one, log_decay))
     if small:
-        row["forward_graph_ms"] = attempt(lambda: graph_ms([functools.partial(forward, x) for x in tensors]))
+        row["forward_graph_ms"] = attempt(
+            lambda: graph_ms([functools.partial(forward, x) for x in tensors])
+        )
         calls = [functools.partial(both_ways, attend, x, log_decay) for x in tensors]
         row["both_graph_ms"] = attempt(lambda: graph_ms(calls))
     row["forward_launches"] = attempt(lambda: launches(lambda: forward(one)))
@@ -109,8 +142,11 @@ def measure(attend: Callable[..., Tensor], tensors: list[Any], log_decay: Tensor
     return row
 
 
-def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bool) -> Iterator[dict[str, Any]]:
-    """One contender after another over all rows. Quick runs leave out softmax attention where it takes seconds."""
+def attention_rows(
+    rows: list[tuple[int, int, int]], bandwidth: float, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """One contender after another over all rows. Quick runs leave out softmax attention where it
+    takes seconds."""
     for name, attend in attention_contenders().items():
         for B, H, T in rows:
             if quick and T > 8_192 and name.startswith("SDPA"):
@@ -118,7 +154,15 @@ def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bo
             small = B * H * T < 2**18
             tensors, log_decay = inputs(B, H, T, 8 if small else 1, name in HEADS_FIRST)
             unit = tensors[0][0].numel() * 2 / bandwidth / 1e9
-            row: dict[str, Any] = {"contender": name, "B": B, "H": H, "T": T, "K": 128, "V": 128, "dtype": "bfloat16"}
+            row: dict[str, Any] = {
+                "contender": name,
+                "B": B,
+                "H": H,
+                "T": T,
+                "K": 128,
+                "V": 128,
+                "dtype": "bfloat16",
+            }
             row |= {"floor_forward_ms": 4 * unit, "floor_both_ms": 11 * unit}
             energy = T <= 8_192 or not name.startswith("SDPA")
             found = attempt(functools.partial(measure, attend, tensors, log_decay, small, energy))
@@ -129,10 +173,13 @@ def attention_rows(rows: list[tuple[int, int, int]], bandwidth: float, quick: bo
 
 
 def first_rows() -> Iterator[dict[str, Any]]:
-    """Seconds of the first forward and backward of a process that finds nothing compiled, B, T, H = 4, 2048, 32."""
+    """Seconds of the first forward and backward of a process that finds nothing compiled, B, T, H =
+    4, 2048, 32."""
     widths = [(128, 128), (256, 256)]
     for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as pool:
             found = attempt(pool.submit(_first, K, V, dtype).result)
         row = {"K": K, "V": V, "dtype": str(dtype)}
         yield row | (found if isinstance(found, dict) else {"error": found})
@@ -145,7 +192,10 @@ def _first(K: int, V: int, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _first_call(K: int, V: int, dtype: torch.dtype) -> dict[str, float]:
-    q, k = (torch.randn(4, 2_048, 32, K, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    q, k = (
+        torch.randn(4, 2_048, 32, K, device="cuda", dtype=dtype, requires_grad=True)
+        for _ in range(2)
+    )
     v = torch.randn(4, 2_048, 32, V, device="cuda", dtype=dtype, requires_grad=True)
     log_decay, attend = torch.full((32,), -0.1, device="cuda"), attention_contenders()["ours"]
     torch.cuda.synchronize()
@@ -168,8 +218,12 @@ def length_rows(lengths: list[int]) -> Iterator[dict[str, Any]]:
         }
         row: dict[str, Any] = {"B": 1, "H": 32, "T": T, "contenders": {}}
         for name, attend in forms.items():
-            row["contenders"][name] = attempt(functools.partial(measure, attend, tensors, log_decay, T <= 4_096, False))
-        row["contenders"]["plain"] = attempt(functools.partial(_measure_plain, T, tensors, log_decay))
+            row["contenders"][name] = attempt(
+                functools.partial(measure, attend, tensors, log_decay, T <= 4_096, False)
+            )
+        row["contenders"]["plain"] = attempt(
+            functools.partial(_measure_plain, T, tensors, log_decay)
+        )
         yield row
 
 
@@ -178,10 +232,11 @@ def _measure_plain(T: int, tensors: list[Any], log_decay: Tensor) -> Any:
 
 
 def fusion_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
-    """SimpleRMSNorm, alone and with what stands around it, and swish with LRPE, beside torch, eager and compiled.
+    """SimpleRMSNorm, alone and with what stands around it, and swish with LRPE, beside torch, eager
+    and compiled.
 
-    q, k and the gate are views of one projection's output, as in the model. One tensor is [2, 8192, 4096] in bfloat16.
-    """
+    q, k and the gate are views of one projection's output, as in the model. One tensor is [2, 8192,
+    4096] in bfloat16."""
     B, T, H, V = 2, 8_192, 32, 128
     x, update = (torch.randn(B, T, H * V, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q, k, _, gate = torch.randn(B, T, H, 4, V, device="cuda", dtype=torch.bfloat16).unbind(-2)
@@ -201,9 +256,11 @@ def fusion_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
         return swish_lrpe(q, k, theta, positions, backend=backend)
 
     cases: list[tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], int, int]] = [
-        (alone, [x], 2, 5), (times_gate, [x, gate], 3, 8), (after_update, [x, update], 4, 8),
+        (alone, [x], 2, 5),
+        (times_gate, [x, gate], 3, 8),
+        (after_update, [x, update], 4, 8),
         (turned, [q, k, theta], 6, 14),
-    ]  # fmt: skip
+    ]
     for function, inputs, forward_units, both_units in cases:
         leaves = [x.detach().requires_grad_() for x in inputs]
         forms: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -213,19 +270,32 @@ def fusion_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
         }
         if function is alone:
             forms["F.rms_norm"] = lambda x: (F.rms_norm(x, x.shape[-1:], eps=1e-6),)
-        names = {alone: "norm", times_gate: "norm, gate", after_update: "residual, norm", turned: "swish, LRPE"}
+        names = {
+            alone: "norm",
+            times_gate: "norm, gate",
+            after_update: "residual, norm",
+            turned: "swish, LRPE",
+        }
         row: dict[str, Any] = {
             "op": names[function],
-            "floor_forward_ms": forward_units * unit, "floor_both_ms": both_units * unit, "contenders": {},
-        }  # fmt: skip
+            "floor_forward_ms": forward_units * unit,
+            "floor_both_ms": both_units * unit,
+            "contenders": {},
+        }
         for name, form in forms.items():
             with torch.no_grad():
                 found: dict[str, Any] = {
-                    "forward_ms": attempt(functools.partial(median_ms, functools.partial(form, *leaves)))
+                    "forward_ms": attempt(
+                        functools.partial(median_ms, functools.partial(form, *leaves))
+                    )
                 }
             gradients = [torch.randn_like(y) for y in form(*leaves)]
 
-            def both(form: Callable[..., Any] = form, gradients: list[Tensor] = gradients, leaves: Any = leaves) -> Any:
+            def both(
+                form: Callable[..., Any] = form,
+                gradients: list[Tensor] = gradients,
+                leaves: Any = leaves,
+            ) -> Any:
                 return torch.autograd.grad(form(*leaves), leaves, gradients)
 
             found["both_ms"] = attempt(functools.partial(median_ms, both))
@@ -243,13 +313,20 @@ def other_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
     states = [torch.randn(B, H, D, D, device="cuda") for _ in range(4)]
     calls = [functools.partial(lightning_step_, q, k, v, log_decay, state) for state in states]
     yield {
-        "op": "step", "B": B, "H": H, "K": D, "V": D, "floor_ms": 2 * states[0].numel() * 4 / bandwidth / 1e9,
-        "graph_ms": attempt(lambda: graph_ms(calls)), "eager_ms": attempt(lambda: median_ms(calls[0])),
-    }  # fmt: skip
+        "op": "step",
+        "B": B,
+        "H": H,
+        "K": D,
+        "V": D,
+        "floor_ms": 2 * states[0].numel() * 4 / bandwidth / 1e9,
+        "graph_ms": attempt(lambda: graph_ms(calls)),
+        "eager_ms": attempt(lambda: median_ms(calls[0])),
+    }
 
 
 def loss_rows(product: float, vocab: int) -> Iterator[dict[str, Any]]:
-    """Head and loss, forward and backward, one contender after another; product: TFLOP/s of a matrix product.
+    """Head and loss, forward and backward, one contender after another; product: TFLOP/s of a
+    matrix product.
 
     Distances from float64 are of 2,048 tokens. The floor is the three products.
     """
@@ -260,7 +337,9 @@ def loss_rows(product: float, vocab: int) -> Iterator[dict[str, Any]]:
         hidden = torch.randn(number, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         return hidden, head, torch.randint(vocab, (number,), device="cuda")
 
-    def results(loss: Callable[..., Tensor], hidden: Tensor, head: Tensor, targets: Tensor) -> list[Tensor]:
+    def results(
+        loss: Callable[..., Tensor], hidden: Tensor, head: Tensor, targets: Tensor
+    ) -> list[Tensor]:
         value = loss(hidden, head, targets)
         return [value.detach(), *torch.autograd.grad(value, (hidden, head))]
 
@@ -270,13 +349,20 @@ def loss_rows(product: float, vocab: int) -> Iterator[dict[str, Any]]:
     floor = 6 * 32_768 * width * vocab / product / 1e9
     for name, loss in forms.items():
         row: dict[str, Any] = {
-            "op": "linear_cross_entropy", "contender": name, "tokens": 32_768, "width": width, "vocab": vocab,
-            "dtype": "bfloat16", "floor_ms": floor,
-        }  # fmt: skip
+            "op": "linear_cross_entropy",
+            "contender": name,
+            "tokens": 32_768,
+            "width": width,
+            "vocab": vocab,
+            "dtype": "bfloat16",
+            "floor_ms": floor,
+        }
 
         def errors(loss: Callable[..., Tensor] = loss) -> dict[str, float]:
             names = ("loss_error", "d_hidden_error", "d_head_error")
-            return {n: _distance(x, y) for n, x, y in zip(names, results(loss, *few), true, strict=True)}
+            return {
+                n: _distance(x, y) for n, x, y in zip(names, results(loss, *few), true, strict=True)
+            }
 
         call = functools.partial(results, loss, *many)
         row["both_ms"] = attempt(functools.partial(median_ms, call))
@@ -289,9 +375,16 @@ def loss_rows(product: float, vocab: int) -> Iterator[dict[str, Any]]:
 
 
 def _error(
-    forward: bool, tiles: Tiles, segments: int | None, K: int, V: int, dtype: torch.dtype, lengths: Any
+    forward: bool,
+    tiles: Tiles,
+    segments: int | None,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    lengths: Any,
 ) -> float | str:
-    """The largest error of output and state, or of the gradients, in units of plain torch's: at most 2 is right.
+    """The largest error of output and state, or of the gradients, in units of plain torch's: at
+    most 2 is right.
 
     Two roundings of float32 are the least unit, as in the tests.
     """
@@ -299,7 +392,15 @@ def _error(
     import oracle
 
     case = oracle.draw(
-        200, K, V, rows=2, decays=[0.0, -0.02, -0.7], dtype=dtype, lengths=lengths, device="cuda", seed=K + V
+        200,
+        K,
+        V,
+        rows=2,
+        decays=[0.0, -0.02, -0.7],
+        dtype=dtype,
+        lengths=lengths,
+        device="cuda",
+        seed=K + V,
     )
     case = case.to(dtype, state=torch.float32)
     arguments = (case.q, case.k, case.v, case.log_decay, case.state, case.cu_seqlens)
@@ -307,7 +408,9 @@ def _error(
     def call() -> tuple[Tensor, ...]:
         if forward:
             return kernels.forward(*arguments, tiles=tiles, segments=segments)
-        return kernels.backward(*arguments, case.d_output, case.d_last, tiles=tiles, segments=segments)
+        return kernels.backward(
+            *arguments, case.d_output, case.d_last, tiles=tiles, segments=segments
+        )
 
     names = ("output", "last") if forward else ("d_q", "d_k", "d_v", "d_state")
     found, again = (dict(zip(names, call(), strict=True)) for _ in range(2))
@@ -325,32 +428,53 @@ def _error(
 
 
 def check(quick: bool) -> Iterator[dict[str, Any]]:
-    """Every configuration that may be chosen, in several processes, as compiling takes longer than running."""
+    """Every configuration that may be chosen, in several processes, as compiling takes longer than
+    running."""
     widths = [(128, 128), (64, 64), (256, 128)]
     if not quick:
         widths += [(128, 256), (256, 256), (16, 16), (96, 160), (33, 47)]
     shared = kernels._device(torch.cuda.current_device())[1]
-    cases: list[tuple[int, list[int] | None]] = [(1, None), (3, None), (1, [70, 0, 130]), (2, [70, 0, 130])]
+    cases: list[tuple[int, list[int] | None]] = [
+        (1, None),
+        (3, None),
+        (1, [70, 0, 130]),
+        (2, [70, 0, 130]),
+    ]
     calls = []
     for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
         wide = max(K, V)
-        walks = [kernels.choices(wide, wide, dtype, shared, paired=paired) for paired in (True, False)]
-        passes = {"forward": kernels.choices(K, V, dtype, shared), "backward": [*walks[0], *walks[1]]}
+        walks = [
+            kernels.choices(wide, wide, dtype, shared, paired=paired) for paired in (True, False)
+        ]
+        passes = {
+            "forward": kernels.choices(K, V, dtype, shared),
+            "backward": [*walks[0], *walks[1]],
+        }
         brief = quick and (dtype != torch.bfloat16 or (K, V) != (128, 128))
         for name, options in passes.items():
             found = list(dict.fromkeys(options))[: 1 if brief else None]
-            found += [dataclasses.replace(x, described=False) for x in found if x.described]  # as in small calls
+            # as in small calls
+            found += [dataclasses.replace(x, described=False) for x in found if x.described]
             for tiles, (segments, lengths) in itertools.product(found, cases[:: 3 if brief else 1]):
                 calls.append((name == "forward", tiles, segments, K, V, dtype, lengths))
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn")
+    ) as pool:
         for call, (error, seconds) in zip(calls, pool.map(_checked, calls), strict=True):
             forward, tiles, segments, K, V, dtype, lengths = call
             yield {
-                "pass": "forward" if forward else "backward", "K": K, "V": V, "dtype": str(dtype),
-                "tiles": dataclasses.astuple(tiles), "segments": segments, "packed": lengths is not None,
-                "error_over_plain": error, "seconds": seconds, "right": isinstance(error, float) and error <= 2,
-            }  # fmt: skip
+                "pass": "forward" if forward else "backward",
+                "K": K,
+                "V": V,
+                "dtype": str(dtype),
+                "tiles": dataclasses.astuple(tiles),
+                "segments": segments,
+                "packed": lengths is not None,
+                "error_over_plain": error,
+                "seconds": seconds,
+                "right": isinstance(error, float) and error <= 2,
+            }
 
 
 def _checked(call: Any) -> tuple[Any, float]:
@@ -358,8 +482,11 @@ def _checked(call: Any) -> tuple[Any, float]:
     return attempt(lambda: _error(*call)), time.perf_counter() - begin
 
 
-def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles]) -> Iterator[dict[str, Any]]:
-    """Forward and backward kernels alone with every configuration, and how far each is from the first one's result."""
+def sweep(
+    shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles]
+) -> Iterator[dict[str, Any]]:
+    """Forward and backward kernels alone with every configuration, and how far each is from the
+    first one's result."""
     seen = _kernels()
     for B, H, T, segments in shapes:
         ((q, k, v, g),), log_decay = inputs(B, H, T)
@@ -368,8 +495,16 @@ def sweep(shapes: list[tuple[int, int, int, int | None]], candidates: list[Tiles
         for tiles in candidates:
             chosen: dict[str, Any] = {"tiles": tiles, "segments": segments}
             forward = functools.partial(kernels.forward, q, k, v, log_decay, **chosen)
-            backward = functools.partial(kernels.backward, q, k, v, log_decay, None, None, g, None, **chosen)
-            row: dict[str, Any] = {"B": B, "H": H, "T": T, "segments": segments, "tiles": dataclasses.astuple(tiles)}
+            backward = functools.partial(
+                kernels.backward, q, k, v, log_decay, None, None, g, None, **chosen
+            )
+            row: dict[str, Any] = {
+                "B": B,
+                "H": H,
+                "T": T,
+                "segments": segments,
+                "tiles": dataclasses.astuple(tiles),
+            }
             for name, call in (("forward", forward), ("backward", backward)):
                 begin = time.perf_counter()
                 row[f"{name}_ms"] = attempt(functools.partial(_kernel_ms, call, B * H * T < 2**18))
@@ -413,7 +548,10 @@ def _resources() -> dict[str, Any]:
     found = {}
     for name, compiled in _compiled().items():
         if compiled:
-            found[name] = (getattr(compiled[-1], "n_regs", None), getattr(compiled[-1], "n_spills", None))
+            found[name] = (
+                getattr(compiled[-1], "n_regs", None),
+                getattr(compiled[-1], "n_spills", None),
+            )
     return found
 
 
@@ -428,8 +566,14 @@ def short(value: Any) -> str:
     return str(value)
 
 
-def show(title: str, rows: Iterator[dict[str, Any]], into: list[dict[str, Any]], keep: Callable[[], object]) -> None:
-    """Print rows as they come, put them into the result and keep it: a run cut short loses nothing."""
+def show(
+    title: str,
+    rows: Iterator[dict[str, Any]],
+    into: list[dict[str, Any]],
+    keep: Callable[[], object],
+) -> None:
+    """Print rows as they come, put them into the result and keep it: a run cut short loses
+    nothing."""
     print(f"\n== {title}", flush=True)
     for row in rows:
         print("  ".join(f"{k}={short(v)}" for k, v in row.items()), flush=True)
@@ -446,18 +590,24 @@ def profile(what: str, B: int, H: int, T: int) -> None:
         kernels.backward(q, k, v, log_decay, None, None, g, None)
     else:
         state = torch.randn(64, 32, 128, 128, device="cuda")
-        q, k, v = (torch.randn(64, 1, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        q, k, v = (
+            torch.randn(64, 1, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+        )
         lightning_step_(q, k, v, log_decay, state)
     torch.cuda.synchronize()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for flag in ("--quick", "--check", "--sweep"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--profile", choices=["forward", "backward", "step"])
-    parser.add_argument("--shape", nargs=3, type=int, default=(4, 32, 8_192), metavar=("B", "H", "T"))
+    parser.add_argument(
+        "--shape", nargs=3, type=int, default=(4, 32, 8_192), metavar=("B", "H", "T")
+    )
     parser.add_argument("--commit", default=None, help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
@@ -488,14 +638,20 @@ def main() -> None:
     if options.sweep:
         part("sweep", sweep([(4, 32, 8_192, 1)], SWEEP[:5] if quick else SWEEP))
         part(
-            "segments", sweep([(*shape, n) for shape, numbers in SEGMENTS for n in numbers], [*SWEEP[:1], *SWEEP[2:5]])
+            "segments",
+            sweep(
+                [(*shape, n) for shape, numbers in SEGMENTS for n in numbers],
+                [*SWEEP[:1], *SWEEP[2:5]],
+            ),
         )
     if everything and not quick and "first" in options.parts:
         part("first", first_rows())
     if everything and "attention" in options.parts:
         part("attention", attention_rows(ROWS, bandwidth, quick))
     if everything and "lengths" in options.parts:
-        lengths = [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
+        lengths = (
+            [512, 2_048, 8_192] if quick else [128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384]
+        )
         part("lengths", length_rows(lengths))
     if everything and "fusions" in options.parts:
         part("fusions", fusion_rows(bandwidth))
@@ -503,7 +659,10 @@ def main() -> None:
         part("others", other_rows(bandwidth))
     if everything and "losses" in options.parts:
         product = result["matmul_tflop_per_second"]
-        part("losses", itertools.chain.from_iterable(loss_rows(product, vocab) for vocab in (64_000, 50_257)))
+        part(
+            "losses",
+            itertools.chain.from_iterable(loss_rows(product, vocab) for vocab in (64_000, 50_257)),
+        )
     print(f"\nwrote {path}")
 
 

@@ -1,12 +1,13 @@
-"""Memory as planned beside memory as allocated, in steps of the real sharded, compiled model on one GPU.
+"""Memory as planned beside memory as allocated, in steps of the real sharded, compiled model on one
+GPU.
 
-All other processes are pretended by a fake process group. What they would send is any number, so times and losses say
-nothing.
+All other processes are pretended by a fake process group. What they would send is any number, so
+times and losses say nothing.
 
     python benchmarks/plan.py [--size 385m] [--seconds 300] [--commit HASH] [--out FOLDER]
-    python benchmarks/plan.py --size 7b --compare-tensor [--name plan_tensor]    as `transnormer plan --compare-tensor`
+    python benchmarks/plan.py --size 7b --compare-tensor [--name plan_tensor]
 
-Writes benchmarks/results/plan_<gpu>_<date>.json.
+Writes benchmarks/results/plan_<gpu>_<date>.json. --compare-tensor is as in `transnormer plan`.
 """
 
 from __future__ import annotations
@@ -33,20 +34,37 @@ from transnormer.train.recipe import Optim
 
 SEQ_LEN = 2_048
 KINDS: dict[str, dict[str, Any]] = {
-    "transnormer": {}, "LRPE in every layer": {"position_layers": "all"}, "layernorm": {"norm": "layernorm"},
+    "transnormer": {},
+    "LRPE in every layer": {"position_layers": "all"},
+    "layernorm": {"norm": "layernorm"},
     "softmax": TRANSFORMER,
-}  # fmt: skip
+}
 CASES: list[tuple[str, dict[str, Any], int]] = [  # model, layout, rows of a data rank
-    *(("transnormer", {**mesh, "recompute": again}, 16)
-      for mesh in ({}, {"tensor": 2}, {"shard": 8}, {"shard": 4, "tensor": 2}, {"context": 2}, {"tensor": 8})
-      for again in (False, True)),
-    *(("transnormer", {**mesh, "recompute": again}, 4)
-      for mesh in ({"shard": 8}, {"replicate": 2}, {"shard": 8, "accumulate": 2}) for again in (False, True)),
-    *((kind, {**mesh, "recompute": again}, 1)
-      for kind in ("LRPE in every layer", "layernorm") for mesh in ({"shard": 8}, {"shard": 4, "tensor": 2})
-      for again in (False, True)),
+    *(
+        ("transnormer", {**mesh, "recompute": again}, 16)
+        for mesh in (
+            {},
+            {"tensor": 2},
+            {"shard": 8},
+            {"shard": 4, "tensor": 2},
+            {"context": 2},
+            {"tensor": 8},
+        )
+        for again in (False, True)
+    ),
+    *(
+        ("transnormer", {**mesh, "recompute": again}, 4)
+        for mesh in ({"shard": 8}, {"replicate": 2}, {"shard": 8, "accumulate": 2})
+        for again in (False, True)
+    ),
+    *(
+        (kind, {**mesh, "recompute": again}, 1)
+        for kind in ("LRPE in every layer", "layernorm")
+        for mesh in ({"shard": 8}, {"shard": 4, "tensor": 2})
+        for again in (False, True)
+    ),
     *(("softmax", {**mesh, "recompute": True}, 16) for mesh in ({}, {"shard": 8})),
-]  # fmt: skip
+]
 COMPARED: list[tuple[str, dict[str, Any], int]] = [
     (kind, {"shard": 8 // tensor, "tensor": tensor}, 4)
     for kind in ("transnormer", "softmax")
@@ -55,11 +73,17 @@ COMPARED: list[tuple[str, dict[str, Any], int]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="385m")
-    parser.add_argument("--compare-tensor", action="store_true", help="eight GPUs by tensor and shard")
+    parser.add_argument(
+        "--compare-tensor", action="store_true", help="eight GPUs by tensor and shard"
+    )
     parser.add_argument("--name", default="plan", help="of the result")
-    parser.add_argument("--seconds", type=float, default=600, help="begin no further case after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="begin no further case after so many"
+    )
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args()
@@ -72,17 +96,22 @@ def main() -> None:
         if time.perf_counter() > end:
             break
         row = {"model": kind, **mesh, "rows": rows}
-        found = gpu.attempt(partial(one, ModelConfig.named(options.size, **KINDS[kind]), Layout(**mesh), rows))
+        found = gpu.attempt(
+            partial(one, ModelConfig.named(options.size, **KINDS[kind]), Layout(**mesh), rows)
+        )
         result["rows"].append(row | (found if isinstance(found, dict) else {"error": found}))
         print(result["rows"][-1], flush=True)
-        (options.out / f"{options.name}_{slug}_{date.today()}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / f"{options.name}_{slug}_{date.today()}.json").write_text(
+            json.dumps(result, indent=1) + "\n"
+        )
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def one(config: ModelConfig, layout: Layout, rows: int) -> dict[str, Any]:
-    """The peak of the third step, when nothing is compiled any more and the optimizer has its memory."""
+    """The peak of the third step, when nothing is compiled any more and the optimizer has its
+    memory."""
     device = torch.device("cuda")
     with pretended(layout, device) as mesh:
         with torch.device("meta"):

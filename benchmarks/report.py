@@ -1,8 +1,8 @@
 """docs/performance.md and docs/records.md with their pictures: python benchmarks/report.py
 
-`templates/performance.md` is the prose: its numbers are the values of the sections below, by their names. A section's
-picture and table stand above its sentences, the runs that it was made of below them.
-"""
+`templates/performance.md` is the prose: its numbers are the values of the sections below, by their
+names. A section's picture and table stand above its sentences, the runs that it was made of below
+them."""
 
 from __future__ import annotations
 
@@ -49,13 +49,22 @@ def pages() -> tuple[dict[str, str], dict[str, Figure]]:
         if figure:
             figures[f"{name}.png"] = figure
             picture = f"![{name.replace('_', ' ')}]({name}.png)\n\n"
-        sections[name] = values | {"figures": f"{picture}{values['table']}", "runs": sources(list(values["runs"]))}
-    templates = {name: (HERE / "templates" / name).read_text() for name in ("performance.md", "records.md")}
+        sections[name] = values | {
+            "figures": f"{picture}{values['table']}",
+            "runs": sources(list(values["runs"])),
+        }
+    templates = {
+        name: (HERE / "templates" / name).read_text() for name in ("performance.md", "records.md")
+    }
     texts = {
         "performance.md": templates["performance.md"].format_map(sections),
-        "records.md": f"{templates['records.md']}\n{records({newest('ops_sweep')['name']: 'tiles.png'})}",
+        "records.md": templates["records.md"]
+        + "\n"
+        + records({newest("ops_sweep")["name"]: "tiles.png"}),
     }
-    return {name: "\n\n".join(map(wrap, blocks(text))) + "\n" for name, text in texts.items()}, figures
+    return {
+        name: "\n\n".join(map(wrap, blocks(text))) + "\n" for name, text in texts.items()
+    }, figures
 
 
 def main() -> None:

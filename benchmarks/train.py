@@ -1,14 +1,16 @@
-"""Training speed, one contender after another in one run: a step is loss, backward, clip and AdamW on random ids.
+"""Training speed, one contender after another in one run: a step is loss, backward, clip and AdamW
+on random ids.
 
     python benchmarks/train.py [--size 10m] [--lengths 512 4096] [--batch-tokens 4096] [--repeats 5]
-    python benchmarks/train.py --device cuda --size 385m [--lengths 2048 8192 32768] [--batch-tokens 32768]
+    python benchmarks/train.py --device cuda --size 385m [--lengths 2048 8192 32768] [--batch-tokens
+    32768]
         [--contenders transnormer llama softmax retnet ...] [--million] [--profile]
         [--name train_float8] [--commit HASH] [--out FOLDER]
 
-On the CPU TransNormerLLM and the softmax Transformer of the same width and depth take turns. On a GPU every contender
-(`lib/trainers.py`) has the GPU to itself: seconds until its first step is done, the median step, tokens a second, the
-share of the matrix product's measured rate by the model's own operations, peak memory and joules a token.
-"""
+On the CPU TransNormerLLM and the softmax Transformer of the same width and depth take turns. On a
+GPU every contender (`lib/trainers.py`) has the GPU to itself: seconds until its first step is done,
+the median step, tokens a second, the share of the matrix product's measured rate by the model's own
+operations, peak memory and joules a token."""
 
 from __future__ import annotations
 
@@ -34,16 +36,22 @@ MILLION = 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", nargs="+", default=["10m"])
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--contenders", nargs="+")
-    parser.add_argument("--million", action="store_true", help="also rows of 1,048,576 tokens, in segments")
+    parser.add_argument(
+        "--million", action="store_true", help="also rows of 1,048,576 tokens, in segments"
+    )
     parser.add_argument("--profile", action="store_true", help="also where a step's time goes")
-    parser.add_argument("--name", default="train", help="of the result: train, train_long, train_float8")
+    parser.add_argument(
+        "--name", default="train", help="of the result: train, train_long, train_float8"
+    )
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args()
@@ -60,7 +68,9 @@ def on_cpu(options: argparse.Namespace) -> None:
         print(f"matrix product, {name}: {ceiling / 1e9:,.0f} GFLOP/s")
     size = options.size[0]
     models = {name: LanguageModel(ModelConfig.named(size, **kind)) for name, kind in KINDS.items()}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()}
+    optimizers = {
+        name: torch.optim.AdamW(model.parameters(), fused=True) for name, model in models.items()
+    }
 
     def step(name: str, ids: torch.Tensor, dtype: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -81,33 +91,56 @@ def on_cpu(options: argparse.Namespace) -> None:
                         times[name].append(took)
             for name, model in models.items():
                 tokens = shape[0] * length / statistics.median(times[name]) * 1e3
-                rows.append({
-                    "model": name, "size": size, "parameters": model.parameter_count(), "seq_len": length,
-                    "rows": shape[0], "dtype": dtype, "tokens_per_second": round(tokens, 1),
-                    "flop_share": round(tokens * model.flops_per_token(length, chunk=64) / ceilings[dtype], 3),
-                    "times_ms": [round(t, 1) for t in times[name]],
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "model": name,
+                        "size": size,
+                        "parameters": model.parameter_count(),
+                        "seq_len": length,
+                        "rows": shape[0],
+                        "dtype": dtype,
+                        "tokens_per_second": round(tokens, 1),
+                        "flop_share": round(
+                            tokens * model.flops_per_token(length, chunk=64) / ceilings[dtype], 3
+                        ),
+                        "times_ms": [round(t, 1) for t in times[name]],
+                    }
+                )
             ours, theirs = rows[-2:]
-            ours["over_transformer"] = round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3)
-            print(f"{size}, T = {length}, {dtype}: {ours['tokens_per_second']:,.0f} and "
-                  f"{theirs['tokens_per_second']:,.0f} tokens/s, {ours['over_transformer']:.2f} times")  # fmt: skip
+            ours["over_transformer"] = round(
+                ours["tokens_per_second"] / theirs["tokens_per_second"], 3
+            )
+            print(
+                f"{size}, T = {length}, {dtype}: {ours['tokens_per_second']:,.0f} and "
+                f"{theirs['tokens_per_second']:,.0f} tokens/s, {ours['over_transformer']:.2f} times"
+            )
     print(record.save("train", "cpu", rows, matmul_flops=ceilings))
 
 
 def on_gpu(options: argparse.Namespace) -> None:
     from lib import gpu
 
-    for backend in ("flash", "mem_efficient", "math"):  # cuDNN's is the fastest softmax attention on Hopper
+    # cuDNN's is the fastest softmax attention on Hopper
+    for backend in ("flash", "mem_efficient", "math"):
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(False)
     name = torch.cuda.get_device_name()
     slug = record.slug(name)
     path = options.out / f"{options.name}_{slug}_{date.today()}.json"
-    result: dict[str, Any] = record.head(options.name, name, options.commit) | gpu.ceilings() | {"rows": []}
+    result: dict[str, Any] = (
+        record.head(options.name, name, options.commit) | gpu.ceilings() | {"rows": []}
+    )
     print(result, flush=True)
     for row in gpu_rows(options, result["matmul_tflop_per_second"] * 1e12):
         result["rows"].append(row)
         path.write_text(json.dumps(result, indent=1) + "\n")
-        print({key: value for key, value in row.items() if key not in ("note", "times_ms", "profile")}, flush=True)
+        print(
+            {
+                key: value
+                for key, value in row.items()
+                if key not in ("note", "times_ms", "profile")
+            },
+            flush=True,
+        )
     print(f"wrote {path}")
 
 
@@ -125,7 +158,12 @@ def gpu_rows(options: argparse.Namespace, ceiling: float) -> Iterator[dict[str, 
                 _forget()
         if options.million and size == options.size[0]:
             for tokens in (32_768, MILLION):
-                row = {"model": "transnormer, in segments of 32,768", "size": size, "rows": 1, "seq_len": tokens}
+                row = {
+                    "model": "transnormer, in segments of 32,768",
+                    "size": size,
+                    "rows": 1,
+                    "seq_len": tokens,
+                }
                 found = gpu.attempt(partial(measure_segments, size, tokens))
                 yield row | (found if isinstance(found, dict) else {"error": found})
                 _forget()
@@ -146,19 +184,24 @@ def measure(
     first_loss = trainer.step(ids).item()
     first = time.perf_counter() - begin
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()  # which began with steps before the optimizer had its memory
+    # which began with steps before the optimizer had its memory
+    torch.cuda.reset_peak_memory_stats()
     times = [_event_ms(partial(trainer.step, ids)) for _ in range(options.repeats + 2)][2:]
     energy = gpu.joules(partial(trainer.step, ids), each=4)
     tokens = rows * length / statistics.median(times) * 1e3
     flops = trainer.flops(length)
     return {
-        "parameters": sum(p.numel() for p in trainer.model.parameters()), "tokens_per_second": round(tokens),
-        "flop_share": flops and round(tokens * flops / ceiling, 3), "first_step_seconds": round(first, 1),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "tokens_per_second": round(tokens),
+        "flop_share": flops and round(tokens * flops / ceiling, 3),
+        "first_step_seconds": round(first, 1),
         "peak_bytes": None if trainer.graph else torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(), "millijoules_per_token": energy / rows / length * 1e3,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "millijoules_per_token": energy / rows / length * 1e3,
         "times_ms": [round(t, 2) for t in times],
-        "losses": [first_loss, trainer.step(ids).item()], "note": trainer.note,
-    } | ({"profile": gpu.profiled(partial(trainer.step, ids))} if options.profile else {})  # fmt: skip
+        "losses": [first_loss, trainer.step(ids).item()],
+        "note": trainer.note,
+    } | ({"profile": gpu.profiled(partial(trainer.step, ids))} if options.profile else {})
 
 
 def measure_segments(size: str, tokens: int) -> dict[str, Any]:
@@ -186,10 +229,12 @@ def measure_segments(size: str, tokens: int) -> dict[str, Any]:
     first = time.perf_counter() - begin
     times = [_event_ms(step) for _ in range(2 if tokens == MILLION else 8)]
     return {
-        "parameters": model.parameter_count(), "first_step_seconds": round(first, 1),
+        "parameters": model.parameter_count(),
+        "first_step_seconds": round(first, 1),
         "tokens_per_second": round(tokens / statistics.median(times) * 1e3),
-        "peak_bytes": torch.cuda.max_memory_allocated(), "times_ms": [round(t, 1) for t in times],
-    }  # fmt: skip
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "times_ms": [round(t, 1) for t in times],
+    }
 
 
 def _event_ms(step: Any) -> float:

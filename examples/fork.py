@@ -18,9 +18,15 @@ reader.read(model.tokenizer.encode("First Citizen:\nBefore we proceed any furthe
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "prompt.safetensors"
     reader.state.save(file)
-    print(f"the prompt's state takes {file.stat().st_size:,} bytes, and would after a million tokens")
+    print(
+        f"the prompt's state takes {file.stat().st_size:,} bytes, and would after a million tokens"
+    )
     for seed in (1, 2):
         session = Session(model, transnormer.State.load(file, model))
         sampling = Sampling(seed=seed)
         print(f"--- {seed}")
-        print("".join(generate_text(model, " speak.\n", max_tokens=60, sampling=sampling, session=session)))
+        print(
+            "".join(
+                generate_text(model, " speak.\n", max_tokens=60, sampling=sampling, session=session)
+            )
+        )

@@ -17,7 +17,9 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 assert isinstance(model, transnormer.hub.hf.TransNormerForCausalLM)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
-inputs = tokenizer(["ROMEO:", "First Citizen:\nBefore we proceed"], padding=True, return_tensors="pt")
+inputs = tokenizer(
+    ["ROMEO:", "First Citizen:\nBefore we proceed"], padding=True, return_tensors="pt"
+)
 torch.manual_seed(1)
 written = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.8, top_p=0.95)
 for text in tokenizer.batch_decode(written, skip_special_tokens=True):

@@ -1,4 +1,5 @@
-"""Make instructions.jsonl, 160 conversations drawn from shakespeare.txt: who says it, and how does it go on?
+"""Make instructions.jsonl, 160 conversations drawn from shakespeare.txt: who says it, and how does
+it go on?
 
 python examples/instructions.py > examples/instructions.jsonl
 """
@@ -16,8 +17,12 @@ def ask(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-short = [(who, lines[0]) for who, lines in speeches if len(lines) == 1 and 25 <= len(lines[0]) <= 60]
-longer = [(who, lines) for who, lines in speeches if 2 <= len(lines) <= 3 and max(map(len, lines)) <= 60]
+short = [
+    (who, lines[0]) for who, lines in speeches if len(lines) == 1 and 25 <= len(lines[0]) <= 60
+]
+longer = [
+    (who, lines) for who, lines in speeches if 2 <= len(lines) <= 3 and max(map(len, lines)) <= 60
+]
 for n in range(80):
     who, line = short[len(short) * n // 80]
     messages = ask(f'Who says "{line}"?', f"{who}.")

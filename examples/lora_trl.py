@@ -1,4 +1,5 @@
-"""Fine-tune with TRL and peft's LoRA, merge the adapter, and compare the merged model's logits with the unmerged ones.
+"""Fine-tune with TRL and peft's LoRA, merge the adapter, and compare the merged model's logits with
+the unmerged ones.
 
 python examples/lora_trl.py runs/demo
 """
@@ -19,14 +20,19 @@ from transnormer.formats.folders import find_model
 folder = find_model(Path(sys.argv[1]))  # of a run, its newest checkpoint
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.chat_template = tokenizer.chat_template or DEFAULT
-records = load_dataset("json", data_files=str(Path(__file__).with_name("instructions.jsonl")), split="train")
+records = load_dataset(
+    "json", data_files=str(Path(__file__).with_name("instructions.jsonl")), split="train"
+)
 settings = SFTConfig(
-    "runs/lora_trl", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4, max_length=256, packing=True,
+    "runs/lora_trl", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4,
+    max_length=256, packing=True,
     assistant_only_loss=True, logging_steps=10, save_strategy="no", report_to="none", bf16=False,
 )  # fmt: skip
 adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 model = AutoModelForCausalLM.from_pretrained(folder)
-trainer = SFTTrainer(model, settings, train_dataset=records, processing_class=tokenizer, peft_config=adapter)
+trainer = SFTTrainer(
+    model, settings, train_dataset=records, processing_class=tokenizer, peft_config=adapter
+)
 trainer.train()
 ids = torch.tensor([tokenizer("Who goes there?")["input_ids"]])
 unmerged = trainer.model.eval()(ids).logits

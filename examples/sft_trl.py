@@ -17,7 +17,9 @@ from transnormer.formats.folders import find_model
 folder = find_model(Path(sys.argv[1]))  # of a run, its newest checkpoint
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.chat_template = tokenizer.chat_template or DEFAULT
-records = load_dataset("json", data_files=str(Path(__file__).with_name("instructions.jsonl")), split="train")
+records = load_dataset(
+    "json", data_files=str(Path(__file__).with_name("instructions.jsonl")), split="train"
+)
 settings = SFTConfig(
     "runs/sft_trl",
     max_steps=40,

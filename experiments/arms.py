@@ -34,13 +34,17 @@ class Run:
 
     @property
     def setting(self) -> str:
-        """The beginning of the names of all runs that read as much of the same data with a model of this size."""
+        """The beginning of the names of all runs that read as much of the same data with a model of
+        this size."""
         dataset = "" if self.dataset == "text" else f"{self.dataset}-"
         return f"{dataset}{self.size}-{self.tokens // 1000}k"
 
     @property
     def name(self) -> str:
-        arm, dtype = self.arm.replace("/", "_"), "" if self.dtype == "bfloat16" else f"-{self.dtype}"
+        arm, dtype = (
+            self.arm.replace("/", "_"),
+            "" if self.dtype == "bfloat16" else f"-{self.dtype}",
+        )
         lr = f"{self.lr:g}".replace("+", "")  # 1e+18 is no name of a run
         return f"{self.setting}-{self.optimizer}-{lr}-{arm}-{self.seed}{dtype}"
 
@@ -59,7 +63,9 @@ def number(text: str | int) -> int:
 def known(kind: str, name: str) -> dict[str, Any]:
     """An entry of the file. Raises ValueError naming those that there are."""
     if name not in TABLES[kind]:
-        raise ValueError(f"{name!r} is not among the {kind} of tables.toml; there are {', '.join(TABLES[kind])}")
+        raise ValueError(
+            f"{name!r} is not among the {kind} of tables.toml; there are {', '.join(TABLES[kind])}"
+        )
     return dict(TABLES[kind][name])
 
 
@@ -74,8 +80,8 @@ def runs(
 ) -> Iterator[Run]:
     """The runs of a table, seed by seed, so that a table that is cut short has whole seeds.
 
-    Raises ValueError for a name that the file does not know, or an arm whose family has no learning rate yet.
-    """
+    Raises ValueError for a name that the file does not know, or an arm whose family has no learning
+    rate yet."""
     entry = known("tables", table)
     chosen, dataset = arms or entry["arms"], entry.get("dataset", "text")
     length = tokens or number(entry["tokens"])
@@ -105,18 +111,23 @@ def rate(size: str, optimizer: str, family: str, dataset: str = "text") -> float
 
 
 def folder_of(dataset: str) -> str:
-    """The folder of a data set within the corpus, which also names its learning rates; that of text is the corpus."""
+    """The folder of a data set within the corpus, which also names its learning rates; that of text
+    is the corpus."""
     return str(known("datasets", dataset).get("folder", "" if dataset == "text" else dataset))
 
 
 def settings_of(size: str, dataset: str) -> dict[str, Any]:
     """The recipe's settings that do not depend on the run."""
-    of_size, of_dataset = known("sizes", size).get("recipe", {}), known("datasets", dataset).get("recipe", {})
+    of_size, of_dataset = (
+        known("sizes", size).get("recipe", {}),
+        known("datasets", dataset).get("recipe", {}),
+    )
     return dict(TABLES["recipe"] | of_size | of_dataset)
 
 
 def model_of(arm: str, size: str, vocab_size: int) -> dict[str, Any]:
-    """The [model] table of an arm's recipe, its F chosen so that its parameters are the reference's."""
+    """The [model] table of an arm's recipe, its F chosen so that its parameters are the
+    reference's."""
     words = known("arms", arm)
     fewer = words.pop("fewer", False)
     del words["family"]
@@ -141,15 +152,22 @@ def _config(model: dict[str, Any]) -> ModelConfig:
 
 
 def recipe(run: Run, data: Path, vocab_size: int, *, cuda: bool) -> Recipe:
-    """The complete recipe of a run. On a GPU it trains in `run.dtype`, compiled and recorded; on a CPU in float32."""
+    """The complete recipe of a run. On a GPU it trains in `run.dtype`, compiled and recorded; on a
+    CPU in float32."""
     settings = settings_of(run.size, run.dataset)
     batch, length = settings["train.batch_tokens"], settings["train.seq_len"]
     steps = max(1, run.tokens // batch)
     settings |= {
-        "train.steps": steps, "train.seed": run.seed, "optim.name": run.optimizer, "optim.lr": run.lr,
+        "train.steps": steps,
+        "train.seed": run.seed,
+        "optim.name": run.optimizer,
+        "optim.lr": run.lr,
         "optim.warmup_steps": min(settings["optim.warmup_steps"], steps // 10),
-        "eval.every": max(1, steps // 10), "eval.tokens": 256 * length, "checkpoint.every": 0, "checkpoint.keep": 1,
-    }  # fmt: skip
+        "eval.every": max(1, steps // 10),
+        "eval.tokens": 256 * length,
+        "checkpoint.every": 0,
+        "checkpoint.keep": 1,
+    }
     if cuda:
         settings |= {"train.dtype": run.dtype, "train.compile": True, "train.graph": True}
     values: dict[str, Any] = {"run": run.name, "data": {"path": str(data)}}

@@ -1,14 +1,17 @@
 """The corpus of the experiments: one text, one tokenizer, one split, from any folder of documents.
 
     python experiments/corpus.py TEXT... --out build/corpus [--wikitext FOLDER]   # prepare it here
-    python experiments/corpus.py TEXT... --pack build/pack  [--wikitext FOLDER]   # or pack the files for another machine,
-    python experiments/corpus.py build/pack --out build/corpus                    # and prepare them there
 
-Every document is in exactly one of three parts. A file whose name contains "valid" is held out whole, half of it for
-validation and half for the test; of every other file one document in 200 is for validation and one in 200 for the
-test. A hash of the document's text decides, so the split does not depend on the order of files. The test part is
-looked at only by runs that confirm an analysis which was written down before.
-"""
+or, for another machine, pack the files here and prepare them there:
+
+    python experiments/corpus.py TEXT... --pack build/pack [--wikitext FOLDER]
+    python experiments/corpus.py build/pack --out build/corpus
+
+Every document is in exactly one of three parts. A file whose name contains "valid" is held out
+whole, half of it for validation and half for the test; of every other file one document in 200 is
+for validation and one in 200 for the test. A hash of the document's text decides, so the split does
+not depend on the order of files. The test part is looked at only by runs that confirm an analysis
+which was written down before."""
 
 from __future__ import annotations
 
@@ -30,15 +33,19 @@ PARTS = ("train", "valid", "test")
 HELD_OUT = 1 / 200  # of the documents for validation, and as many for the test
 VOCABULARY = 16_384
 ARCHIVE_BYTES = 55 * 2**20
-# WikiText-103's held-out files, and their words with line ends counted, which its literature divides by.
-WIKITEXT = {"valid": ("wikitext-103.valid.txt.gz", 217_646), "test": ("wikitext-103.test.txt.gz", 245_569)}
+# WikiText-103's held-out files, and their words with line ends counted, which its literature
+# divides by.
+WIKITEXT = {
+    "valid": ("wikitext-103.valid.txt.gz", 217_646),
+    "test": ("wikitext-103.test.txt.gz", 245_569),
+}
 
 
 def part_of(text: str, held_out: bool, each: float = HELD_OUT) -> str:
     """Which of PARTS a document belongs to.
 
-    held_out: whether its whole file is. each: else the share of documents for validation, and as large a one for the test.
-    """
+    held_out: whether its whole file is. each: else the share of documents for validation, and as
+    large a one for the test."""
     share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
     if held_out:
         return "valid" if share < 0.5 else "test"
@@ -46,7 +53,11 @@ def part_of(text: str, held_out: bool, each: float = HELD_OUT) -> str:
 
 
 def find_files(inputs: list[Path]) -> list[Path]:
-    return [file for given in inputs for file in (sorted(given.iterdir()) if given.is_dir() else [given])]
+    return [
+        file
+        for given in inputs
+        for file in (sorted(given.iterdir()) if given.is_dir() else [given])
+    ]
 
 
 def collect(files: list[Path], text: Path) -> None:
@@ -63,11 +74,14 @@ def collect(files: list[Path], text: Path) -> None:
 def train_on(text: Path, vocab_size: int) -> None:
     """Train the tokenizer on the training part: text/tokenizer.json."""
     lines = (json.loads(line)["text"] for line in (text / "train.jsonl").open(encoding="utf-8"))
-    write_text(text / "tokenizer.json", train_tokenizer(lines, vocab_size).to_str(pretty=True) + "\n")
+    write_text(
+        text / "tokenizer.json", train_tokenizer(lines, vocab_size).to_str(pretty=True) + "\n"
+    )
 
 
 def build(text: Path, wikitext: Path | None, out: Path) -> None:
-    """Prepared folders in `out`: train (with valid as its validation split), and test and WikiText's for scoring."""
+    """Prepared folders in `out`: train (with valid as its validation split), and test and
+    WikiText's for scoring."""
     tokenizer = text / "tokenizer.json"
     scored = [text / "test.jsonl"]
     for part, (name, official) in WIKITEXT.items():
@@ -75,11 +89,18 @@ def build(text: Path, wikitext: Path | None, out: Path) -> None:
             break
         content = gzip.decompress((wikitext / name).read_bytes()).decode()
         if (words := len(content.split()) + content.count("\n")) != official:
-            raise ValueError(f"{wikitext / name} has {words:,} words, and WikiText-103's {part} has {official:,}")
+            raise ValueError(
+                f"{wikitext / name} has {words:,} words, and WikiText-103's {part} has {official:,}"
+            )
         scored.append(text / f"wikitext-{part}.txt")
         scored[-1].write_text(content, encoding="utf-8")
     with new_folder(out) as folder:
-        prepare([text / "train.jsonl"], folder / "train", tokenizer=tokenizer, valid=[text / "valid.jsonl"])
+        prepare(
+            [text / "train.jsonl"],
+            folder / "train",
+            tokenizer=tokenizer,
+            valid=[text / "valid.jsonl"],
+        )
         for file in scored:
             prepare([file], folder / file.stem, tokenizer=tokenizer, split=0)
 
@@ -110,10 +131,21 @@ def unpack(pieces: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("inputs", type=Path, nargs="+", help="files or folders of text, or one folder made by --pack")
-    parser.add_argument("--wikitext", type=Path, help="the folder with WikiText-103's held-out files")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to take; by default one is trained")
-    parser.add_argument("--vocab-size", type=int, default=VOCABULARY, help="of the tokenizer that is trained")
+    parser.add_argument(
+        "inputs",
+        type=Path,
+        nargs="+",
+        help="files or folders of text, or one folder made by --pack",
+    )
+    parser.add_argument(
+        "--wikitext", type=Path, help="the folder with WikiText-103's held-out files"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer.json to take; by default one is trained"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=VOCABULARY, help="of the tokenizer that is trained"
+    )
     parser.add_argument("--out", type=Path, help="the folder to prepare")
     parser.add_argument("--pack", type=Path, help="the folder to pack the files into")
     given = parser.parse_args()
@@ -123,7 +155,9 @@ def main() -> None:
             (wikitext := text / "packed").mkdir()
             unpack(given.inputs[0], wikitext)
             (wikitext / "tokenizer.json").rename(text / "tokenizer.json")
-            files = [file for file in find_files([wikitext]) if not file.name.startswith("wikitext-")]
+            files = [
+                file for file in find_files([wikitext]) if not file.name.startswith("wikitext-")
+            ]
             wikitext = wikitext if (wikitext / WIKITEXT["test"][0]).exists() else None
         elif given.tokenizer:
             shutil.copyfile(given.tokenizer, text / "tokenizer.json")

@@ -31,15 +31,21 @@ SCORED_TOKENS = 32_768  # about as many are read in one forward pass
 
 @torch.inference_mode()
 def score(
-    model: LanguageModel, data: TokenData, seq_len: int, rows: int | None = None, *, text: bool = True
+    model: LanguageModel,
+    data: TokenData,
+    seq_len: int,
+    rows: int | None = None,
+    *,
+    text: bool = True,
 ) -> dict[str, Any]:
-    """The loss of all tokens of a split, in windows of `seq_len` tokens that are each read from a fresh state.
+    """The loss of all tokens of a split, in windows of `seq_len` tokens that are each read from a
+    fresh state.
 
-    Every token is predicted once, the first one from the end-of-text token. The first token of data that
-    are not text is left out, because it stands for no sample (sequences.py). rows: windows at a time.
-    Returns loss (nats a token), bits_per_byte or else bits_per_sample (to which the ends of documents add their bits),
-    nats, tokens, documents and loss_by_position, the mean loss at each 1/POSITIONS of a window.
-    """
+    Every token is predicted once, the first one from the end-of-text token. The first token of data
+    that are not text is left out, because it stands for no sample (sequences.py). rows: windows at
+    a time. Returns loss (nats a token), bits_per_byte or else bits_per_sample (to which the ends of
+    documents add their bits), nats, tokens, documents and loss_by_position, the mean loss at each
+    1/POSITIONS of a window."""
     first = 0 if text else 1
     tokens, rows = data.tokens - first, rows or max(1, SCORED_TOKENS // seq_len)
     windows = -(-tokens // seq_len)
@@ -64,14 +70,22 @@ def score(
     bits = nats / math.log(2)
     return {
         "loss": nats / tokens,
-        **({"bits_per_byte": bits / data.bytes} if text else {"bits_per_sample": bits / (tokens - data.documents)}),
-        "nats": nats, "tokens": tokens, "documents": data.documents, "loss_by_position": by_position,
-    }  # fmt: skip
+        **(
+            {"bits_per_byte": bits / data.bytes}
+            if text
+            else {"bits_per_sample": bits / (tokens - data.documents)}
+        ),
+        "nats": nats,
+        "tokens": tokens,
+        "documents": data.documents,
+        "loss_by_position": by_position,
+    }
 
 
 @torch.inference_mode()
 def draw(model: LanguageModel, rows: int, length: int, end: int, seed: int) -> np.ndarray:
-    """Samples that the model draws at temperature 1 behind the end-of-text token, uint8 [rows, length].
+    """Samples that the model draws at temperature 1 behind the end-of-text token, uint8 [rows,
+    length].
 
     The token of level n is end + 1 + n. Only levels are sampled; the end of a text is left out.
     """
@@ -87,26 +101,34 @@ def draw(model: LanguageModel, rows: int, length: int, end: int, seed: int) -> n
     return torch.stack(drawn, 1).to("cpu", torch.uint8).numpy()
 
 
-def drawings(model: LanguageModel, run: Run, test: TokenData, seq_len: int) -> dict[str, np.ndarray]:
-    """What the model draws and, where every document fills a row, as many real documents: uint8 [rows, length]."""
+def drawings(
+    model: LanguageModel, run: Run, test: TokenData, seq_len: int
+) -> dict[str, np.ndarray]:
+    """What the model draws and, where every document fills a row, as many real documents: uint8
+    [rows, length]."""
     rows, length = known("datasets", run.dataset)["draw"]
     found = {"drawn": draw(model, rows, length, test.end_of_text, run.seed)}
     if length + 1 == seq_len:
-        found["real"] = test.window(1, rows * seq_len).reshape(rows, seq_len)[:, :length] - test.end_of_text - 1
+        found["real"] = (
+            test.window(1, rows * seq_len).reshape(rows, seq_len)[:, :length] - test.end_of_text - 1
+        )
     return {name: levels.astype(np.uint8) for name, levels in found.items()}
 
 
 def by_layer(model: LanguageModel, data: TokenData, seq_len: int) -> dict[str, list[float]]:
-    """Over the first SCORED_TOKENS of a split: each layer's largest absolute output, and its weights' gradient norm.
+    """Over the first SCORED_TOKENS of a split: each layer's largest absolute output, and its
+    weights' gradient norm.
 
-    Longer rows are cut, because the passes are neither compiled nor recomputed and would not fit into a GPU's memory.
-    """
+    Longer rows are cut, because the passes are neither compiled nor recomputed and would not fit
+    into a GPU's memory."""
     length = min(seq_len, SCORED_TOKENS, data.tokens - 1)
     rows = max(1, min(SCORED_TOKENS // length, (data.tokens - 1) // length))
     ids = torch.from_numpy(data.window(0, rows * length + 1)).to(model.device)
     largest: list[float] = []
     hooks = [
-        block.register_forward_hook(lambda _, __, output: largest.append(float(output[0].detach().abs().max())))
+        block.register_forward_hook(
+            lambda _, __, output: largest.append(float(output[0].detach().abs().max()))
+        )
         for block in model.blocks()
     ]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
@@ -115,7 +137,13 @@ def by_layer(model: LanguageModel, data: TokenData, seq_len: int) -> dict[str, l
     for hook in hooks:
         hook.remove()
     norms = [
-        math.sqrt(sum(float(p.grad.double().square().sum()) for p in block.parameters() if p.grad is not None))
+        math.sqrt(
+            sum(
+                float(p.grad.double().square().sum())
+                for p in block.parameters()
+                if p.grad is not None
+            )
+        )
         for block in model.blocks()
     ]
     model.zero_grad()
@@ -132,20 +160,24 @@ def state_bytes(model: LanguageModel, tokens: int) -> int:
 def measure(
     run: Run, corpus: Path, work: Path, side_by_side: int, commit: str | None, command: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Train (or finish, or find finished) the run and score it. Returns the record of its JSON, and what was drawn.
+    """Train (or finish, or find finished) the run and score it. Returns the record of its JSON, and
+    what was drawn.
 
-    Samples are drawn only from data that are not text, by the first confirming run of each arm. A run that diverged is a
-    result too, where rates are compared: its record says so and has no scores.
-    """
+    Samples are drawn only from data that are not text, by the first confirming run of each arm. A
+    run that diverged is a result too, where rates are compared: its record says so and has no
+    scores."""
     cuda, text = torch.cuda.is_available(), run.dataset == "text"
     corpus = corpus / folder_of(run.dataset)
     data = TokenData(corpus / "train", "train")
     wanted = recipe(run, corpus / "train", data.vocab_size, cuda=cuda)
     where = provenance("cuda" if cuda else "cpu", of=commit, command=command)
     of_run = {
-        **dataclasses.asdict(run), "tokens": wanted.train.steps * wanted.train.batch_tokens, "dtype": wanted.train.dtype,
-        "family": run.family, "side_by_side": side_by_side,
-    }  # fmt: skip
+        **dataclasses.asdict(run),
+        "tokens": wanted.train.steps * wanted.train.batch_tokens,
+        "dtype": wanted.train.dtype,
+        "family": run.family,
+        "side_by_side": side_by_side,
+    }
     try:
         summary = train(wanted, runs=work)
     except ValueError as error:
@@ -155,10 +187,16 @@ def measure(
     model = load(summary.folder, device="cuda" if cuda else "cpu")
     length = wanted.train.seq_len
     splits = {"valid": TokenData(corpus / "train", "valid")}
-    splits |= {name: TokenData(corpus / name, "train") for name in ("wikitext-valid",) if (corpus / name).exists()}
+    splits |= {
+        name: TokenData(corpus / name, "train")
+        for name in ("wikitext-valid",)
+        if (corpus / name).exists()
+    }
     if run.seed >= CONFIRMING_SEED:  # what explores must not see the test
         names = ("test", "wikitext-test")
-        splits |= {name: TokenData(corpus / name, "train") for name in names if (corpus / name).exists()}
+        splits |= {
+            name: TokenData(corpus / name, "train") for name in names if (corpus / name).exists()
+        }
     scores = {name: score(model, split, length, text=text) for name, split in splits.items()}
     began = time.monotonic()
     draws = run.seed == CONFIRMING_SEED and "draw" in known("datasets", run.dataset)
@@ -170,25 +208,50 @@ def measure(
     norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] is not None]
     every = max(1, len(lines) // 200)
     curve = [
-        {"tokens": lines[n]["tokens"], "loss": statistics.fmean(x["loss"] or math.nan for x in lines[max(0, n - every + 1) : n + 1])}
+        {
+            "tokens": lines[n]["tokens"],
+            "loss": statistics.fmean(
+                x["loss"] or math.nan for x in lines[max(0, n - every + 1) : n + 1]
+            ),
+        }
         for n in range(every - 1, len(lines), every)
-    ]  # fmt: skip
+    ]
     embeddings = sum(p.numel() for name, p in model.named_parameters() if name.startswith("embed"))
     record = {
         **of_run,
-        "parameters": model.parameter_count(), "parameters_without_embeddings": model.parameter_count() - embeddings,
-        "flops": model.flops_per_token(length) * summary.tokens, "state_bytes": state_bytes(model, length),
-        "seconds": round(summary.seconds, 2), **draw_seconds, "peak_memory_bytes": summary.peak_memory_bytes,
+        "parameters": model.parameter_count(),
+        "parameters_without_embeddings": model.parameter_count() - embeddings,
+        "flops": model.flops_per_token(length) * summary.tokens,
+        "state_bytes": state_bytes(model, length),
+        "seconds": round(summary.seconds, 2),
+        **draw_seconds,
+        "peak_memory_bytes": summary.peak_memory_bytes,
         "tokens_per_second": speeds[len(speeds) // 2],
-        "train_loss": statistics.fmean(line["loss"] or math.nan for line in lines[-max(1, len(lines) // 20) :]),
-        "valid_loss": scores["valid"]["loss"], unit: scores["valid"][unit],
+        "train_loss": statistics.fmean(
+            line["loss"] or math.nan for line in lines[-max(1, len(lines) // 20) :]
+        ),
+        "valid_loss": scores["valid"]["loss"],
+        unit: scores["valid"][unit],
         "test_loss": scores["test"]["loss"] if "test" in scores else None,
-        "scores": scores, "refused": summary.refused,
-        "gradient_norm": {"mean": statistics.fmean(norms), "largest": max(norms), "last": norms[-1]},
-        "valid_curve": [[line["tokens"], line["valid_loss"]] for line in lines if line.get("valid_loss") is not None],
-        "by_layer": by_layer(model, splits["valid"], length), "curve": curve,
-        "model": model.config.to_dict(), "recipe": wanted.to_toml(), "data": data.fingerprint, **where,
-    }  # fmt: skip
+        "scores": scores,
+        "refused": summary.refused,
+        "gradient_norm": {
+            "mean": statistics.fmean(norms),
+            "largest": max(norms),
+            "last": norms[-1],
+        },
+        "valid_curve": [
+            [line["tokens"], line["valid_loss"]]
+            for line in lines
+            if line.get("valid_loss") is not None
+        ],
+        "by_layer": by_layer(model, splits["valid"], length),
+        "curve": curve,
+        "model": model.config.to_dict(),
+        "recipe": wanted.to_toml(),
+        "data": data.fingerprint,
+        **where,
+    }
     return record, drawn
 
 
@@ -203,7 +266,8 @@ def main() -> None:
     folders["out"].mkdir(parents=True, exist_ok=True)
     if drawn:
         np.savez_compressed(folders["out"] / f"{run.name}.npz", **drawn)  # type: ignore[arg-type]
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]  # lists on one line
+    # lists on one line
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
     write_text(folders["out"] / f"{run.name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -1,4 +1,5 @@
-"""docs/results.md and its pictures, made of experiments/results alone: python experiments/report.py"""
+"""docs/results.md and its pictures, made of experiments/results alone: python
+experiments/report.py"""
 
 from __future__ import annotations
 
@@ -31,26 +32,29 @@ TABLES: dict[str, Any] = arms.TABLES["tables"]
 
 INTRODUCTION = """# Results: quality
 
-Each cell is the mean over seeds, with the standard deviation between seeds where there are several. **Loss** is nats a
-token on held-out text, **BPB** bits per byte, **WikiText-103** perplexity per word by the official word counts: models
-here have not been trained on WikiText, so that figure compares them with each other and with nothing published.
-Every row of every arm, and every window that is scored, begins from an empty state. The **difference** to the first
-arm, or to the arm that is named, is a mean over pairs of runs with equal seeds (equal initial weights by name, equal
-data in equal order), with its 95 % t interval; *p* is two-sided and corrected by Holm's method over the table. Where the
-interval holds 0 or *p* is not below 0.05, the arms are not distinguishable. Tables that explore use seeds below 11 and
-never read the test part.
-Where the data are digits or speech, a token is a sample of 256 levels, and **bits a sample**, which others call bits
-per dimension, are measured on the same part as the difference.
+Each cell is the mean over seeds, with the standard deviation between seeds where there are several.
+**Loss** is nats a token on held-out text, **BPB** bits per byte, **WikiText-103** perplexity per
+word by the official word counts: models here have not been trained on WikiText, so that figure
+compares them with each other and with nothing published. Every row of every arm, and every window
+that is scored, begins from an empty state. The **difference** to the first arm, or to the arm that
+is named, is a mean over pairs of runs with equal seeds (equal initial weights by name, equal data
+in equal order), with its 95 % t interval; *p* is two-sided and corrected by Holm's method over the
+table. Where the interval holds 0 or *p* is not below 0.05, the arms are not distinguishable. Tables
+that explore use seeds below 11 and never read the test part.
 
-Arms are described in `experiments/tables.toml`; all have the parameters of `published` within 0.5 %, by the width of
-the GLU, except those called *fewer*. What was decided before the runs, and what went wrong, is in
-[experiments/LOG.md](../experiments/LOG.md).
+Where the data are digits or speech, a token is a sample of 256 levels, and **bits a sample**, which
+others call bits per dimension, are measured on the same part as the difference.
+
+Arms are described in `experiments/tables.toml`; all have the parameters of `published` within 0.5
+%, by the width of the GLU, except those called *fewer*. What was decided before the runs, and what
+went wrong, is in [experiments/LOG.md](../experiments/LOG.md).
 """
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one arm to the reference, over paired seeds: mean, half the width of its 95 % interval, p before correction."""
+    """Of one arm to the reference, over paired seeds: mean, half the width of its 95 % interval, p
+    before correction."""
 
     mean: float
     half: float
@@ -64,14 +68,18 @@ def paired(ours: dict[int, float], reference: dict[int, float]) -> Difference | 
     if len(seeds) < 2:
         return None
     differences = [ours[seed] - reference[seed] for seed in seeds]
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(seeds))
+    mean, error = (
+        statistics.fmean(differences),
+        statistics.stdev(differences) / math.sqrt(len(seeds)),
+    )
     half = float(stats.t.ppf(0.975, len(seeds) - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)) if error else float(mean == 0)
     return Difference(mean, half, p, len(seeds))
 
 
 def holm(values: list[float]) -> list[float]:
-    """p values corrected for being several: each times the number of those not smaller, never falling."""
+    """p values corrected for being several: each times the number of those not smaller, never
+    falling."""
     corrected, largest = [0.0] * len(values), 0.0
     for rank, place in enumerate(sorted(range(len(values)), key=lambda one: values[one])):
         largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
@@ -93,10 +101,14 @@ def per_word(record: dict[str, Any], part: str) -> float | None:
     return math.exp(found["nats"] / WORDS[part]) if found else None
 
 
-def of_table(name: str, results: list[dict[str, Any]]) -> dict[Setting, dict[str, list[dict[str, Any]]]]:
-    """The results that a table is made of, by setting and arm. A run serves every table that asks for it."""
+def of_table(
+    name: str, results: list[dict[str, Any]]
+) -> dict[Setting, dict[str, list[dict[str, Any]]]]:
+    """The results that a table is made of, by setting and arm. A run serves every table that asks
+    for it."""
     entry = TABLES[name]
-    alone = {other for other, table in TABLES.items() if "dtypes" in table}  # these have their runs for themselves
+    # these have their runs for themselves
+    alone = {other for other, table in TABLES.items() if "dtypes" in table}
     found: dict[Setting, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in results:
         exploring = record["seed"] < arms.CONFIRMING_SEED
@@ -105,13 +117,16 @@ def of_table(name: str, results: list[dict[str, Any]]) -> dict[Setting, dict[str
         if name != record["table"] and alone & {name, record["table"]}:
             continue
         if record["arm"] in entry["arms"] and exploring == bool(entry.get("exploring")):
-            found[record["size"], record["tokens"], record["optimizer"]][record["arm"]].append(record)
+            found[record["size"], record["tokens"], record["optimizer"]][record["arm"]].append(
+                record
+            )
     return {setting: dict(by_arm) for setting, by_arm in found.items()}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a table says of an arm beside another: their difference, p after correction, and the mean of the other."""
+    """What a table says of an arm beside another: their difference, p after correction, and the
+    mean of the other."""
 
     difference: Difference
     p: float
@@ -139,14 +154,21 @@ def other(name: str, arm: str) -> str:
 
 def verdicts(name: str, by_arm: dict[str, list[dict[str, Any]]], part: str) -> dict[str, Verdict]:
     """Of every arm that has two seeds in common with the arm it is compared with."""
-    losses = {arm: {r["seed"]: r["scores"][part]["loss"] for r in runs} for arm, runs in by_arm.items()}
+    losses = {
+        arm: {r["seed"]: r["scores"][part]["loss"] for r in runs} for arm, runs in by_arm.items()
+    }
     pairs = {
-        arm: paired(found, losses.get(other(name, arm), {})) for arm, found in losses.items() if arm != other(name, arm)
+        arm: paired(found, losses.get(other(name, arm), {}))
+        for arm, found in losses.items()
+        if arm != other(name, arm)
     }
     known = {arm: difference for arm, difference in pairs.items() if difference is not None}
     corrected = holm([each.p for each in known.values()])
     bases = [statistics.fmean(losses[other(name, arm)].values()) for arm in known]
-    return {arm: Verdict(known[arm], p, base) for arm, p, base in zip(known, corrected, bases, strict=True)}
+    return {
+        arm: Verdict(known[arm], p, base)
+        for arm, p, base in zip(known, corrected, bases, strict=True)
+    }
 
 
 def conclusion(name: str, found: dict[str, Verdict]) -> str:
@@ -158,14 +180,19 @@ def conclusion(name: str, found: dict[str, Verdict]) -> str:
         sentence = f"`{arm}` is {verdict.word} `{other(name, arm)}` ({share}"
         if arm in paper and other(name, arm) in paper:
             away = paper[arm] - paper[other(name, arm)]
-            agrees = "as in the paper, " if verdict.clear and away * verdict.difference.mean > 0 else "in the paper "
+            agrees = (
+                "as in the paper, "
+                if verdict.clear and away * verdict.difference.mean > 0
+                else "in the paper "
+            )
             sentence += f"; {agrees}{100 * away / paper[other(name, arm)]:+.1f} %"
         sentences.append(f"{sentence}).")
     return " ".join(sentences)
 
 
 def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]) -> str:
-    """One table of arms, with differences to its first arm or to those that it names, and what follows from them."""
+    """One table of arms, with differences to its first arm or to those that it names, and what
+    follows from them."""
     entry = TABLES[name]
     present = [arm for arm in entry["arms"] if arm in by_arm]
     part, text = "valid" if entry.get("exploring") else "test", "dataset" not in entry
@@ -178,20 +205,40 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
         words = [value for r in runs if (value := per_word(r, f"wikitext-{part}")) is not None]
         speed = f"{statistics.median(r['tokens_per_second'] for r in runs) / 1e6:.2f}M"
         if arm in found:
-            difference, clear = found[arm].difference, "" if found[arm].clear else ": not distinguishable"
+            difference, clear = (
+                found[arm].difference,
+                "" if found[arm].clear else ": not distinguishable",
+            )
             beside = "" if other(name, arm) == entry["arms"][0] else f" to {other(name, arm)}"
             share = f"{100 * difference.mean / found[arm].base:+.1f} %"
-            verdict = f"{difference.mean:+.3f} ± {difference.half:.3f}{beside} ({share}), p {found[arm].p:.2g}{clear}"
+            verdict = (
+                f"{difference.mean:+.3f} ± {difference.half:.3f}{beside} ({share}), p "
+                f"{found[arm].p:.2g}{clear}"
+            )
         theirs = ""
         if arm in paper:
             away = paper[arm] - paper[entry["arms"][0]]
-            theirs = f"{paper[arm] * BITS:.3f}" + (f" ({100 * away / paper[entry['arms'][0]]:+.1f} %)" if away else "")
-        rows.append([
-            arm, str(len(runs)), f"{runs[0]['parameters'] / 1e6:.2f}M", f"{runs[0]['lr']:g}", spread([r["valid_loss"] for r in runs]),
-            spread([r["test_loss"] for r in runs if r["test_loss"]]) if any(r["test_loss"] for r in runs) and part == "test" else "–",
-            spread(bits, 4), (spread(words, 1) if words else "–") if text else speed,
-            f"{runs[0]['state_bytes'] / 2**20:.1f}", str(sum(r["refused"] for r in runs)), verdict, *([theirs or "–"] if paper else []),
-        ])  # fmt: skip
+            theirs = f"{paper[arm] * BITS:.3f}" + (
+                f" ({100 * away / paper[entry['arms'][0]]:+.1f} %)" if away else ""
+            )
+        rows.append(
+            [
+                arm,
+                str(len(runs)),
+                f"{runs[0]['parameters'] / 1e6:.2f}M",
+                f"{runs[0]['lr']:g}",
+                spread([r["valid_loss"] for r in runs]),
+                spread([r["test_loss"] for r in runs if r["test_loss"]])
+                if any(r["test_loss"] for r in runs) and part == "test"
+                else "–",
+                spread(bits, 4),
+                (spread(words, 1) if words else "–") if text else speed,
+                f"{runs[0]['state_bytes'] / 2**20:.1f}",
+                str(sum(r["refused"] for r in runs)),
+                verdict,
+                *([theirs or "–"] if paper else []),
+            ]
+        )
     head = [
         "arm",
         "seeds",
@@ -217,26 +264,42 @@ def rates(name: str, by_setting: dict[Setting, dict[str, list[dict[str, Any]]]])
             family = arms.TABLES["arms"][arm]["family"]
             grid = TABLES[name]["grid"].get(optimizer, {}).get(family, [])
             found = {r["lr"]: r["valid_loss"] for r in runs if r["seed"] == 0 and r["lr"] in grid}
-            known = {lr: loss for lr, loss in found.items() if loss is not None}  # the others diverged
+            # the others diverged
+            known = {lr: loss for lr, loss in found.items() if loss is not None}
             if not known:
                 continue
             best = min(known, key=lambda lr: known[lr])
             inside = len(found) == len(grid) and best not in (min(grid), max(grid))
             cells = ", ".join(
-                f"{lr:g}: " + ("diverged" if loss is None else f"{'**' * (lr == best)}{loss:.4f}{'**' * (lr == best)}")
+                f"{lr:g}: "
+                + (
+                    "diverged"
+                    if loss is None
+                    else f"{'**' * (lr == best)}{loss:.4f}{'**' * (lr == best)}"
+                )
                 for lr, loss in sorted(found.items())
             )
             verdict = (
-                "inside" if inside else "grid not complete" if len(found) < len(grid) else "at its edge: to be widened"
+                "inside"
+                if inside
+                else "grid not complete"
+                if len(found) < len(grid)
+                else "at its edge: to be widened"
             )
             rows.append([size, f"{tokens / 1e6:.0f}M", optimizer, family, cells, verdict])
-    return markdown(["size", "tokens", "optimizer", "family", "validation loss by rate", "the best is"], rows)
+    return markdown(
+        ["size", "tokens", "optimizer", "family", "validation loss by rate", "the best is"], rows
+    )
 
 
 def picture(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]) -> str:
-    """Loss by position and the curve of training, a line an arm, as docs/results-<table>-<size>-<optimizer>.png."""
+    """Loss by position and the curve of training, a line an arm, as
+    docs/results-<table>-<size>-<optimizer>.png."""
     (size, _, optimizer), entry = setting, TABLES[name]
-    length, title = arms.settings_of(size, entry.get("dataset", "text"))["train.seq_len"], entry["title"]
+    length, title = (
+        arms.settings_of(size, entry.get("dataset", "text"))["train.seq_len"],
+        entry["title"],
+    )
     figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
     curve, place = figure.subplots(1, 2)
     for arm, runs in by_arm.items():
@@ -244,7 +307,12 @@ def picture(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
         place.plot(np.arange(1, len(losses) + 1) * length / len(losses), losses, label=arm)
         points = np.mean([r["valid_curve"] for r in runs], axis=0)
         curve.plot(points[1:, 0], points[1:, 1], marker="o", markersize=3, label=arm)
-    place.set(xlabel="position in the row", ylabel="loss (nats a token)", title="by position", xscale="log")
+    place.set(
+        xlabel="position in the row",
+        ylabel="loss (nats a token)",
+        title="by position",
+        xscale="log",
+    )
     curve.xaxis.set_major_formatter(EngFormatter())
     curve.set(xlabel="tokens read", ylabel="validation loss (nats a token)", title=title)
     for axes in (curve, place):
@@ -256,7 +324,8 @@ def picture(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
 
 
 def stability(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Loss and largest gradient norm by rate and dtype, and a picture of these and of the layers at the lowest rate."""
+    """Loss and largest gradient norm by rate and dtype, and a picture of these and of the layers at
+    the lowest rate."""
     rows, files = [], f"results-{name}-{setting[0]}-{setting[2]}.png"
     figure = Figure(figsize=(13, 3.8), dpi=110, layout="constrained")
     by_rate, activations, gradients = figure.subplots(1, 3)
@@ -268,10 +337,13 @@ def stability(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]
             if not found:
                 continue
             cells = [
-                f"{whole[lr]['valid_loss']:.3f} ({whole[lr]['gradient_norm']['largest']:.1f})" if lr in whole
-                else "diverged" if lr in found else "–"
+                f"{whole[lr]['valid_loss']:.3f} ({whole[lr]['gradient_norm']['largest']:.1f})"
+                if lr in whole
+                else "diverged"
+                if lr in found
+                else "–"
                 for lr in rates
-            ]  # fmt: skip
+            ]
             rows.append([arm, dtype, *cells])
             style = {
                 "color": f"C{color}",
@@ -285,8 +357,15 @@ def stability(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]
                 layers = next(iter(whole.values()))["by_layer"]
                 activations.plot(layers["largest_activation"], **style)
                 gradients.plot(layers["gradient_norm"], **style)
-    by_rate.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)", title="up to divergence")
-    activations.set(yscale="log", xlabel="layer", ylabel="largest activation", title="after training")
+    by_rate.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="validation loss (nats a token)",
+        title="up to divergence",
+    )
+    activations.set(
+        yscale="log", xlabel="layer", ylabel="largest activation", title="after training"
+    )
     gradients.set(yscale="log", xlabel="layer", ylabel="gradient norm", title="after training")
     for axes in (by_rate, activations, gradients):
         axes.grid(alpha=0.3)
@@ -294,15 +373,20 @@ def stability(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]
     figure.savefig(DOCS / files)
     head = ["arm", "computed in", *(f"{lr:g}" for lr in rates)]
     says = (
-        "Validation loss by learning rate, and in brackets the largest gradient norm of any step before it is clipped."
+        "Validation loss by learning rate, and in brackets the largest gradient norm of any step "
+        "before it is clipped."
     )
     return [f"![{TABLES[name]['title']}]({files})", says, markdown(head, rows)]
 
 
 def drawn(name: str, by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What each arm has drawn: digits as docs/results-<table>-drawn.png, speech as docs/results-<table>-<arm>.wav."""
+    """What each arm has drawn: digits as docs/results-<table>-drawn.png, speech as
+    docs/results-<table>-<arm>.wav."""
     paths = {
-        arm: path for arm, runs in by_arm.items() for r in runs if (path := r["path"].with_suffix(".npz")).exists()
+        arm: path
+        for arm, runs in by_arm.items()
+        for r in runs
+        if (path := r["path"].with_suffix(".npz")).exists()
     }
     levels = {arm: dict(np.load(path)) for arm, path in paths.items()}
     if not levels:
@@ -317,11 +401,21 @@ def drawn(name: str, by_arm: dict[str, list[dict[str, Any]]]) -> list[str]:
     figure = Figure(figsize=(3.4 * len(sheets), 3.6), dpi=110, layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
         columns = math.isqrt(len(images))
-        sheet = images[: columns * columns].reshape(columns, columns, 28, 28).swapaxes(1, 2).reshape(columns * 28, -1)
+        sheet = (
+            images[: columns * columns]
+            .reshape(columns, columns, 28, 28)
+            .swapaxes(1, 2)
+            .reshape(columns * 28, -1)
+        )
         axes.imshow(sheet, cmap="gray_r")
         axes.set(title=title, xticks=[], yticks=[])
     figure.savefig(DOCS / f"results-{name}-drawn.png")
-    return [f"![Digits of the test part, and digits that each arm drew at temperature 1](results-{name}-drawn.png)"]
+    return [
+        (
+            "![Digits of the test part, and digits that each arm drew at temperature "
+            f"1](results-{name}-drawn.png)"
+        )
+    ]
 
 
 def sources(by_arm: dict[str, list[dict[str, Any]]]) -> str:
@@ -331,18 +425,24 @@ def sources(by_arm: dict[str, list[dict[str, Any]]]) -> str:
     commits = ", ".join(sorted({str(r["commit"])[:12] for r in runs}))
     versions = ", ".join(sorted({r["versions"]["torch"] for r in runs}))
     return (
-        f"{len(runs)} runs; {devices}; torch {versions}; commit {commits}; files `experiments/results/*-ARM-SEED.json`."
+        f"{len(runs)} runs; {devices}; torch {versions}; commit {commits}; files "
+        "`experiments/results/*-ARM-SEED.json`."
     )
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) | {"path": path} for path in sorted(RESULTS.glob("*.json"))]
+    results = [
+        json.loads(path.read_text()) | {"path": path} for path in sorted(RESULTS.glob("*.json"))
+    ]
     text = [INTRODUCTION]
     for name, entry in TABLES.items():
         by_setting = of_table(name, results)
         if "dtypes" in entry:
             for setting, by_arm in sorted(by_setting.items()):
-                title = f"## {entry['title']}: {setting[0]}, {setting[1] / 1e6:.0f}M tokens, {setting[2]}"
+                title = (
+                    f"## {entry['title']}: {setting[0]}, {setting[1] / 1e6:.0f}M tokens, "
+                    f"{setting[2]}"
+                )
                 text += [title, *stability(name, setting, by_arm), sources(by_arm)]
             continue
         if "grid" in entry:
@@ -350,7 +450,9 @@ def main() -> None:
             continue
         for setting, all_by_arm in sorted(by_setting.items()):
             size, tokens, optimizer = setting
-            by_arm = {arm: [r for r in runs if "diverged" not in r] for arm, runs in all_by_arm.items()}
+            by_arm = {
+                arm: [r for r in runs if "diverged" not in r] for arm, runs in all_by_arm.items()
+            }
             diverged = {arm: len(all_by_arm[arm]) - len(runs) for arm, runs in by_arm.items()}
             by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
             if name == "spread":  # one rate an arm, the table's own
@@ -367,7 +469,11 @@ def main() -> None:
                 picture(name, setting, by_arm),
                 compare(name, setting, by_arm),
                 *drawn(name, by_arm),
-                *(f"{count} runs of `{arm}` diverged and count nowhere." for arm, count in diverged.items() if count),
+                *(
+                    f"{count} runs of `{arm}` diverged and count nowhere."
+                    for arm, count in diverged.items()
+                    if count
+                ),
             ]
             text += [sources(by_arm)]
     write_text(DOCS / "results.md", "\n\n".join(text) + "\n")

@@ -1,16 +1,18 @@
-"""Run what is missing of a table of experiments/tables.toml, several runs at a time, and go on after a kill.
+"""Run what is missing of a table of experiments/tables.toml, several runs at a time, and go on
+after a kill.
 
-    python experiments/run.py T4 --size 10m --tokens 5M --dry          # which runs, which are there already
-    python experiments/run.py T4 --size 10m --tokens 5M                # on a laptop: an honest, smaller table
+    python experiments/run.py T4 --size 10m --tokens 5M --dry   # which runs, and which are there
+    python experiments/run.py T4 --size 10m --tokens 5M         # a smaller table, on a laptop
     python experiments/run.py rates spread ladder --size 45m --side-by-side 2 --until 540
 
-The corpus comes from experiments/corpus.py. What is not language comes from experiments/sequences.py and lies in the
-corpus as its folders digits and speech, which need no text beside them. Each run is a process of its own and ends as
-one JSON in --out, beside which the first confirming run of each arm leaves the digits or the speech that it sampled (.npz). With
---until SECONDS every run is stopped at a checkpoint before so many seconds have passed since the start; the same
-command goes on with it. --archive FILE packs all results for another machine, where --merge FILE unpacks them.
-Runs side by side on one GPU are 13 % faster together when `nvidia-cuda-mps-control -d` has been called before.
-"""
+The corpus comes from experiments/corpus.py. What is not language comes from
+experiments/sequences.py and lies in the corpus as its folders digits and speech, which need no text
+beside them. Each run is a process of its own and ends as one JSON in --out, beside which the first
+confirming run of each arm leaves the digits or the speech that it sampled (.npz). With --until
+SECONDS every run is stopped at a checkpoint before so many seconds have passed since the start; the
+same command goes on with it. --archive FILE packs all results for another machine, where --merge
+FILE unpacks them. Runs side by side on one GPU are 13 % faster together when
+`nvidia-cuda-mps-control -d` has been called before."""
 
 from __future__ import annotations
 
@@ -33,12 +35,14 @@ from arms import Run
 from transnormer.provenance import commit
 
 HERE = Path(__file__).parent
-SAVE_SECONDS = 25  # that a run may take from being asked to stop until its checkpoint is on the disk
+# that a run may take from being asked to stop until its checkpoint is on the disk
+SAVE_SECONDS = 25
 START_SECONDS = 30  # that a run takes beside its training: imports, compiling, scores
 
 
 class Queue:
-    """Starts runs in processes of their own, at most `options.side_by_side` on each GPU at a time."""
+    """Starts runs in processes of their own, at most `options.side_by_side` on each GPU at a
+    time."""
 
     def __init__(self, options: argparse.Namespace, command: str):
         self._options, self._command = options, command
@@ -48,23 +52,35 @@ class Queue:
 
     def free(self) -> int | None:
         """The GPU with the fewest runs, None where all have as many as they may."""
-        counts = {gpu: sum(gpu == used for _, used, _ in self._running.values()) for gpu in self.gpus}
+        counts = {
+            gpu: sum(gpu == used for _, used, _ in self._running.values()) for gpu in self.gpus
+        }
         gpu = min(counts, key=lambda one: counts[one])
         return gpu if counts[gpu] < self._options.side_by_side else None
 
     def start(self, run: Run, gpu: int) -> None:
         options = self._options
         given = {
-            "run": dataclasses.asdict(run), "corpus": str(options.corpus), "work": str(options.work), "out": str(options.out),
-            "side_by_side": options.side_by_side, "commit": options.commit or commit(), "command": self._command,
-        }  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+            "run": dataclasses.asdict(run),
+            "corpus": str(options.corpus),
+            "work": str(options.work),
+            "out": str(options.out),
+            "side_by_side": options.side_by_side,
+            "commit": options.commit or commit(),
+            "command": self._command,
+        }
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        }
         if gpu >= 0:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
         options.work.mkdir(parents=True, exist_ok=True)
         with (options.work / f"{run.name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, str(HERE / "one.py"), json.dumps(given)], env=environment, stdout=log, stderr=log
+                [sys.executable, str(HERE / "one.py"), json.dumps(given)],
+                env=environment,
+                stdout=log,
+                stderr=log,
             )
         self._running[process] = (run, gpu, time.monotonic())
 
@@ -76,14 +92,23 @@ class Queue:
             if process.returncode == 0:
                 found = json.loads((self._options.out / f"{run.name}.json").read_text())
                 figures = found.get("diverged") or (
-                    f"validation loss {found['valid_loss']:.4f}, {found['tokens_per_second']:,.0f} tokens/s"
+                    f"validation loss {found['valid_loss']:.4f}, "
+                    f"{found['tokens_per_second']:,.0f} tokens/s"
                 )
                 print(f"{run.name}: {figures}, {seconds:.0f} s", flush=True)
             elif process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
-                print(f"{run.name}: stopped after {seconds:.0f} s; the same command goes on with it", flush=True)
+                print(
+                    f"{run.name}: stopped after {seconds:.0f} s; the same command goes on with it",
+                    flush=True,
+                )
             else:
                 self.failed.append(run)
-                tail = (self._options.work / f"{run.name}.log").read_text(errors="replace").strip().splitlines()[-3:]
+                tail = (
+                    (self._options.work / f"{run.name}.log")
+                    .read_text(errors="replace")
+                    .strip()
+                    .splitlines()[-3:]
+                )
                 print(f"{run.name}: FAILED ({process.returncode}): {' | '.join(tail)}", flush=True)
 
     def stop(self) -> None:
@@ -100,17 +125,22 @@ class Queue:
 
 
 def seconds_of(run: Run, options: argparse.Namespace) -> float:
-    """What the slowest earlier run of this size and as many tokens took, start and scores included; 0 if there is none."""
+    """What the slowest earlier run of this size and as many tokens took, start and scores included;
+    0 if there is none."""
     earlier = [json.loads(path.read_text()) for path in options.out.glob(f"{run.setting}-*.json")]
     took = [
         found["seconds"] + found.get("draw_seconds", 0.0)
-        for found in earlier if found["side_by_side"] == options.side_by_side
-    ]  # fmt: skip
+        for found in earlier
+        if found["side_by_side"] == options.side_by_side
+    ]
     return max(took) + START_SECONDS if took else 0.0
 
 
-def execute(queue: Queue, missing: list[Run], until: float | None, options: argparse.Namespace) -> int:
-    """Run all, beginning with those that an earlier call has started. Stop before `until` (by time.monotonic).
+def execute(
+    queue: Queue, missing: list[Run], until: float | None, options: argparse.Namespace
+) -> int:
+    """Run all, beginning with those that an earlier call has started. Stop before `until` (by
+    time.monotonic).
 
     Returns how many are left.
     """
@@ -124,7 +154,12 @@ def execute(queue: Queue, missing: list[Run], until: float | None, options: argp
             while waiting and (gpu := queue.free()) is not None:
                 run = waiting.pop(0)
                 end = time.monotonic() + seconds_of(run, options)
-                if options.last and run not in begun and until is not None and end > until - SAVE_SECONDS:
+                if (
+                    options.last
+                    and run not in begun
+                    and until is not None
+                    and end > until - SAVE_SECONDS
+                ):
                     left += 1
                 else:
                     queue.start(run, gpu)
@@ -135,29 +170,45 @@ def execute(queue: Queue, missing: list[Run], until: float | None, options: argp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", help=f"of tables.toml: {', '.join(arms.TABLES['tables'])}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "tables", nargs="*", help=f"of tables.toml: {', '.join(arms.TABLES['tables'])}"
+    )
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, help="how many; by default the table's")
-    parser.add_argument("--size", default="10m", help=f"{', '.join(arms.TABLES['sizes'])}; by default 10m")
+    parser.add_argument(
+        "--size", default="10m", help=f"{', '.join(arms.TABLES['sizes'])}; by default 10m"
+    )
     parser.add_argument("--tokens", type=arms.number, help="a run, e.g. 5M; by default the table's")
     parser.add_argument("--optimizers", nargs="+", help="adamw, muon; by default the table's")
     parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time on each GPU")
-    parser.add_argument("--corpus", type=Path, default=Path("build/corpus"), help="made by experiments/corpus.py")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/experiments"), help="the folder for runs and their logs"
+        "--corpus", type=Path, default=Path("build/corpus"), help="made by experiments/corpus.py"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("build/experiments"),
+        help="the folder for runs and their logs",
     )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="the folder for results")
-    parser.add_argument("--until", type=float, help="stop, everything saved, within so many seconds")
+    parser.add_argument(
+        "--until", type=float, help="stop, everything saved, within so many seconds"
+    )
     parser.add_argument(
         "--last",
         action="store_true",
-        help="begin only runs that will end before --until, because this machine's disk is lost then; "
+        help="begin only runs that will end before --until, because this machine's disk is lost "
+        "then; "
         "a run is always begun where none like it has been timed yet",
     )
     parser.add_argument("--commit", help="of this code, where it has no git with it")
     parser.add_argument("--archive", type=Path, help="write all results into this file at the end")
-    parser.add_argument("--merge", type=Path, help="unpack such a file into --out, and do nothing else")
+    parser.add_argument(
+        "--merge", type=Path, help="unpack such a file into --out, and do nothing else"
+    )
     parser.add_argument("--dry", action="store_true", help="say what would run")
     options = parser.parse_args()
     if options.last and options.until is None:
@@ -171,16 +222,26 @@ def main() -> None:
     wanted: dict[str, Run] = {}
     for table in options.tables:
         found = arms.runs(
-            table, options.size, arms=options.arms, seeds=options.seeds, tokens=options.tokens,
+            table,
+            options.size,
+            arms=options.arms,
+            seeds=options.seeds,
+            tokens=options.tokens,
             optimizers=options.optimizers,
-        )  # fmt: skip
+        )
         wanted |= {run.name: run for run in found if run.name not in wanted}
     missing = [run for name, run in wanted.items() if not (options.out / f"{name}.json").exists()]
-    print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done, {len(queue.gpus)} device(s)", flush=True)
+    print(
+        f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done, {len(queue.gpus)} "
+        "device(s)",
+        flush=True,
+    )
     if options.dry:
         print("\n".join(run.name for run in missing))
         return
-    left = execute(queue, missing, None if options.until is None else began + options.until, options)
+    left = execute(
+        queue, missing, None if options.until is None else began + options.until, options
+    )
     if options.archive:
         with tarfile.open(options.archive, "w:gz") as archive:
             for file in sorted([*options.out.glob("*.json"), *options.out.glob("*.npz")]):

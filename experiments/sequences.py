@@ -1,20 +1,25 @@
 """Corpora that are not language, one token a sample: handwritten digits and raw speech.
 
-    python experiments/sequences.py digits FOLDER --out build/corpus/digits   # MNIST's *-images-idx3-ubyte.gz
-    python experiments/sequences.py speech FOLDER --out build/corpus/speech   # a folder of WAV files
-    python experiments/sequences.py speech FOLDER --pack build/speech.npz     # or pack these for another machine,
-    python experiments/sequences.py speech build/speech.npz --out build/corpus/speech   # and prepare them there
+    python experiments/sequences.py digits FOLDER --out build/corpus/digits
+    python experiments/sequences.py speech FOLDER --out build/corpus/speech
+    python experiments/sequences.py speech FOLDER --pack build/speech.npz
+    python experiments/sequences.py speech build/speech.npz --out build/corpus/speech
 
-A sample has 256 levels and is written as one of the 256 Braille patterns. So a corpus is text like any other, its
-tokenizer knows the end of a text and 256 characters, and neither the shards nor the model know of samples.
+The folder of digits holds MNIST's *-images-idx3-ubyte.gz, that of speech WAV files, which --pack
+makes into one file for another machine.
 
-An image is a document of 784 samples, row by row from the top. MNIST's test images are the test part, and the last
-5,000 of its training images are for validation. A recording is a document of 8-bit mu-law samples, 8,000 a second.
-A hash of its samples decides its part, one in 20 for validation and one in 20 for the test.
+A sample has 256 levels and is written as one of the 256 Braille patterns. So a corpus is text like
+any other, its tokenizer knows the end of a text and 256 characters, and neither the shards nor the
+model know of samples.
 
-Each part begins with one dummy sample, because no end-of-text token stands before the first document. So every row of 785
-tokens holds one end-of-text token (the first row the dummy) and one image.
-"""
+An image is a document of 784 samples, row by row from the top. MNIST's test images are the test
+part, and the last 5,000 of its training images are for validation. A recording is a document of
+8-bit mu-law samples, 8,000 a second. A hash of its samples decides its part, one in 20 for
+validation and one in 20 for the test.
+
+Each part begins with one dummy sample, because no end-of-text token stands before the first
+document. So every row of 785 tokens holds one end-of-text token (the first row the dummy) and one
+image."""
 
 from __future__ import annotations
 
@@ -63,12 +68,15 @@ def read_wav(path: Path) -> np.ndarray:
     """The levels of a recording. Raises ValueError where it is not mono of 16 bits at RATE."""
     with wave.open(str(path)) as file:
         if (found := file.getparams()[:3]) != (1, 2, RATE):
-            raise ValueError(f"{path}: channels, bytes a sample and rate are {found}, not {(1, 2, RATE)}")
+            raise ValueError(
+                f"{path}: channels, bytes a sample and rate are {found}, not {(1, 2, RATE)}"
+            )
         return encode(np.frombuffer(file.readframes(file.getnframes()), "<i2"))
 
 
 def read_images(path: Path) -> np.ndarray:
-    """The images of an IDX file, uint8 [N, PIXELS]. Raises ValueError where it is not one of images of 28 x 28."""
+    """The images of an IDX file, uint8 [N, PIXELS]. Raises ValueError where it is not one of images
+    of 28 x 28."""
     content = gzip.decompress(path.read_bytes())
     magic, count, height, width = np.frombuffer(content, ">u4", 4).tolist()
     if (magic, height, width) != (0x803, 28, 28):
@@ -83,7 +91,11 @@ def as_text(samples: np.ndarray) -> str:
 def digits(folder: Path) -> dict[str, list[str]]:
     """The images of each part."""
     train, test = (
-        [as_text(image) for name in folder.glob(f"*{part}-images-idx3-ubyte.gz") for image in read_images(name)]
+        [
+            as_text(image)
+            for name in folder.glob(f"*{part}-images-idx3-ubyte.gz")
+            for image in read_images(name)
+        ]
         for part in ("train", "t10k")
     )
     return {"train": train[:-VALID_IMAGES], "valid": train[-VALID_IMAGES:], "test": test}
@@ -92,7 +104,9 @@ def digits(folder: Path) -> dict[str, list[str]]:
 def recordings(source: Path) -> dict[str, np.ndarray]:
     """Levels by name, of a folder of WAV files or of the file that --pack made of one."""
     if source.is_dir():
-        return {str(path.relative_to(source)): read_wav(path) for path in sorted(source.rglob("*.wav"))}
+        return {
+            str(path.relative_to(source)): read_wav(path) for path in sorted(source.rglob("*.wav"))
+        }
     with np.load(source) as packed:
         return dict(packed)
 
@@ -117,7 +131,8 @@ def tokenizer() -> str:
 
 
 def build(parts: dict[str, list[str]], out: Path) -> None:
-    """Prepared folders in `out`, as corpus.py makes them: train, with valid as its validation split, and test."""
+    """Prepared folders in `out`, as corpus.py makes them: train, with valid as its validation
+    split, and test."""
     with tempfile.TemporaryDirectory() as temporary:
         text = Path(temporary)
         write_text(text / "tokenizer.json", tokenizer())
@@ -131,12 +146,18 @@ def build(parts: dict[str, list[str]], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=("digits", "speech"))
-    parser.add_argument("source", type=Path, help="the folder with the files, or what --pack made of it")
+    parser.add_argument(
+        "source", type=Path, help="the folder with the files, or what --pack made of it"
+    )
     parser.add_argument("--out", type=Path, help="the folder to prepare")
     parser.add_argument(
-        "--pack", type=Path, help="the .npz to pack recordings into; MNIST's files are small as they are"
+        "--pack",
+        type=Path,
+        help="the .npz to pack recordings into; MNIST's files are small as they are",
     )
     given = parser.parse_args()
     if given.pack:

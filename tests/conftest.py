@@ -12,32 +12,42 @@ import torch
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY / "examples" / "shakespeare.txt"
-PATIENCE = 900  # seconds after which what a test waits for is given up; nothing else depends on how fast a machine is
+# seconds after which what a test waits for is given up; nothing else depends on how fast a machine
+# is
+PATIENCE = 900
 PUBLISHED = Path(__file__).parent / "fixtures" / "tnl_tiny"
 
-if not torch.cuda.is_available():  # triton reads it where it is first imported, and other libraries import it
+# triton reads it where it is first imported, and other libraries import it
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what runs in the background so
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start would not hear Ctrl-C either
+# a shell starts what runs in the background so
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # what tests start would not hear Ctrl-C either
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MPLCONFIGDIR", str(REPOSITORY / "build" / "matplotlib"))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """One where there is a GPU, which some tests fill; else one a core, and at most four, which need 8 GB of memory."""
+    """One where there is a GPU, which some tests fill; else one a core, and at most four, which
+    need 8 GB of memory."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:  # pytest-xdist obeys it
         return None
     return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (config.getoption("numprocesses", None) or 0) > 1:  # one thread for each, and for what it starts
+    # one thread for each, and for what it starts
+    if (config.getoption("numprocesses", None) or 0) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The folders with the longest files first: no process is to be left alone with one of them in the end.
-    items.sort(key=lambda item: [folder in item.path.parts for folder in ("train", "ops")], reverse=True)
+    # The folders with the longest files first: no process is to be left alone with one of them in
+    # the end.
+    items.sort(
+        key=lambda item: [folder in item.path.parts for folder in ("train", "ops")], reverse=True
+    )
     chosen = config.getoption("-m") or ""
     for item in items:
         if "proof" in item.keywords and "proof" not in chosen:

@@ -1,4 +1,5 @@
-"""Triton's interpreter, faster: what it does again at every call of a helper, it does once a launch."""
+"""Triton's interpreter, faster: what it does again at every call of a helper, it does once a
+launch."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ import pytest
 def language_replaced_once() -> Iterator[None]:
     """Within, the interpreter replaces the functions of `tl` once a launch and module.
 
-    Triton does so at every call of one kernel's function by another and leaves them replaced, so that the second time
-    changes nothing. Looking for them is 40 % of what an interpreted kernel takes.
-    """
+    Triton does so at every call of one kernel's function by another and leaves them replaced, so
+    that the second time changes nothing. Looking for them is 40 % of what an interpreted kernel
+    takes."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return

@@ -35,8 +35,11 @@ from transnormer.train.recipe import Recipe
 from .conftest import PATIENCE, PUBLISHED, REPOSITORY
 
 
-def call(*arguments: object, text: str | None = None, code: int = 0, folder: Path | None = None) -> tuple[str, str]:
-    """Call a verb as the console script does; returns what it wrote to standard output and error."""
+def call(
+    *arguments: object, text: str | None = None, code: int = 0, folder: Path | None = None
+) -> tuple[str, str]:
+    """Call a verb as the console script does; returns what it wrote to standard output and
+    error."""
     out, error = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
         patch.setattr(sys, "argv", ["transnormer", *map(str, arguments)])
@@ -60,12 +63,16 @@ def refused(*arguments: object, **options) -> str:
 def work(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a text was prepared and a model trained through the command line alone."""
     folder = tmp_path_factory.mktemp("work")
-    out, _ = call("prepare", text_file, "--out", "text", "--vocab-size", 320, "--split", 0.1, folder=folder)
+    out, _ = call(
+        "prepare", text_file, "--out", "text", "--vocab-size", 320, "--split", 0.1, folder=folder
+    )
     train, valid = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) tokens", out))
     assert 0.05 < valid / (train + valid) < 0.2
     (folder / "small.toml").write_text(
-        '[data]\npath = "text"\n[model]\nnum_hidden_layers = 2\nhidden_size = 32\nnum_attention_heads = 2\n'
-        "intermediate_size = 48\n[train]\nsteps = 30\nseq_len = 32\nbatch_tokens = 256\n[optim]\nlr = 1e-2\nwarmup_steps = 5\n"
+        '[data]\npath = "text"\n[model]\nnum_hidden_layers = 2\nhidden_size = '
+        "32\nnum_attention_heads = 2\n"
+        "intermediate_size = 48\n[train]\nsteps = 30\nseq_len = 32\nbatch_tokens = "
+        "256\n[optim]\nlr = 1e-2\nwarmup_steps = 5\n"
     )
     _, progress = call("train", "small.toml", "eval.every=10", folder=folder)
     assert "bits per byte" in progress
@@ -101,11 +108,15 @@ def talker(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generate_chat_applies_the_template(work: Path, talker: Path) -> None:
     options = ("--max-tokens", 12, "--seed", 3)
-    out, _ = call("generate", "--model", talker, *options, "--chat", "--prompt", "To be", "--system", "Speak.")
+    out, _ = call(
+        "generate", "--model", talker, *options, "--chat", "--prompt", "To be", "--system", "Speak."
+    )
     spelled = "system\nSpeak.<|endoftext|>user\nTo be<|endoftext|>assistant\n"
     model = transnormer.load(talker)
     with Template(DEFAULT, model.tokenizer) as template:
-        (part,) = template.parts([{"role": "system", "content": "Speak."}, {"role": "user", "content": "To be"}])
+        (part,) = template.parts(
+            [{"role": "system", "content": "Speak."}, {"role": "user", "content": "To be"}]
+        )
     assert model.tokenizer.decode(part.ids, skip_special_tokens=False) == spelled
     session = Session(model)
     session.read(part.ids)
@@ -120,7 +131,9 @@ def test_generate_chat_applies_the_template(work: Path, talker: Path) -> None:
 
 def test_perplexity_of_files(work: Path, text_file: Path) -> None:
     (work / "short.txt").write_text("Who goes there?\n")
-    out, _ = call("eval", "perplexity", "--model", "runs/small", "--text", text_file, "short.txt", folder=work)
+    out, _ = call(
+        "eval", "perplexity", "--model", "runs/small", "--text", text_file, "short.txt", folder=work
+    )
     assert "bits per byte" in out
     rows = [line for line in out.splitlines() if "short.txt" in line or "together" in line]
     assert len(rows) == 2
@@ -131,21 +144,29 @@ def test_perplexity_of_records_as_json(work: Path) -> None:
     texts = ["Who goes there?\n", "Nay, answer me: stand.\n"]
     for number, each in enumerate(texts):
         (work / f"{number}.txt").write_text(each)
-    (work / "both.jsonl").write_text("".join(json.dumps({"body": each}) + "\n" for each in [*texts, " "]))
+    (work / "both.jsonl").write_text(
+        "".join(json.dumps({"body": each}) + "\n" for each in [*texts, " "])
+    )
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), work / "both.parquet")
     verb = ("eval", "perplexity", "--model", "runs/small", "--json", "--text")
     one = json.loads(call(*verb, "0.txt", "1.txt", folder=work)[0])
-    two = json.loads(call(*verb, "both.jsonl", "both.parquet", "--text-field", "body", folder=work)[0])
+    two = json.loads(
+        call(*verb, "both.jsonl", "both.parquet", "--text-field", "body", folder=work)[0]
+    )
     assert [each["documents"] for each in one["files"]] == [1, 1]
     for each in two["files"]:
         assert each["documents"] == 2
         assert each | one["together"] == each  # the same numbers
-    assert {"loss", "perplexity", "bits_per_byte", "word_perplexity", "tokens"} <= two["together"].keys()
+    assert {"loss", "perplexity", "bits_per_byte", "word_perplexity", "tokens"} <= two[
+        "together"
+    ].keys()
     cut = json.loads(call(*verb, "0.txt", "--window", 2, folder=work)[0])
     assert cut["window"] == 2
     assert cut["together"]["tokens"] == one["files"][0]["tokens"]
     assert cut["together"]["nats"] != one["files"][0]["nats"]
-    assert "both.jsonl line 1: no field 'text'; it has body" in refused(*verb, "both.jsonl", folder=work)
+    assert "both.jsonl line 1: no field 'text'; it has body" in refused(
+        *verb, "both.jsonl", folder=work
+    )
 
 
 def test_info_says_what_a_model_costs(work: Path) -> None:
@@ -156,7 +177,9 @@ def test_info_says_what_a_model_costs(work: Path) -> None:
     assert "whatever the length" in out
     out, _ = call("info", "--model", "runs/small", folder=work)
     assert "320 words" in out
-    assert re.search(r"runs/small: 30 of 30 steps\ntraining loss .*\nvalidation loss .* bits per byte", out)
+    assert re.search(
+        r"runs/small: 30 of 30 steps\ntraining loss .*\nvalidation loss .* bits per byte", out
+    )
     out, _ = call("info", PUBLISHED, folder=work)
     assert "tokenizer       none" in out
 
@@ -173,7 +196,16 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 def test_help_lists_the_verbs() -> None:
     out, _ = call("--help")
-    for verb in ("train", "generate", "chat", "eval", "prepare", "info", "compare", "--install-completion"):
+    for verb in (
+        "train",
+        "generate",
+        "chat",
+        "eval",
+        "prepare",
+        "info",
+        "compare",
+        "--install-completion",
+    ):
         assert re.search(rf"(?<![\w-]){verb}\b", out)
     assert call("-h")[0] == out
     out, _ = call("--version")
@@ -183,7 +215,9 @@ def test_help_lists_the_verbs() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_has_an_example_and_a_page(name: str) -> None:
     out, _ = call(*name.split(), "-h")
-    example, page = re.search(r"Example: +transnormer (.*?)\s+Read on: (\S+)", out, re.DOTALL).groups()
+    example, page = re.search(
+        r"Example: +transnormer (.*?)\s+Read on: (\S+)", out, re.DOTALL
+    ).groups()
     assert (REPOSITORY / page).is_file()
     verb, *words = example.split()
     if verb == "eval":
@@ -200,7 +234,9 @@ def test_the_help_of_train_lists_the_settings() -> None:
     for table, kind in typing.get_type_hints(Recipe).items():
         for part in (kind, *typing.get_args(kind)):
             if dataclasses.is_dataclass(part):
-                assert f"{table}: {', '.join(field.name for field in dataclasses.fields(part))}" in out
+                assert (
+                    f"{table}: {', '.join(field.name for field in dataclasses.fields(part))}" in out
+                )
     assert "model: size" in out
 
 
@@ -244,14 +280,28 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
     assert "temperature" in refused("generate", "--model", PUBLISHED, "--temperature", -1)
     for verb in ("generate", "chat"):
         assert "stop: an empty string" in refused(verb, "--model", PUBLISHED, "--stop", "")
-    assert "--prompt is not Unicode" in refused("generate", "--model", "runs/small", "--prompt", "a\udcff", folder=work)
-    assert "empty.txt" in refused("prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 300)
-    assert "UTF-8" in refused("prepare", tmp_path / "latin.txt", "--out", tmp_path / "o", "--vocab-size", 300)
-    assert "257" in refused("prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 30, folder=work)
-    assert "missing.txt" in refused("prepare", "missing.txt", "--out", tmp_path / "o", "--vocab-size", 300)
-    assert "exists" in refused("prepare", "short.txt", "--out", "text", "--vocab-size", 300, folder=work)
+    assert "--prompt is not Unicode" in refused(
+        "generate", "--model", "runs/small", "--prompt", "a\udcff", folder=work
+    )
+    assert "empty.txt" in refused(
+        "prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 300
+    )
+    assert "UTF-8" in refused(
+        "prepare", tmp_path / "latin.txt", "--out", tmp_path / "o", "--vocab-size", 300
+    )
+    assert "257" in refused(
+        "prepare", tmp_path / "empty.txt", "--out", tmp_path / "o", "--vocab-size", 30, folder=work
+    )
+    assert "missing.txt" in refused(
+        "prepare", "missing.txt", "--out", tmp_path / "o", "--vocab-size", 300
+    )
+    assert "exists" in refused(
+        "prepare", "short.txt", "--out", "text", "--vocab-size", 300, folder=work
+    )
     for both in ((), ("--vocab-size", 300, "--tokenizer", "text")):
-        assert "give either --vocab-size, to train" in refused("prepare", "short.txt", "--out", "o", *both, folder=work)
+        assert "give either --vocab-size, to train" in refused(
+            "prepare", "short.txt", "--out", "o", *both, folder=work
+        )
     under = ("--out", "short.txt/o")
     line = f"short.txt/o: cannot be made: {work}/short.txt is a file, not a folder"
     assert line in refused("prepare", "short.txt", *under, "--vocab-size", 300, folder=work)
@@ -260,7 +310,9 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
     assert "there are text, messages, prompt, alpaca" in refused(
         "prepare", "short.txt", "--out", "o", "--tokenizer", "text", "--format", "foo", folder=work
     )
-    assert "short.txt: a file, not a folder with a model" in refused("generate", "--model", "short.txt", folder=work)
+    assert "short.txt: a file, not a folder with a model" in refused(
+        "generate", "--model", "short.txt", folder=work
+    )
     assert "UTF-8" in refused(
         "eval", "perplexity", "--model", "runs/small", "--text", tmp_path / "latin.txt", folder=work
     )
@@ -273,13 +325,27 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
 def test_chat_in_a_terminal(work: Path) -> None:
     """Lines can be edited and called back. Ctrl-C ends an answer or a line, Ctrl-D the chat."""
-    verb = [sys.executable, "-m", "transnormer", "chat", "--model", "runs/small", "--max-tokens", "1000000"]
-    verb += ["--stop", "never there", "--temperature", "0"]  # a drawn end of text would end the answer
+    verb = [
+        sys.executable,
+        "-m",
+        "transnormer",
+        "chat",
+        "--model",
+        "runs/small",
+        "--max-tokens",
+        "1000000",
+    ]
+    # a drawn end of text would end the answer
+    verb += ["--stop", "never there", "--temperature", "0"]
     terminal = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"]
     chat = subprocess.Popen(
-        [*terminal, *verb], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=work,
+        [*terminal, *verb],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        cwd=work,
         env=os.environ | {"TERM": "dumb"},
-    )  # fmt: skip
+    )
     shown = b""
 
     def after(*texts: bytes) -> None:
@@ -304,7 +370,8 @@ def test_chat_in_a_terminal(work: Path) -> None:
         after(b"\n> ")
         chat.stdin.write(b"half a line")
         after(b"half a line")
-        while b"Ctrl-D ends the chat" not in shown:  # once more where it came just before readline began to wait
+        # once more where it came just before readline began to wait
+        while b"Ctrl-D ends the chat" not in shown:
             chat.stdin.write(b"\x03")
             if select.select([chat.stdout], [], [], 10)[0]:
                 shown += chat.stdout.read(65_536)
@@ -330,7 +397,10 @@ def test_chat_in_a_terminal(work: Path) -> None:
     [
         (PermissionError(13, "Permission denied", "book.txt"), "book.txt: Permission denied"),
         (OSError(28, "No space left on device"), "No space left on device"),
-        (OSError("a.json: cannot be written: Disk quota exceeded"), "a.json: cannot be written: Disk quota exceeded"),
+        (
+            OSError("a.json: cannot be written: Disk quota exceeded"),
+            "a.json: cannot be written: Disk quota exceeded",
+        ),
         (MemoryError(), "out of memory"),
     ],
     ids=lambda value: None if isinstance(value, str) else type(value).__name__,
@@ -344,12 +414,27 @@ def test_the_system_s_errors_are_said_without_their_number(
 
 def test_prepare_takes_the_tokenizer_of_a_run(work: Path, tmp_path: Path) -> None:
     (work / "short.txt").write_text("Who goes there?\nWho is it?\n")
-    call("prepare", "short.txt", "--out", tmp_path / "again", "--tokenizer", "runs/small", folder=work)
-    newest = max((work / "runs" / "small" / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
-    assert (tmp_path / "again/tokenizer.json").read_text().strip() == (newest / "tokenizer.json").read_text()
+    call(
+        "prepare",
+        "short.txt",
+        "--out",
+        tmp_path / "again",
+        "--tokenizer",
+        "runs/small",
+        folder=work,
+    )
+    newest = max(
+        (work / "runs" / "small" / "checkpoints").glob("step-*"),
+        key=lambda path: int(path.name[5:]),
+    )
+    assert (tmp_path / "again/tokenizer.json").read_text().strip() == (
+        newest / "tokenizer.json"
+    ).read_text()
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     options = ("--out", tmp_path / "other", "--tokenizer", tmp_path / "new")
-    assert "no checkpoint with a tokenizer yet" in refused("prepare", "short.txt", *options, folder=work)
+    assert "no checkpoint with a tokenizer yet" in refused(
+        "prepare", "short.txt", *options, folder=work
+    )
 
 
 INTERRUPTED = """
@@ -367,7 +452,8 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "torch", "numpy"])  # before a verb, in it, and where C code imports
+# before a verb, in it, and where C code imports
+@pytest.mark.parametrize("module", ["typer", "torch", "numpy"])
 def test_ctrl_c_while_a_verb_is_imported_is_silent(module: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED.format(module=module)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -379,11 +465,16 @@ def test_ctrl_c_in_a_verb_is_silent(work: Path, monkeypatch: pytest.MonkeyPatch)
         interrupt(signal.SIGINT, sys._getframe())
 
     monkeypatch.setattr("transnormer.data.prepare.prepare", interrupted)
-    assert call("prepare", "short.txt", "--out", "o", "--vocab-size", 300, code=130, folder=work) == ("", "")
+    assert call(
+        "prepare", "short.txt", "--out", "o", "--vocab-size", 300, code=130, folder=work
+    ) == ("", "")
 
 
 def test_a_closed_pipe_is_no_error(work: Path) -> None:
-    command = f"{sys.executable} -m transnormer generate --model runs/small --prompt To --max-tokens 400 | head -c 5"
+    command = (
+        f"{sys.executable} -m transnormer generate --model runs/small --prompt To --max-tokens "
+        "400 | head -c 5"
+    )
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=work)
     assert done.stdout.startswith("To")
     assert done.stderr == ""

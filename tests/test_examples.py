@@ -1,8 +1,9 @@
-"""What README, the pages and the examples show is run as it stands, on one small run that all of them share.
+"""What README, the pages and the examples show is run as it stands, on one small run that all of
+them share.
 
-Blocks of Python and of commands are taken from the pages. `NOT_RUN` says why a command is not run here. Trainings get a
-few settings more (`SMALLER`), so that each takes a second. All run in this process: libraries are imported once.
-"""
+Blocks of Python and of commands are taken from the pages. `NOT_RUN` says why a command is not run
+here. Trainings get a few settings more (`SMALLER`), so that each takes a second. All run in this
+process: libraries are imported once."""
 
 from __future__ import annotations
 
@@ -31,20 +32,25 @@ from .test_cli import COMMANDS, call
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 # The records hold commands of older commits, which are not run again.
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(path for path in DOCS if path.stem != "records")]
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *(path for path in DOCS if path.stem != "records"),
+]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 
 NOT_RUN = {
-    r"(git clone|make |\. \.venv|\.venv/bin/)": "sets up or tests a checkout, as CI does around this test",
+    r"(git clone|make |\. \.venv|\.venv/bin/)": "sets up or tests a checkout, as CI does",
     r"pip install": "installs what CI has installed before",
     r"launch/torchrun\.sh": "needs GPUs; tests/train/test_cluster.py starts it on CPUs",
     r"python examples/": "is run by test_examples",
     r"transnormer prepare INPUT": "is a synopsis",
-    r"transnormer eval harness (?!.*--data)": "fetches documents from a network; the commands with --data do not",
+    r"transnormer eval harness (?!.*--data)": "fetches documents; the commands with --data do not",
     r"python -m transnormer\.hub lm_eval (?!.*--include_path)": "fetches documents from a network",
 }
 RUN = re.compile(r"\$ |transnormer |python |mkdir |echo ")
-SMALLER = ["train.steps=4", "train.seq_len=64", "train.batch_tokens=128", "eval.every=2", "eval.tokens=128",
+SMALLER = ["train.steps=4", "train.seq_len=64", "train.batch_tokens=128", "eval.every=2",
+           "eval.tokens=128",
            "checkpoint.every=2", "optim.warmup_steps=1"]  # fmt: skip
 SMALLER_DATA = ["data.vocab_size=300"]
 SMALLER_MODEL = ["model.num_hidden_layers=1", "model.hidden_size=32",
@@ -104,7 +110,9 @@ def smaller() -> Iterator[None]:
         data = [] if any(given.startswith("data.path=") for given in overrides) else SMALLER_DATA
         more = [*SMALLER, *model, *(data if model else [])]
         ours = {setting.partition("=")[0] for setting in more}
-        return load(path, [*(given for given in overrides if given.partition("=")[0] not in ours), *more])
+        return load(
+            path, [*(given for given in overrides if given.partition("=")[0] not in ours), *more]
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recipe, "load", load_smaller)
@@ -119,14 +127,27 @@ def work(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("recipes", "launch"):
         (folder / name).symlink_to(REPOSITORY / name)
     for path in (REPOSITORY / "examples").iterdir():
-        (folder / "examples" / path.name).symlink_to(text_file if path.name == "shakespeare.txt" else path)
+        (folder / "examples" / path.name).symlink_to(
+            text_file if path.name == "shakespeare.txt" else path
+        )
     text = text_file.read_text()
     (folder / "book.txt").write_text(text[:2_000])
     (folder / "papers").mkdir()
     (folder / "papers" / "a.md").write_text(text[2_000:20_000])
-    (folder / "dump.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")[:200]))
+    (folder / "dump.jsonl").write_text(
+        "".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")[:200])
+    )
     call("train", "recipes/demo.toml", folder=folder)
-    call("export", "--model", "runs/demo", "--out", "TransNormerLLM-1B", "--format", "published", folder=folder)
+    call(
+        "export",
+        "--model",
+        "runs/demo",
+        "--out",
+        "TransNormerLLM-1B",
+        "--format",
+        "published",
+        folder=folder,
+    )
     return folder
 
 
@@ -144,7 +165,8 @@ def run_python(code: str, monkeypatch: pytest.MonkeyPatch, argv: list[str] | Non
 
 
 def run_harness(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the harness' own thirteen thousand files of tasks, which it would read for half a minute."""
+    """Without the harness' own thirteen thousand files of tasks, which it would read for half a
+    minute."""
     from lm_eval.tasks import TaskManager
 
     build = TaskManager.__init__
@@ -173,7 +195,8 @@ def run_command(line: str, following: str, monkeypatch: pytest.MonkeyPatch) -> N
         subprocess.run(line, shell=True, check=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)  # "proof" alone would be taken for the mark
+# "proof" alone would be taken for the mark
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_shows_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks(page):
         try:
@@ -189,8 +212,13 @@ def test_what_a_page_shows_runs(page: Path, place: Path, monkeypatch: pytest.Mon
 
 def test_every_block_is_run_or_known() -> None:
     found = [(page, block) for page in PAGES for block in blocks(page)]
-    other = {(page.stem, block.number) for page, block in found if not block.language and not commands(block)}
-    assert {name for name, _ in other} <= {"finetuning", "math"}, other  # a template's text, equations
+    other = {
+        (page.stem, block.number)
+        for page, block in found
+        if not block.language and not commands(block)
+    }
+    # a template's text, equations
+    assert {name for name, _ in other} <= {"finetuning", "math"}, other
     assert {block.language for _, block in found} == {"", "python", "text", "toml"}
     lines = [line for _, block in found for line in commands(block)]
     for pattern in NOT_RUN:
@@ -199,7 +227,9 @@ def test_every_block_is_run_or_known() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples(
+    path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert len(path.read_text().splitlines()) < 40
     monkeypatch.setattr(sys, "argv", [str(path), "runs/demo"])
     runpy.run_path(str(path), run_name="__main__")
@@ -222,7 +252,8 @@ TABLES = {
     name: [field.name for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)
            for field in dataclasses.fields(part)]
     for name, kind in typing.get_type_hints(Recipe).items()
-} | {"model": ["size", "kind", "from", *(field.name for field in dataclasses.fields(ModelConfig))]}  # fmt: skip
+} | {"model": ["size", "kind", "from",
+               *(field.name for field in dataclasses.fields(ModelConfig))]}  # fmt: skip
 SETTING = re.compile(rf"(?<![\w.-])({'|'.join(TABLES)})\.([a-z_0-9]+)( ?= ?([^\s`'\"{{;,]+))?")
 OTHERS = {
     "safetensors",
@@ -243,14 +274,16 @@ OTHERS = {
 
 
 def advised() -> Iterator[tuple[str, str]]:
-    """(where, text) of all that is in backticks on the pages, and of all texts in the package's code."""
+    """(where, text) of all that is in backticks on the pages, and of all texts in the package's
+    code."""
     for page in PAGES:
         shown = re.findall(r"`([^`\n]+)`", page.read_text())
         yield from ((page.name, text) for text in shown if not FOREIGN.match(text))
     for path in sorted((REPOSITORY / "transnormer").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             text = node.value if isinstance(node, ast.Constant) else None
-            if isinstance(text, str) and " " in text and "\n" not in text:  # a sentence, or a part of one
+            # a sentence, or a part of one
+            if isinstance(text, str) and " " in text and "\n" not in text:
                 yield path.name, text
 
 
@@ -264,7 +297,8 @@ def test_settings_that_are_advised_are_there_and_can_be_given(tmp_path: Path) ->
             if value and key in TABLES[table]:
                 given.append(f"{table}.{key}={value.rstrip('.):')}")
         once = len({setting.partition("=")[0] for setting in given}) == len(given)
-        found.update([tuple(given)] if once else ((setting,) for setting in given))  # "8, or 32" are two recipes
+        # "8, or 32" are two recipes
+        found.update([tuple(given)] if once else ((setting,) for setting in given))
     assert len(found) > 30
     for overrides in sorted(found):
         try:
@@ -274,13 +308,17 @@ def test_settings_that_are_advised_are_there_and_can_be_given(tmp_path: Path) ->
                 raise
 
 
-FOREIGN = re.compile(r"(hf|python|sbatch|torchrun|py-spy|ncu) ")  # other programs, with options of their own
+# other programs, with options of their own
+FOREIGN = re.compile(r"(hf|python|sbatch|torchrun|py-spy|ncu) ")
 FOREIGN_OPTIONS = {"--max-restarts", "--nproc-per-node", "--signal", "--include", "--help", "--no-"}
 
 
 def test_options_that_are_advised_are_there() -> None:
     known = [
-        option for each in COMMANDS.values() for param in each.params for option in (*param.opts, *param.secondary_opts)
+        option
+        for each in COMMANDS.values()
+        for param in each.params
+        for option in (*param.opts, *param.secondary_opts)
     ]
     for where, text in advised():
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
@@ -291,29 +329,39 @@ OTHER_DATA = "run=tuned data.format=text data.text=[]"
 PREPARED = "prepare book.txt --vocab-size 280 --out data"
 ADVICE = [  # a line that is refused, what is said, and lines that do what it says
     (f"train recipes/sft.toml data.path=data/other {OTHER_DATA}",
-     "data/other was not encoded .*; prepare its text again with --tokenizer runs/demo and another --out",
+     ("data/other was not encoded .*; prepare its text again with --tokenizer runs/demo and "
+      "another --out"),
      ["prepare book.txt --tokenizer runs/demo --out data/again",
       f"train recipes/sft.toml data.path=data/again {OTHER_DATA}"]),
     (f"train recipes/sft.toml data.path=data/larger {OTHER_DATA}",
-     "data/larger has 310 words, runs/demo 300; prepare its text again with --tokenizer runs/demo and another --out",
+     ("data/larger has 310 words, runs/demo 300; prepare its text again with --tokenizer runs/demo "
+      "and another --out"),
      ["prepare book.txt --tokenizer runs/demo --out data/again",
       f"train recipes/sft.toml data.path=data/again {OTHER_DATA}"]),
     ("train recipes/demo.toml run=new data.path=data/none data.text=[]",
      "data.path = data/none: no such folder; make it with `transnormer prepare`, or set data.text",
      [f"{PREPARED}/none", "train recipes/demo.toml run=new data.path=data/none data.text=[]",
-      "train recipes/demo.toml run=newer data.path=data/newer data.text=book.txt data.vocab_size=280"]),
+      ("train recipes/demo.toml run=newer data.path=data/newer data.text=book.txt "
+       "data.vocab_size=280")]),
     ("train recipes/demo.toml optim.lr=1e-3",
-     "runs/demo was started with other settings: optim.lr was 0.006 and is now 0.001; give another run=NAME",
+     ("runs/demo was started with other settings: optim.lr was 0.006 and is now 0.001; give "
+      "another run=NAME"),
      ["train recipes/demo.toml optim.lr=1e-3 run=slower"]),
     ("train recipes/demo.toml run=new data.split=0.2",
-     "data/shakespeare was prepared with data.split = 0.05, but the recipe says 0.2; choose another data.path",
+     ("data/shakespeare was prepared with data.split = 0.05, but the recipe says 0.2; choose "
+      "another data.path"),
      ["train recipes/demo.toml run=new data.split=0.2 data.path=data/new data.vocab_size=300"]),
-    (f"{PREPARED}/other", "data/other exists; remove it or choose another", [f"{PREPARED}/another"]),
+    (f"{PREPARED}/other", "data/other exists; remove it or choose another",
+     [f"{PREPARED}/another"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("line", "message", "advice"), ADVICE, ids=[message[:40] for _, message, _ in ADVICE])
-def test_the_advice_of_an_error_works(line: str, message: str, advice: list[str], place: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "message", "advice"), ADVICE, ids=[message[:40] for _, message, _ in ADVICE]
+)
+def test_the_advice_of_an_error_works(
+    line: str, message: str, advice: list[str], place: Path
+) -> None:
     call(*f"{PREPARED}/other".split())
     call("prepare", "examples/shakespeare.txt", "--vocab-size", 310, "--out", "data/larger")
     _, error = call(*line.split(), code=1)

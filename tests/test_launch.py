@@ -1,4 +1,5 @@
-"""The launch scripts are what their systems read, and agree with each other and with the recipes."""
+"""The launch scripts are what their systems read, and agree with each other and with the
+recipes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from .conftest import REPOSITORY
 LAUNCH = REPOSITORY / "launch"
 
 
-@pytest.mark.parametrize("path", [LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch"], ids=lambda path: path.name
+)
 def test_scripts_are_bash(path: Path) -> None:
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -24,10 +27,19 @@ def test_scripts_are_bash(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "arguments"),
-    [("torchrun.sh", ()), ("torchrun.sh", ("1", "localhost:29400")), ("torchrun.sh", ("a.toml", "1", "x")), ("slurm.sbatch", ())],
-)  # fmt: skip
-def test_a_script_without_its_arguments_says_how_it_is_called(script: str, arguments: tuple[str, ...]) -> None:
-    done = subprocess.run(["bash", str(LAUNCH / script), *arguments], capture_output=True, text=True)
+    [
+        ("torchrun.sh", ()),
+        ("torchrun.sh", ("1", "localhost:29400")),
+        ("torchrun.sh", ("a.toml", "1", "x")),
+        ("slurm.sbatch", ()),
+    ],
+)
+def test_a_script_without_its_arguments_says_how_it_is_called(
+    script: str, arguments: tuple[str, ...]
+) -> None:
+    done = subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert re.search(rf"launch/{script} .*RECIPE \[key=value", done.stderr)
     assert "unbound" not in done.stderr
@@ -45,10 +57,17 @@ def test_kubernetes_counts_its_nodes_once() -> None:
     assert Path(script).name == "torchrun.sh"
     parallel = Recipe.load(REPOSITORY / "recipes" / Path(recipe).name).parallel
     each = container["resources"]["limits"]["nvidia.com/gpu"]
-    assert parallel.replicate * parallel.shard * parallel.context * parallel.tensor == int(nodes) * each
+    assert (
+        parallel.replicate * parallel.shard * parallel.context * parallel.tensor
+        == int(nodes) * each
+    )
 
 
 def test_recipes_and_pages_name_scripts_that_are_there() -> None:
-    for page in [*(REPOSITORY / "recipes").glob("*.toml"), *(REPOSITORY / "docs").glob("*.md"), *LAUNCH.iterdir()]:
+    for page in [
+        *(REPOSITORY / "recipes").glob("*.toml"),
+        *(REPOSITORY / "docs").glob("*.md"),
+        *LAUNCH.iterdir(),
+    ]:
         for script in re.findall(r"(?<![\w/])(launch/[\w.]+\w)", page.read_text()):
             assert (REPOSITORY / script).is_file(), f"{page.name} names {script}"

@@ -1,4 +1,5 @@
-"""The package as a whole: who imports whom, what importing costs, and that it stands on its feet alone."""
+"""The package as a whole: who imports whom, what importing costs, and that it stands on its feet
+alone."""
 
 from __future__ import annotations
 
@@ -22,7 +23,17 @@ ARROWS = {
     "data": {"files", "run_folder"},
     "model": {"config", "files", "ops"},
     "planning": {"config", "model", "ops"},
-    "train": {"ops", "config", "files", "data", "model", "formats", "planning", "provenance", "run_folder"},
+    "train": {
+        "ops",
+        "config",
+        "files",
+        "data",
+        "model",
+        "formats",
+        "planning",
+        "provenance",
+        "run_folder",
+    },
     "inference": {"config", "files", "data", "model"},
     "evaluation": {"config", "data", "model", "inference", "ops"},
     "formats": {"config", "files", "data", "model", "ops", "run_folder"},
@@ -83,16 +94,21 @@ def test_imports_follow_the_arrows() -> None:
         for module in _imports(path):
             if module[0] == "transnormer" and len(module) > 1 and module[1] != "__version__":
                 checked += 1
-                allowed = {part} | ARROWS[part] | ({"train"} if path.match("planning/check.py") else set())
+                allowed = (
+                    {part}
+                    | ARROWS[part]
+                    | ({"train"} if path.match("planning/check.py") else set())
+                )
                 assert module[1] in allowed, f"{path} imports {'.'.join(module)}"
             if module[:3] == ("transnormer", "evaluation", "harness"):
                 assert part in ("evaluation", "cli")
             if module[0] in DOORS:
                 assert path.name.endswith(DOORS[module[0]]), f"{path} imports {module[0]}"
     assert checked > 30
-    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")} - ARROWS.keys() == {
-        "__init__", "__main__",
-    }  # fmt: skip
+    rooms = {
+        path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")
+    }
+    assert rooms - ARROWS.keys() == {"__init__", "__main__"}
 
 
 def test_the_tree_in_readme_is_the_tree_that_is_there() -> None:
@@ -102,13 +118,33 @@ def test_the_tree_in_readme_is_the_tree_that_is_there() -> None:
     for line in tree.splitlines()[2:]:
         indent = len(line) - len(line.lstrip())
         if indent == 2:
-            folder = line.strip() if line.rstrip().endswith("/") else line.split()[0] if "/" in line.split()[0] else ""
+            folder = (
+                line.strip()
+                if line.rstrip().endswith("/")
+                else line.split()[0]
+                if "/" in line.split()[0]
+                else ""
+            )
         named |= {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
-    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    there = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if not path.name.startswith("__")
+    }
     assert named == there
 
 
-HEAVY = {"triton", "transformers", "tokenizers", "safetensors", "typer", "rich", "matplotlib", "pyarrow", "psutil"}
+HEAVY = {
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "typer",
+    "rich",
+    "matplotlib",
+    "pyarrow",
+    "psutil",
+}
 
 
 def _loaded(code: str) -> set[str]:

@@ -11,18 +11,34 @@ import pytest
 from .conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
-SHOWN = [line for block in re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+SHOWN = [
+    line
+    for block in re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+]
 
 
 def sentences() -> Iterator[tuple[str, int]]:
-    """Every text of the package as a pattern, what is filled in being anything, and how many words are not filled in."""
+    """Every text of the package as a pattern, what is filled in being anything, and how many words
+    are not filled in."""
     for path in sorted((REPOSITORY / "transnormer").rglob("*.py")):
         tree = ast.parse(path.read_text())
-        inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        inner = {
+            id(part)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.JoinedStr)
+            for part in node.values
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
-                fixed = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+                fixed = [
+                    part.value if isinstance(part, ast.Constant) else None for part in node.values
+                ]
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in inner
+            ):
                 fixed = [piece for text in node.value.split("{}") for piece in (text, None)][:-1]
             else:
                 continue

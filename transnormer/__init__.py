@@ -1,4 +1,5 @@
-"""TransNormerLLM: linear attention at the cost of a recurrence, trained like a Transformer (arXiv 2307.14995)."""
+"""TransNormerLLM: linear attention at the cost of a recurrence, trained like a Transformer (arXiv
+2307.14995)."""
 
 from __future__ import annotations
 
@@ -13,16 +14,30 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "SIZES", "TRANSFORMER", "LanguageModel", "ModelConfig", "State", "generate", "lightning_attention",
-    "linear_cross_entropy", "load", "simple_rms_norm",
-]  # fmt: skip
+    "SIZES",
+    "TRANSFORMER",
+    "LanguageModel",
+    "ModelConfig",
+    "State",
+    "generate",
+    "lightning_attention",
+    "linear_cross_entropy",
+    "load",
+    "simple_rms_norm",
+]
 
-# Where the names are that are imported when they are first used: torch takes seconds, and nothing here needs it before.
+# Where the names are that are imported when they are first used: torch takes seconds, and nothing
+# here needs it before.
 _HOMES = {
-    "SIZES": "config", "TRANSFORMER": "config", "ModelConfig": "config",
-    "LanguageModel": "model.language_model", "State": "model.state",
-    "lightning_attention": "ops", "linear_cross_entropy": "ops", "simple_rms_norm": "ops",
-}  # fmt: skip
+    "SIZES": "config",
+    "TRANSFORMER": "config",
+    "ModelConfig": "config",
+    "LanguageModel": "model.language_model",
+    "State": "model.state",
+    "lightning_attention": "ops",
+    "linear_cross_entropy": "ops",
+    "simple_rms_norm": "ops",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -39,7 +54,8 @@ def __dir__() -> list[str]:
 
 
 def load(path: str, **options: Any) -> LanguageModel:
-    """A model from any folder: a run, an exported model, a published checkpoint. See `formats.folders.load`."""
+    """A model from any folder: a run, an exported model, a published checkpoint. See
+    `formats.folders.load`."""
     from .formats.folders import load
 
     return load(path, **options)
@@ -56,7 +72,8 @@ def generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """The text that continues a prompt, piece by piece. See `inference.engine` for sessions that go on."""
+    """The text that continues a prompt, piece by piece. See `inference.engine` for sessions that go
+    on."""
     from .inference.engine import generate_text
     from .inference.sampling import Sampling
 

@@ -19,7 +19,8 @@ from typing import Any
 class MixerFacts:
     """What a mixer is to the rest of the house.
 
-    fixed_state: what it remembers of a text has one size, [B, H, K, V] a layer, however long the text is.
+    fixed_state: what it remembers of a text has one size, [B, H, K, V] a layer, however long the
+        text is.
     norm: it has a norm over the output of all heads.
     """
 
@@ -29,29 +30,63 @@ class MixerFacts:
 
 @dataclass(frozen=True)
 class PositionFacts:
-    """What a position does to q and k in the mixer. width: theirs afterwards, times head_dim; parameters: a channel."""
+    """What a position does to q and k in the mixer. width: theirs afterwards, times head_dim;
+    parameters: a channel."""
 
     width: int = 1
     parameters: int = 0
 
 
-# The words each switch knows, and what must be known of one without torch. `model/layers.py` and `model/mixers.py` hold
-# one class or function per word.
-MIXERS = {"gla": MixerFacts(fixed_state=True, norm=True), "softmax": MixerFacts(fixed_state=False, norm=False)}
-POSITIONS = {"lrpe": PositionFacts(width=2, parameters=1), "rope": PositionFacts(), "ape": None, "none": None}
+# The words each switch knows, and what must be known of one without torch. `model/layers.py` and
+# `model/mixers.py` hold one class or function per word.
+MIXERS = {
+    "gla": MixerFacts(fixed_state=True, norm=True),
+    "softmax": MixerFacts(fixed_state=False, norm=False),
+}
+POSITIONS = {
+    "lrpe": PositionFacts(width=2, parameters=1),
+    "rope": PositionFacts(),
+    "ape": None,
+    "none": None,
+}
 DECAYS = ("alibi", "paper", "none")
 NORMS = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}  # learned parameters a channel
 GLUS = ("sglu", "swiglu", "mlp")
 ACTIVATIONS = (
-    "swish", "none", "1+elu", "2+elu", "elu", "relu", "leaky_relu", "gelu", "sigmoid", "sine", "exp",
-)  # fmt: skip
+    "swish",
+    "none",
+    "1+elu",
+    "2+elu",
+    "elu",
+    "relu",
+    "leaky_relu",
+    "gelu",
+    "sigmoid",
+    "sine",
+    "exp",
+)
 
 MODEL_TYPE = "transnormer"  # in every config.json of ours
 # What a config.json must say, because no default is right for weights that somebody else wrote.
-SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# The largest that a file is believed: more would fill the memory before anything could be compared with the weights.
-LARGEST = {"vocab_size": 2**24, "hidden_size": 2**20, "num_hidden_layers": 2**12, "num_attention_heads": 2**16,
-           "intermediate_size": 2**20, "head_dim": 2**20, "gate_rank": 2**20, "max_position_embeddings": 2**31}  # fmt: skip
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+# The largest that a file is believed: more would fill the memory before anything could be compared
+# with the weights.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "intermediate_size": 2**20,
+    "head_dim": 2**20,
+    "gate_rank": 2**20,
+    "max_position_embeddings": 2**31,
+}
 
 # Keys that other libraries write into a config.json and that carry nothing we need.
 FOREIGN_KEYS = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
@@ -59,13 +94,14 @@ FOREIGN_KEYS = ("architectures", "dtype", "model_type", "torch_dtype", "transfor
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A language model in one record; the names are Hugging Face's where they have one (paper section 3).
+    """A language model in one record; the names are Hugging Face's where they have one (paper
+    section 3).
 
-    The defaults are TransNormerLLM as published. The softmax Transformer is the same record with other words:
-    `ModelConfig.named("385m", **TRANSFORMER)`.
+    The defaults are TransNormerLLM as published. The softmax Transformer is the same record with
+    other words: `ModelConfig.named("385m", **TRANSFORMER)`.
 
-    Raises ValueError for a word or number that no model can have, naming the field and what would fit.
-    """
+    Raises ValueError for a word or number that no model can have, naming the field and what would
+    fit."""
 
     vocab_size: int = 64_000
     hidden_size: int = 1_024  # D
@@ -77,14 +113,17 @@ class ModelConfig:
     position: str = "lrpe"
     position_layers: str | tuple[int, ...] = "first"  # "first", "all" or the layers' numbers from 0
     rope_theta: float = 10_000.0
-    max_position_embeddings: int = 2_048  # rows of the learned position table; read by position "ape" alone
+    # rows of the learned position table; read by position "ape" alone
+    max_position_embeddings: int = 2_048
     decay: str = "alibi"  # "alibi": the published checkpoints' slopes; "paper": equation 10
-    decay_temperature: bool = True  # the factor that weakens the decay from the first layer to the last
+    # the factor that weakens the decay from the first layer to the last
+    decay_temperature: bool = True
     decay_scale: float = 1.0  # multiplies every log_decay
     gate: bool = True
     gate_rank: int | None = None  # None: a full gate projection; r: two thin ones, D -> r -> heads
     activation: str = "swish"  # on q and k
-    glu: str = "sglu"  # "mlp": no gate, two matrices with GELU between them, as in a plain Transformer
+    # "mlp": no gate, two matrices with GELU between them, as in a plain Transformer
+    glu: str = "sglu"
     norm: str = "srmsnorm"  # in the blocks, over the heads' output, and before the head
     norm_eps: float = 1e-6
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
@@ -97,26 +136,48 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
             "max_position_embeddings",
-        ):  # fmt: skip
-            _require(_is_int(value := getattr(self, name)) and value > 0, name, value, "a positive integer")
-        _require(_is_int(self.head_dim) and self.head_dim >= 0, "head_dim", self.head_dim, "an integer, 0 or more")
+        ):
+            _require(
+                _is_int(value := getattr(self, name)) and value > 0,
+                name,
+                value,
+                "a positive integer",
+            )
+        _require(
+            _is_int(self.head_dim) and self.head_dim >= 0,
+            "head_dim",
+            self.head_dim,
+            "an integer, 0 or more",
+        )
         for name, words in _WORDS.items():
             value = getattr(self, name)
-            _require(value in words, name, value, f"one of {', '.join(words)}{nearest(value, words)}")
+            _require(
+                value in words, name, value, f"one of {', '.join(words)}{nearest(value, words)}"
+            )
         for name in ("decay_temperature", "gate", "embed_scale", "bias", "tie_word_embeddings"):
             _require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
         for name in ("rope_theta", "norm_eps", "initializer_range", "decay_scale"):
             value = getattr(self, name)
             fits = (
-                isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+                and value >= 0
             )
             _require(fits, name, value, "a finite number, 0 or more")
         if not self.head_dim:
             whole = self.hidden_size % self.num_attention_heads == 0
             _require(
-                whole, "num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}"
+                whole,
+                "num_attention_heads",
+                self.num_attention_heads,
+                f"a divisor of hidden_size {self.hidden_size}",
             )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.gate_rank is not None:
@@ -132,13 +193,26 @@ class ModelConfig:
             fits = isinstance(layers, (list, tuple)) and all(
                 _is_int(layer) and 0 <= layer < self.num_hidden_layers for layer in layers
             )
-            _require(fits, "position_layers", layers, f"layer numbers from 0 to {self.num_hidden_layers - 1}")
+            _require(
+                fits,
+                "position_layers",
+                layers,
+                f"layer numbers from 0 to {self.num_hidden_layers - 1}",
+            )
             object.__setattr__(self, "position_layers", tuple(sorted(set(layers))))
         else:
             words = ("first", "all")
-            _require(self.position_layers in words, "position_layers", self.position_layers, "first, all or a list")
+            _require(
+                self.position_layers in words,
+                "position_layers",
+                self.position_layers,
+                "first, all or a list",
+            )
         _require(
-            self.position != "rope" or self.head_dim % 2 == 0, "head_dim", self.head_dim, "even with position rope"
+            self.position != "rope" or self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "even with position rope",
         )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
@@ -156,7 +230,8 @@ class ModelConfig:
         return MIXERS[self.mixer].fixed_state
 
     def has_position(self, layer: int) -> bool:
-        """Whether the mixer of this layer (from 0) turns q and k by position, as LRPE and RoPE do."""
+        """Whether the mixer of this layer (from 0) turns q and k by position, as LRPE and RoPE
+        do."""
         if POSITIONS[self.position] is None:
             return False
         if isinstance(self.position_layers, str):
@@ -164,10 +239,11 @@ class ModelConfig:
         return layer in self.position_layers
 
     def log_decay(self, layer: int) -> list[float]:
-        """Natural logarithm of each head's decay per token in this layer (from 0): H numbers, all <= 0.
+        """Natural logarithm of each head's decay per token in this layer (from 0): H numbers, all
+        <= 0.
 
-        "alibi" is what the published checkpoints compute, "paper" is equation 10 with h and l from 0.
-        """
+        "alibi" is what the published checkpoints compute, "paper" is equation 10 with h and l from
+        0."""
         heads, layers = self.num_attention_heads, self.num_hidden_layers
         if self.decay == "none":
             return [0.0] * heads
@@ -181,8 +257,14 @@ class ModelConfig:
         return [-slope * factor for slope in slopes]
 
     def parameter_count(self) -> int:
-        """Exact number of learned parameters, by formula; `model.parameter_count()` counts the real ones."""
-        d, inner, f, layers = self.hidden_size, self.inner_size, self.intermediate_size, self.num_hidden_layers
+        """Exact number of learned parameters, by formula; `model.parameter_count()` counts the real
+        ones."""
+        d, inner, f, layers = (
+            self.hidden_size,
+            self.inner_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+        )
         full_gate = self.gate and self.gate_rank is None
         fused = (4 if full_gate else 3) * inner
         linears = [(d, fused), (inner, d), *[(d, f)] * (1 if self.glu == "mlp" else 2), (f, d)]
@@ -191,15 +273,24 @@ class ModelConfig:
         block = sum(i * o + (o if self.bias else 0) for i, o in linears)
         per_norm = NORMS[self.norm]
         block += per_norm * (2 * d + (inner if MIXERS[self.mixer].norm else 0))
-        total = layers * block + per_norm * d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        total = (
+            layers * block
+            + per_norm * d
+            + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        )
         if position := POSITIONS[self.position]:
-            total += position.parameters * inner * sum(self.has_position(layer) for layer in range(layers))
+            total += (
+                position.parameters
+                * inner
+                * sum(self.has_position(layer) for layer in range(layers))
+            )
         if self.position == "ape":
             total += self.max_position_embeddings * d
         return total
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with some fields changed; a changed width or head count gives head_dim its default again."""
+        """A copy with some fields changed; a changed width or head count gives head_dim its default
+        again."""
         if {"hidden_size", "num_attention_heads"} & changes.keys() and "head_dim" not in changes:
             changes["head_dim"] = 0
         return ModelConfig.from_dict({**dataclasses.asdict(self), **changes})
@@ -212,10 +303,15 @@ class ModelConfig:
         """
         if size not in SIZES:
             raise ValueError(f"no model size {size!r}; there are {', '.join(SIZES)}")
-        if changes.get("mixer") == "softmax" and not {"position", "decay", "activation"} & changes.keys():
+        if (
+            changes.get("mixer") == "softmax"
+            and not {"position", "decay", "activation"} & changes.keys()
+        ):
             raise ValueError(
-                "mixer = softmax alone keeps TransNormerLLM's positions (lrpe), decay (alibi), activation (swish), gate, "
-                'GLU and norm. For the Transformer say kind = "transformer" (in Python **TRANSFORMER); for a mixture, '
+                "mixer = softmax alone keeps TransNormerLLM's positions (lrpe), decay (alibi), "
+                "activation (swish), gate, "
+                'GLU and norm. For the Transformer say kind = "transformer" (in Python '
+                "**TRANSFORMER); for a mixture, "
                 "name the position, decay and activation that you want"
             )
         return cls(**SIZES[size]).replace(**changes)
@@ -229,7 +325,8 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
-        """Read a config.json of our format. OSError or ValueError names the file and what is wrong in it."""
+        """Read a config.json of our format. OSError or ValueError names the file and what is wrong
+        in it."""
         from .files import read_json
 
         values = read_json(path)
@@ -260,25 +357,40 @@ class ModelConfig:
 
 
 _WORDS: dict[str, Collection[str]] = {
-    "mixer": MIXERS, "position": POSITIONS, "decay": DECAYS, "activation": ACTIVATIONS, "glu": GLUS, "norm": NORMS,
-}  # fmt: skip
+    "mixer": MIXERS,
+    "position": POSITIONS,
+    "decay": DECAYS,
+    "activation": ACTIVATIONS,
+    "glu": GLUS,
+    "norm": NORMS,
+}
 
 # The softmax baseline (LLaMA style): the same model in other words.
 TRANSFORMER: dict[str, Any] = {
-    "mixer": "softmax", "position": "rope", "position_layers": "all", "decay": "none", "gate": False,
-    "activation": "none", "glu": "swiglu", "norm": "rmsnorm",
-}  # fmt: skip
+    "mixer": "softmax",
+    "position": "rope",
+    "position_layers": "all",
+    "decay": "none",
+    "gate": False,
+    "activation": "none",
+    "glu": "swiglu",
+    "norm": "rmsnorm",
+}
 
 
 def _size(layers: int, width: int, heads: int, glu: int, vocab: int = 64_000) -> dict[str, Any]:
     return {
-        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": glu,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": glu,
         "vocab_size": vocab,
-    }  # fmt: skip
+    }
 
 
-# Rows 385m to 65b are the paper's (their parameter counts agree with it at vocabulary 50,272). No integer F gives the
-# paper's count for 175b: F = 32,768 is our choice. 10m, 45m and 160m are ours, for experiments.
+# Rows 385m to 65b are the paper's (their parameter counts agree with it at vocabulary 50,272). No
+# integer F gives the paper's count for 175b: F = 32,768 is our choice. 10m, 45m and 160m are ours,
+# for experiments.
 SIZES: dict[str, dict[str, Any]] = {
     "10m": _size(6, 320, 5, 880, 4_096),
     "45m": _size(10, 512, 8, 1_408, 16_384),
@@ -294,8 +406,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def _alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 (h + 1) / H) for a power of two; otherwise those of the power of two below it, followed by every second
-    one of the power of two above it (ALiBi's rule, and the published checkpoints')."""
+    """2^(-8 (h + 1) / H) for a power of two; otherwise those of the power of two below it, followed
+    by every second one of the power of two above it (ALiBi's rule, and the published
+    checkpoints')."""
 
     def geometric(n: int) -> list[float]:
         return [2 ** (-8 * (h + 1) / n) for h in range(n)]
@@ -321,6 +434,13 @@ def _require(fits: bool, name: str, value: object, wanted: str) -> None:
 
 
 def nearest(word: object, words: Collection[str], prefix: str = "") -> str:
-    """The end of an error message: the known word closest to an unknown one, or with a prefix all of them."""
+    """The end of an error message: the known word closest to an unknown one, or with a prefix all
+    of them."""
     close = difflib.get_close_matches(str(word).lower(), words, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; there are {', '.join(words)}" if prefix else ""
+    return (
+        f"; did you mean {prefix}{close[0]}?"
+        if close
+        else f"; there are {', '.join(words)}"
+        if prefix
+        else ""
+    )

@@ -1,4 +1,5 @@
-"""What ours is measured against: other libraries' ops, softmax attention, and plain forms of the same functions."""
+"""What ours is measured against: other libraries' ops, softmax attention, and plain forms of the
+same functions."""
 
 # mypy: allow-untyped-defs
 
@@ -18,16 +19,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transnormer.ops import lightning_attention, linear_cross_entropy
 
-# The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2) work, and nothing of
-# T x T stored.
+# The paper's first algorithm, kept here to be compared with: tiles of the left product, O(T^2)
+# work, and nothing of T x T stored.
 
 
 @triton.jit(do_not_specialize=["T"])
 def _left_product_kernel(
-    q, k, v, output, log_decay, T, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    q,
+    k,
+    v,
+    output,
+    log_decay,
+    T,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     REVERSE: tl.constexpr,
-):  # fmt: skip
-    """output_i = sum over j <= i (REVERSE: j >= i) of lambda^|i-j| (q_i . k_j) v_j, contiguous [B, T, H, D]."""
+):
+    """output_i = sum over j <= i (REVERSE: j >= i) of lambda^|i-j| (q_i . k_j) v_j, contiguous [B,
+    T, H, D]."""
     blocks = tl.cdiv(T, ROWS)
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % H
@@ -52,7 +63,8 @@ def _left_product_kernel(
 
 
 class LeftProduct(torch.autograd.Function):
-    """Lightning Attention 1: the output, and with other tensors in the three places its gradients."""
+    """Lightning Attention 1: the output, and with other tensors in the three places its
+    gradients."""
 
     @staticmethod
     def launch(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, reverse: bool) -> Tensor:
@@ -100,12 +112,18 @@ def attention_contenders() -> dict[str, Callable[..., Tensor]]:
     with contextlib.suppress(ImportError):
         from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
 
-        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
-        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, g_gamma=decay, scale=1.0)[0]
+        found["fla fused"] = lambda q, k, v, decay: fused_chunk_simple_gla(
+            q, k, v, g_gamma=decay, scale=1.0
+        )[0]
+        found["fla chunk"] = lambda q, k, v, decay: chunk_simple_gla(
+            q, k, v, g_gamma=decay, scale=1.0
+        )[0]
     with contextlib.suppress(ImportError):
         from lightning_attn.ops import lightning_attn_func
 
-        found["lightning-attn"] = lambda q, k, v, decay: lightning_attn_func(q, k, v, -decay.view(1, -1, 1, 1))
+        found["lightning-attn"] = lambda q, k, v, decay: lightning_attn_func(
+            q, k, v, -decay.view(1, -1, 1, 1)
+        )
     found["SDPA cuDNN"] = softmax(SDPBackend.CUDNN_ATTENTION)
     found["SDPA flash"] = softmax(SDPBackend.FLASH_ATTENTION)
     return found
@@ -140,9 +158,12 @@ def loss_contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         "plain, compiled": torch.compile(plain),
     }
     with contextlib.suppress(ImportError):
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as Liger,
+        )
 
-        wide = (None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)  # the last one: sums over slices
+        # the last one: sums over slices
+        wide = (None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32)
         found["Liger"] = lambda *tensors: Liger.apply(*tensors)[0]
         found["Liger, float32 sums"] = lambda *tensors: Liger.apply(*tensors, *wide)[0]
     with contextlib.suppress(ImportError):

@@ -27,7 +27,10 @@ def median_ms(call: Callable[[], Any], *, budget_ms: float = 400) -> float:
     repeats = int(min(200, max(7, budget_ms / max(once, 0.01))))
     for _ in range(min(3, repeats)):
         call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(repeats)
+    ]
     for start, stop in events:
         start.record()
         call()
@@ -60,7 +63,8 @@ def _energy() -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid  # NVML counts GPUs that are hidden too
+    # NVML counts GPUs that are hidden too
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
     handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
@@ -99,8 +103,8 @@ def launches(call: Callable[[], Any]) -> int:
 
 
 def profiled(call: Callable[[], Any], longest: int = 40) -> dict[str, Any]:
-    """Of one warm call, in ms: until the host has queued it; until it is done; how long the GPU was busy, and busy with
-    anything but NCCL; and of the longest kernels the name, how many, and ms."""
+    """Of one warm call, in ms: until the host has queued it; until it is done; how long the GPU was
+    busy, and busy with anything but NCCL; and of the longest kernels the name, how many, and ms."""
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(2):
@@ -125,10 +129,13 @@ def profiled(call: Callable[[], Any], longest: int = 40) -> dict[str, Any]:
         kernels[name] = calls + 1, ms + (end - start) / 1e3
     slowest = sorted(kernels.items(), key=lambda item: -item[1][1])[:longest]
     return {
-        "queued_ms": queued * 1e3, "whole_ms": whole * 1e3, "busy_ms": _covered(spans),
-        "computing_ms": _covered(span for span in spans if "nccl" not in span[2].lower()), "launches": len(spans),
+        "queued_ms": queued * 1e3,
+        "whole_ms": whole * 1e3,
+        "busy_ms": _covered(spans),
+        "computing_ms": _covered(span for span in spans if "nccl" not in span[2].lower()),
+        "launches": len(spans),
         "kernels": [(name[:120], *seen) for name, seen in slowest],
-    }  # fmt: skip
+    }
 
 
 def _covered(spans: Iterable[tuple[float, float, str]]) -> float:
@@ -150,7 +157,8 @@ def attempt(measure: Callable[[], Any]) -> Any:
 
 
 def ceilings() -> dict[str, float]:
-    """Idle power, then copy bandwidth, read and written bytes, and bf16 matmul, both on random data."""
+    """Idle power, then copy bandwidth, read and written bytes, and bf16 matmul, both on random
+    data."""
     idle = idle_watts()
     x = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)

@@ -1,4 +1,5 @@
-"""What every benchmark shares: where it ran, how much memory a call took, and its result as JSON."""
+"""What every benchmark shares: where it ran, how much memory a call took, and its result as
+JSON."""
 
 from __future__ import annotations
 
@@ -22,11 +23,17 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def slug(device: str) -> str:
     """A device's name in the names of results."""
-    return next((kind for kind in ("h200", "h100", "a100") if kind in device.lower()), device.lower().replace(" ", "-"))
+    return next(
+        (kind for kind in ("h200", "h100", "a100") if kind in device.lower()),
+        device.lower().replace(" ", "-"),
+    )
 
 
-def head(subject: str, device: str, of: str | None = None, launcher: tuple[str, ...] = ("python",)) -> dict[str, Any]:
-    """What every result begins with: subject, device, installed versions, commit (`of`, or git's), command and date."""
+def head(
+    subject: str, device: str, of: str | None = None, launcher: tuple[str, ...] = ("python",)
+) -> dict[str, Any]:
+    """What every result begins with: subject, device, installed versions, commit (`of`, or git's),
+    command and date."""
     arguments = list(sys.argv[1:])
     if "--out" in arguments:  # where it lay says nothing
         place = arguments.index("--out")
@@ -63,7 +70,8 @@ def time_ms(call: Callable[[], object], device: str) -> float:
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """What a call needs at its peak beyond what was allocated before it (CPU: resident memory, Linux only)."""
+    """What a call needs at its peak beyond what was allocated before it (CPU: resident memory,
+    Linux only)."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -76,7 +84,8 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
         return int(found[1]) * 1024 if found else 0
 
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is reused and the call seems to need none
+    # else freed memory is reused and the call seems to need none
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = status("VmRSS")
     call()

@@ -1,4 +1,5 @@
-"""What the report says of the ops: one function a section, which gives its picture and its values."""
+"""What the report says of the ops: one function a section, which gives its picture and its
+values."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def attention() -> tuple[Figure, Values]:
             ]
         )
         if "both_graph_ms" in ours:
-            over = (ours[f"{kind}_graph_ms"] / ours[f"floor_{kind}_ms"] for kind in ("forward", "both"))
+            over = (
+                ours[f"{kind}_graph_ms"] / ours[f"floor_{kind}_ms"] for kind in ("forward", "both")
+            )
             rows.append(
                 [
                     "the same, replayed",
@@ -58,12 +61,16 @@ def attention() -> tuple[Figure, Values]:
     ):
         series = {
             name: [
-                (shape[2], found[name, *shape][key] / scale) for shape in drawn if key in found.get((name, *shape), {})
+                (shape[2], found[name, *shape][key] / scale)
+                for shape in drawn
+                if key in found.get((name, *shape), {})
             ]
             for name in names
         }
         if axis is axes[0]:
-            series["floor"] = [(shape[2], found["ours", *shape]["floor_both_ms"]) for shape in drawn]
+            series["floor"] = [
+                (shape[2], found["ours", *shape]["floor_both_ms"]) for shape in drawn
+            ]
         lines(axis, series, "tokens (B = 4, H = 32, K = V = 128)", label, log=True)
     shape = drawn[-1]
     ours, soft, linear = (found[name, *shape] for name in ("ours", "SDPA cuDNN", "fla chunk"))
@@ -88,7 +95,8 @@ def lengths() -> tuple[Figure, Values]:
     names = list(rows[0]["contenders"])
 
     def ms(found: Result, kind: str) -> float:
-        """By graph replay where that was measured: at short lengths the host takes longer than the GPU."""
+        """By graph replay where that was measured: at short lengths the host takes longer than the
+        GPU."""
         return float(found[f"{kind}_graph_ms" if f"{kind}_graph_ms" in found else f"{kind}_ms"])
 
     figure, axes = panels(2, 5)
@@ -102,7 +110,10 @@ def lengths() -> tuple[Figure, Values]:
         [
             f"{row['T']:,}",
             *(
-                f"{ms(found, 'forward'):.3g} / {ms(found, 'both'):.3g}, {found['both_bytes'] / GIB:.3g} GiB"
+                (
+                    f"{ms(found, 'forward'):.3g} / {ms(found, 'both'):.3g}, "
+                    f"{found['both_bytes'] / GIB:.3g} GiB"
+                )
                 for found in row["contenders"].values()
             ),
         ]
@@ -111,7 +122,9 @@ def lengths() -> tuple[Figure, Values]:
     last = rows[-1]["contenders"]
     replayed = [row["T"] for row in rows if "both_graph_ms" in row["contenders"]["ours"]]
     slower = [
-        row["T"] for row in rows if row["contenders"]["ours"]["both_ms"] >= row["contenders"]["left product"]["both_ms"]
+        row["T"]
+        for row in rows
+        if row["contenders"]["ours"]["both_ms"] >= row["contenders"]["left product"]["both_ms"]
     ]
     return figure, {
         "table": table(["T", *names], cells),
@@ -119,13 +132,17 @@ def lengths() -> tuple[Figure, Values]:
         "replayed": replayed[-1],
         "runs": [result],
         "from": next(row["T"] for row in rows if row["T"] > max(slower, default=0)),
-        **{name: ms(last[name], "both") / ms(last["ours"], "both") for name in ("left product", "plain")},
+        **{
+            name: ms(last[name], "both") / ms(last["ours"], "both")
+            for name in ("left product", "plain")
+        },
         "memory": last["plain"]["both_bytes"] / last["ours"]["both_bytes"],
     }
 
 
 def gated() -> tuple[Figure, Values]:
-    """The backward of Gated Linear Attention, whose gradients of q and k go on through the swish."""
+    """The backward of Gated Linear Attention, whose gradients of q and k go on through the
+    swish."""
     result = newest("ops_swish")
     of: dict[str, dict[str, Result]] = {}
     for row in result["rows"]:
@@ -146,7 +163,11 @@ def gated() -> tuple[Figure, Values]:
     }
     bars(axis, list(of), series, "ms of the backward pass; B, T, H beside the bars", form=".2f")
     rows = [
-        [shape, f"{at['base']['without_swish_ms']:.2f}", *(f"{at[key]['with_swish_ms']:.2f}" for key in stages)]
+        [
+            shape,
+            f"{at['base']['without_swish_ms']:.2f}",
+            *(f"{at[key]['with_swish_ms']:.2f}" for key in stages),
+        ]
         for shape, at in of.items()
     ]
     first = next(iter(of))
@@ -170,7 +191,13 @@ def fusions() -> tuple[Figure, Values]:
         for name in names
         if name != "eager"
     }
-    bars(axis, [row["op"] for row in rows], series, "ms of forward and backward, replayed", form=".2f")
+    bars(
+        axis,
+        [row["op"] for row in rows],
+        series,
+        "ms of forward and backward, replayed",
+        form=".2f",
+    )
     cells = [
         [
             row["op"],
@@ -186,7 +213,8 @@ def fusions() -> tuple[Figure, Values]:
     ]
     over = [row["contenders"]["ours"]["both_graph_ms"] / row["floor_both_ms"] for row in rows]
     compiled = [
-        row["contenders"]["compiled"]["both_graph_ms"] / row["contenders"]["ours"]["both_graph_ms"] for row in rows
+        row["contenders"]["compiled"]["both_graph_ms"] / row["contenders"]["ours"]["both_graph_ms"]
+        for row in rows
     ]
     return figure, {
         "table": table(["op", "floor", *names], cells),
@@ -205,7 +233,13 @@ def losses() -> tuple[Figure, Values]:
     here = [row for row in rows if row["vocab"] == vocab]
     figure, axes = panels(2, 5, 3.2)
     names = [row["contender"] for row in here]
-    bars(axes[0], names, {"": [row["both_ms"] for row in here]}, f"ms, vocabulary {vocab:,}", form=".1f")
+    bars(
+        axes[0],
+        names,
+        {"": [row["both_ms"] for row in here]},
+        f"ms, vocabulary {vocab:,}",
+        form=".1f",
+    )
     axes[0].axvline(here[0]["floor_ms"], color="black", linestyle=":")
     bars(axes[1], [""] * len(here), {"": [row["bytes"] / GIB for row in here]}, "GiB", form=".2f")
     cells = [
@@ -219,7 +253,16 @@ def losses() -> tuple[Figure, Values]:
         ]
         for row in rows
     ]
-    head = ["loss", "vocabulary", "ms", "three products, ms", "GiB", "error of the loss", "of d hidden", "of d head"]
+    head = [
+        "loss",
+        "vocabulary",
+        "ms",
+        "three products, ms",
+        "GiB",
+        "error of the loss",
+        "of d hidden",
+        "of d head",
+    ]
     of = {row["contender"]: row for row in here}
     return figure, {
         "table": table(head, cells),
@@ -246,7 +289,8 @@ def attention_cpu() -> tuple[Figure, Values]:
         (axes[1], "bytes", 2**20, "peak memory, MiB"),
     ):
         series = {
-            label: [(row["seq_len"], row[f"{name}_{key}"] / scale) for row in rows] for name, label in names.items()
+            label: [(row["seq_len"], row[f"{name}_{key}"] / scale) for row in rows]
+            for name, label in names.items()
         }
         lines(axis, series, "tokens", label, log=True)
     cells = [
@@ -282,12 +326,24 @@ def tiles() -> Figure:
     labels = []
     for row in rows:
         chunk, width, warps, stages, described = row["tiles"]
-        spilled = row["resources"].get("backward", (0, 0))[1] if isinstance(row.get("resources"), dict) else 0
+        spilled = (
+            row["resources"].get("backward", (0, 0))[1]
+            if isinstance(row.get("resources"), dict)
+            else 0
+        )
         described = ", descriptors" if described else ""
-        labels.append(f"{chunk} × {width}, {warps} warps, {stages} stages{described}; {spilled} spilled")
+        labels.append(
+            f"{chunk} × {width}, {warps} warps, {stages} stages{described}; {spilled} spilled"
+        )
     figure, (axis,) = panels(1, 9, 0.34 * len(rows) + 1.2)
     series = {kind: [row[f"{kind}_ms"] for row in rows] for kind in ("forward", "backward")}
-    bars(axis, labels, series, f"ms, B = {rows[0]['B']}, H = {rows[0]['H']}, T = {rows[0]['T']:,}", form=".2f")
+    bars(
+        axis,
+        labels,
+        series,
+        f"ms, B = {rows[0]['B']}, H = {rows[0]['H']}, T = {rows[0]['T']:,}",
+        form=".2f",
+    )
     return figure
 
 
@@ -324,8 +380,14 @@ def checks() -> tuple[None, Values]:
                 f"{what}, bfloat16",
                 f"{len(found):,}",
                 f"{len(result['rows']) - len(found)} failed",
-                f"{worst:.2f} × one process' error{f'; in float32 by {max(exact):.1e}' if exact else ''}",
+                (
+                    f"{worst:.2f} × one process' "
+                    f"error{f'; in float32 by {max(exact):.1e}' if exact else ''}"
+                ),
             ]
         )
         runs.append(result)
-    return None, {"table": table(["what", "cases", "outcome", "off by at most"], rows), "runs": runs}
+    return None, {
+        "table": table(["what", "cases", "outcome", "off by at most"], rows),
+        "runs": runs,
+    }

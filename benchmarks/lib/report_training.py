@@ -1,4 +1,5 @@
-"""What the report says of training and decoding: one function a section, which gives its picture and its values."""
+"""What the report says of training and decoding: one function a section, which gives its picture
+and its values."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from lib.pictures import bars, lines, panels
 from lib.results import GIB, Result, every, link, newest, table
 
 Values = dict[str, Any]
-NAMES = {"transnormer": "TransNormerLLM", "llama": "LLaMA", "softmax": "softmax Transformer", "retnet": "RetNet"}
+NAMES = {
+    "transnormer": "TransNormerLLM",
+    "llama": "LLaMA",
+    "softmax": "softmax Transformer",
+    "retnet": "RetNet",
+}
 OPTIMIZERS = {"bfloat16": "AdamW", "adamw": "AdamW", "muon": "Muon", "8 bits": "AdamW, 8 bits"}
 KINDS = {  # of kernels, by what their names hold; the first kind that fits is a kernel's
     "swish, gate and norm around attention": (
@@ -31,11 +37,19 @@ KINDS = {  # of kernels, by what their names hold; the first kind that fits is a
 
 def compared() -> dict[tuple[str, int, str], tuple[Result, Result, Result]]:
     """The newest (row, our row of the same run, result) by size, length and model."""
-    others = [each for subject in ("train_long", "train_retnet", "train_1b") for each in every(subject)]
+    others = [
+        each for subject in ("train_long", "train_retnet", "train_1b") for each in every(subject)
+    ]
     found = {}
     for result in sorted([newest("train"), *others], key=lambda each: each["date"]):
-        rows = [row for row in result["rows"] if row["model"] in NAMES and "tokens_per_second" in row]
-        ours = {(row.get("run"), row["size"], row["seq_len"]): row for row in rows if row["model"] == "transnormer"}
+        rows = [
+            row for row in result["rows"] if row["model"] in NAMES and "tokens_per_second" in row
+        ]
+        ours = {
+            (row.get("run"), row["size"], row["seq_len"]): row
+            for row in rows
+            if row["model"] == "transnormer"
+        }
         for row in rows:
             if beside := ours.get((row.get("run"), row["size"], row["seq_len"])):
                 found[row["size"], row["seq_len"], row["model"]] = (row, beside, result)
@@ -45,7 +59,8 @@ def compared() -> dict[tuple[str, int, str], tuple[Result, Result, Result]]:
 def training() -> tuple[Figure, Values]:
     found = compared()
     shapes = sorted(
-        {key[:2] for key in found}, key=lambda shape: (found[*shape, "transnormer"][0]["parameters"], shape[1])
+        {key[:2] for key in found},
+        key=lambda shape: (found[*shape, "transnormer"][0]["parameters"], shape[1]),
     )
     lengths = sorted({length for _, length in shapes})
     values: Values = {"least": lengths[0], "most": lengths[-1]}
@@ -59,7 +74,10 @@ def training() -> tuple[Figure, Values]:
                 over[model] = beside["tokens_per_second"] / theirs["tokens_per_second"]
         where = {lengths[0]: "least", lengths[-1]: "most"}.get(length)
         values |= {f"{size} {where} {model}": ratio for model, ratio in over.items()}
-        energy = [found[size, length, model][0]["millijoules_per_token"] for model in ("transnormer", "llama")]
+        energy = [
+            found[size, length, model][0]["millijoules_per_token"]
+            for model in ("transnormer", "llama")
+        ]
         rows.append(
             [
                 size,
@@ -67,7 +85,10 @@ def training() -> tuple[Figure, Values]:
                 f"{ours['tokens_per_second']:,}",
                 *(f"{over[model]:.2f}" if model in over else "–" for model in list(NAMES)[1:]),
                 f"{ours['flop_share']:.0%}",
-                *(f"{found[size, length, model][0]['peak_bytes'] / GIB:.1f}" for model in ("transnormer", "llama")),
+                *(
+                    f"{found[size, length, model][0]['peak_bytes'] / GIB:.1f}"
+                    for model in ("transnormer", "llama")
+                ),
                 *(f"{joules:.1f}" if joules else "–" for joules in energy),
                 f"{result['date']}",
             ]
@@ -122,14 +143,28 @@ def long_rows() -> tuple[Figure, Values]:
     labels = [f"{row['seq_len']:,} tokens, GPUs: {gpus}" for row, gpus in rows]
     figure, axes = panels(2, 5.5, 2.2)
     bars(axes[0], labels, {"": [row["tokens_per_second"] for row, _ in rows]}, "tokens per second")
-    bars(axes[1], [""] * len(rows), {"": [row["peak_bytes"] / GIB for row, _ in rows]}, "peak GiB a GPU", form=".1f")
+    bars(
+        axes[1],
+        [""] * len(rows),
+        {"": [row["peak_bytes"] / GIB for row, _ in rows]},
+        "peak GiB a GPU",
+        form=".1f",
+    )
     lines_of = [
-        [f"{row['seq_len']:,}", gpus, f"{row['tokens_per_second']:,}", f"{row['peak_bytes'] / GIB:.1f}", each["date"]]
+        [
+            f"{row['seq_len']:,}",
+            gpus,
+            f"{row['tokens_per_second']:,}",
+            f"{row['peak_bytes'] / GIB:.1f}",
+            each["date"],
+        ]
         for (row, gpus), each in zip(rows, [result] * (len(rows) - 1) + [four], strict=True)
     ]
     (short, _), (long, _), *_ = rows
     return figure, {
-        "table": table(["tokens in the row", "GPUs", "tokens/s", "GiB a GPU", "measured"], lines_of),
+        "table": table(
+            ["tokens in the row", "GPUs", "tokens/s", "GiB a GPU", "measured"], lines_of
+        ),
         "longer": long["seq_len"] / short["seq_len"],
         "rate": long["tokens_per_second"] / short["tokens_per_second"],
         "memory": long["peak_bytes"] / short["peak_bytes"],
@@ -146,12 +181,18 @@ def steps() -> tuple[Figure, Values]:
         for row in each["rows"]
         if "profile" in row and row["model"] in NAMES
     }
-    found = {key: found[key] for key in sorted(found, key=lambda key: (key[0] != "385m", list(NAMES).index(key[1])))}
+    found = {
+        key: found[key]
+        for key in sorted(found, key=lambda key: (key[0] != "385m", list(NAMES).index(key[1])))
+    }
     parts: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "other")}
     for row in found.values():
         spent = dict.fromkeys(KINDS, 0.0)
         for kernel, _, ms in row["profile"]["kernels"]:
-            if kind := next((kind for kind, marks in KINDS.items() if any(mark in kernel for mark in marks)), None):
+            if kind := next(
+                (kind for kind, marks in KINDS.items() if any(mark in kernel for mark in marks)),
+                None,
+            ):
                 spent[kind] += ms
         for kind, ms in spent.items():
             parts[kind].append(ms)
@@ -168,7 +209,9 @@ def steps() -> tuple[Figure, Values]:
             ("the host has queued it after", "queued_ms"),
         )
     ]
-    whole.append(["kernels launched", *(f"{row['profile']['launches']:,}" for row in found.values())])
+    whole.append(
+        ["kernels launched", *(f"{row['profile']['launches']:,}" for row in found.values())]
+    )
     at = list(found)
     ours, llama = at.index(("385m", "transnormer")), at.index(("385m", "llama"))
     return figure, {
@@ -177,7 +220,9 @@ def steps() -> tuple[Figure, Values]:
         "tokens": found[at[0]]["seq_len"],
         "runs": sources,
         **{
-            f"{kind} {name}": parts[kind][place] for kind in parts for name, place in (("ours", ours), ("llama", llama))
+            f"{kind} {name}": parts[kind][place]
+            for kind in parts
+            for name, place in (("ours", ours), ("llama", llama))
         },
     }
 
@@ -213,7 +258,11 @@ def graph() -> tuple[Figure, Values]:
 def float8() -> tuple[Figure, Values]:
     """Each row beside bfloat16 of the same run, and the losses of whole runs."""
     result, curves = newest("train_float8"), newest("curves")
-    usual = {(row.get("run"), row["size"]): row for row in result["rows"] if row["model"] == "transnormer"}
+    usual = {
+        (row.get("run"), row["size"]): row
+        for row in result["rows"]
+        if row["model"] == "transnormer"
+    }
     rows = []
     ratios: dict[str, list[float]] = {}
     for row in result["rows"]:
@@ -233,7 +282,17 @@ def float8() -> tuple[Figure, Values]:
                     *(f"{each['millijoules_per_token']:.1f}" for each in (row, beside)),
                 ]
             )
-    head = ["size", "scales", "tokens/s", "bfloat16's", "ratio", "GiB", "bfloat16's", "mJ a token", "bfloat16's"]
+    head = [
+        "size",
+        "scales",
+        "tokens/s",
+        "bfloat16's",
+        "ratio",
+        "GiB",
+        "bfloat16's",
+        "mJ a token",
+        "bfloat16's",
+    ]
     shape = result["rows"][0]
     return apart(curves, ("bfloat16", "float8"), "bfloat16", {}), {
         "table": table(head, sorted(rows)),
@@ -243,7 +302,10 @@ def float8() -> tuple[Figure, Values]:
         "steps": curves["steps"],
         "size": curves["size"],
         "ends": ends(curves, "bfloat16", "float8"),
-        **{key: " and ".join(f"{ratio:.2f}" for ratio in sorted(found)) for key, found in ratios.items()},
+        **{
+            key: " and ".join(f"{ratio:.2f}" for ratio in sorted(found))
+            for key, found in ratios.items()
+        },
     }
 
 
@@ -256,7 +318,8 @@ def ends(curves: Result, *variants: str) -> str:
 
 
 def apart(curves: Result, variants: tuple[str, ...], base: str, names: dict[str, str]) -> Figure:
-    """The curves, and how far each is from the first one, among which another seed shows what chance does."""
+    """The curves, and how far each is from the first one, among which another seed shows what
+    chance does."""
     figure, axes = panels(2, 5.2)
     found = [row for row in curves["rows"] if row["variant"].startswith(variants)]
     first = dict(next(row for row in found if row["variant"] == base)["valid"])
@@ -272,17 +335,33 @@ def apart(curves: Result, variants: tuple[str, ...], base: str, names: dict[str,
 
 
 def optimizers() -> tuple[Figure, Values]:
-    curves, steps, small, eight = newest("curves"), newest("train_muon"), newest("optim", "cpu"), newest("train_1b")
+    curves, steps, small, eight = (
+        newest("curves"),
+        newest("train_muon"),
+        newest("optim", "cpu"),
+        newest("train_1b"),
+    )
     rows = [
-        [OPTIMIZERS[row["variant"]], str(row["seed"]), f"{row['valid'][-1][1]:.3f}", f"{row['tokens_per_second']:,.0f}"]
+        [
+            OPTIMIZERS[row["variant"]],
+            str(row["seed"]),
+            f"{row['valid'][-1][1]:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+        ]
         for row in curves["rows"]
         if not row["variant"].startswith("float8")
     ]
     ms = [statistics.median(row["times_ms"]) for row in steps["rows"][:2]]
-    of = {row["model"]: row for row in eight["rows"] if "8 bits" in row["model"] or row["model"] == "transnormer"}
+    of = {
+        row["model"]: row
+        for row in eight["rows"]
+        if "8 bits" in row["model"] or row["model"] == "transnormer"
+    }
     plain, bits = of["transnormer"], of["transnormer, 8 bits"]
     return apart(curves, ("bfloat16", "muon", "8 bits"), "bfloat16", OPTIMIZERS), {
-        "table": table(["optimizer", "seed", "validation loss at the end", "tokens/s of the loop"], rows),
+        "table": table(
+            ["optimizer", "seed", "validation loss at the end", "tokens/s of the loop"], rows
+        ),
         "size": curves["size"],
         "steps": curves["steps"],
         "batch": curves["batch_tokens"],
@@ -295,7 +374,8 @@ def optimizers() -> tuple[Figure, Values]:
         "plain_rate": plain["tokens_per_second"],
         "plain_gib": plain["peak_bytes"] / GIB,
         "small": " and ".join(
-            f"{row['mean']:.3f} ± {row['deviation']:.3f} with {OPTIMIZERS[row['name']]}" for row in small["summary"]
+            f"{row['mean']:.3f} ± {row['deviation']:.3f} with {OPTIMIZERS[row['name']]}"
+            for row in small["summary"]
         ),
         "runs": [curves, steps, small, eight],
     }
@@ -310,7 +390,9 @@ def decoding() -> tuple[Figure, Values]:
         (axes[1], lambda row: row["state_bytes"] / 2**20, "state, MiB a sequence"),
     ):
         series = {
-            name: [(row["context_tokens"], of(row)) for row in result["rows"] if row["model"] == model]
+            name: [
+                (row["context_tokens"], of(row)) for row in result["rows"] if row["model"] == model
+            ]
             for model, name in names.items()
         }
         lines(axis, series, "tokens read before", label)
@@ -360,7 +442,15 @@ def training_cpu() -> tuple[Figure, Values]:
         for n, name in enumerate(("TransNormerLLM", "softmax Transformer"))
     }
     bars(axis, labels, series, "tokens per second")
-    head = ["tokens in a row", "dtype", "tokens/s", "Transformer's", "ratio", "of the ceiling", "Transformer's"]
+    head = [
+        "tokens in a row",
+        "dtype",
+        "tokens/s",
+        "Transformer's",
+        "ratio",
+        "of the ceiling",
+        "Transformer's",
+    ]
     ratios = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs]
     return figure, {
         "table": table(head, rows),

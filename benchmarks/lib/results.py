@@ -15,11 +15,11 @@ Result = dict[str, Any]
 
 
 def every(subject: str, device: str = "h100") -> list[Result]:
-    """The results of a subject (or of all subjects that a pattern matches) on a device, the oldest first.
+    """The results of a subject (or of all subjects that a pattern matches) on a device, the oldest
+    first.
 
-    `name` is the name of the file and `subject` what stands in it before the device, so that a run is called the
-    same whichever other files there are.
-    """
+    `name` is the name of the file and `subject` what stands in it before the device, so that a run
+    is called the same whichever other files there are."""
     paths = RESULTS.glob(f"{subject}_{device}_????-??-??.json")
     found = [json.loads(path.read_text()) | {"name": path.stem} for path in paths]
     named = [each | {"subject": each["name"].rsplit("_", 2)[0]} for each in found]
@@ -54,7 +54,8 @@ def pair(row: Result, forward: str, both: str) -> str:
 
 
 def wrap(text: str) -> str:
-    """Prose in lines of 120 characters; headings, tables, pictures and indented lines stay as they are."""
+    """Prose in lines of 120 characters; headings, tables, pictures and indented lines stay as they
+    are."""
     return "\n\n".join(
         part
         if part.startswith(("#", "|", "!", "    "))

@@ -1,8 +1,9 @@
-"""What `benchmarks/train.py` trains on a GPU: ours, our softmax baseline, a LLaMA from outside, fla's RetNet.
+"""What `benchmarks/train.py` trains on a GPU: ours, our softmax baseline, a LLaMA from outside,
+fla's RetNet.
 
-Each is a function of a size that gives a `Trainer`: `loss(ids)` is the mean loss of ids [B, T + 1], whose forward runs
-under bf16 autocast over float32 weights (RetNet: pure bf16 weights, as its authors train it).
-"""
+Each is a function of a size that gives a `Trainer`: `loss(ids)` is the mean loss of ids [B, T + 1],
+whose forward runs under bf16 autocast over float32 weights (RetNet: pure bf16 weights, as its
+authors train it)."""
 
 # mypy: allow-untyped-defs
 
@@ -30,8 +31,8 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 @dataclasses.dataclass
 class Trainer:
-    """A model and its loss; flops: of a token at a length, None where unknown; note: what sets it apart; graph: whether
-    forward and backward are one CUDA graph."""
+    """A model and its loss; flops: of a token at a length, None where unknown; note: what sets it
+    apart; graph: whether forward and backward are one CUDA graph."""
 
     model: nn.Module
     loss: Callable[[Tensor], Tensor]
@@ -59,7 +60,12 @@ class Trainer:
 
 
 def _ours(
-    config: ModelConfig, compile: bool, note: str = "", optimizer: Any = _adamw, graph: bool = False, **how: Any
+    config: ModelConfig,
+    compile: bool,
+    note: str = "",
+    optimizer: Any = _adamw,
+    graph: bool = False,
+    **how: Any,
 ) -> Trainer:
     with torch.device("cuda"):
         model = LanguageModel(config)
@@ -73,7 +79,8 @@ def _ours(
 
 
 def _matched(size: str) -> ModelConfig:
-    """The softmax Transformer with as many parameters as ours of this size, by the width of its GLU."""
+    """The softmax Transformer with as many parameters as ours of this size, by the width of its
+    GLU."""
     wanted, thin = (
         ModelConfig.named(size).parameter_count(),
         ModelConfig.named(size, **TRANSFORMER, intermediate_size=1),
@@ -83,16 +90,22 @@ def _matched(size: str) -> ModelConfig:
 
 
 def _llama(size: str) -> Trainer:
-    """transformers' LlamaModel, its layers compiled, SDPA's cuDNN kernels, Liger's head and loss in slices."""
+    """transformers' LlamaModel, its layers compiled, SDPA's cuDNN kernels, Liger's head and loss in
+    slices."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
     from transformers import LlamaConfig, LlamaModel
 
     config = _matched(size)
     theirs = LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-        max_position_embeddings=2**17, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=2**17,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
     with torch.device("cuda"):
         model = LlamaModel(theirs)
     assert sum(p.numel() for p in model.parameters()) == config.parameter_count()
@@ -103,11 +116,18 @@ def _llama(size: str) -> Trainer:
         with torch.autocast("cuda", torch.bfloat16):
             x = model(input_ids=ids[:, :-1]).last_hidden_state
         weight, targets = model.embed_tokens.weight.to(torch.bfloat16), ids[:, 1:].reshape(-1)
-        return LigerFusedLinearCrossEntropyFunction.apply(x.flatten(0, 1).to(torch.bfloat16), weight, targets)[0]
+        return LigerFusedLinearCrossEntropyFunction.apply(
+            x.flatten(0, 1).to(torch.bfloat16), weight, targets
+        )[0]
 
     with torch.device("meta"):
         flops = LanguageModel(config).flops_per_token
-    return Trainer(model, loss, flops, f"intermediate_size {config.intermediate_size}, so that parameters match")
+    return Trainer(
+        model,
+        loss,
+        flops,
+        f"intermediate_size {config.intermediate_size}, so that parameters match",
+    )
 
 
 def _retnet(size: str) -> Trainer:
@@ -117,11 +137,18 @@ def _retnet(size: str) -> Trainer:
     config = ModelConfig.named(size)
 
     def build(width: int) -> Any:
-        return RetNetForCausalLM(RetNetConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads, intermediate_size=width, tie_word_embeddings=True, use_cache=False,
-            max_position_embeddings=2**17,
-        ))  # fmt: skip
+        return RetNetForCausalLM(
+            RetNetConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_heads=config.num_attention_heads,
+                intermediate_size=width,
+                tie_word_embeddings=True,
+                use_cache=False,
+                max_position_embeddings=2**17,
+            )
+        )
 
     def count(model: nn.Module) -> int:
         return sum(p.numel() for p in model.parameters())
@@ -133,27 +160,43 @@ def _retnet(size: str) -> Trainer:
     with torch.device("cuda"):
         model = build(width).to(torch.bfloat16)
     return Trainer(
-        model, lambda ids: model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss, lambda length: None,
-        f"not compiled, pure bf16 weights and optimizer, intermediate_size {width}, {count(model):,} parameters",
-    )  # fmt: skip
+        model,
+        lambda ids: model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss,
+        lambda length: None,
+        (
+            f"not compiled, pure bf16 weights and optimizer, intermediate_size {width}, "
+            f"{count(model):,} parameters"
+        ),
+    )
 
 
 CONTENDERS: dict[str, Callable[[str], Trainer]] = {
     "transnormer": lambda size: _ours(ModelConfig.named(size), True, note="blocks compiled"),
     "llama": _llama,
     "softmax": lambda size: _ours(
-        ModelConfig.named(size, **TRANSFORMER), True, note="our LanguageModel in other words, blocks compiled, cuDNN"
+        ModelConfig.named(size, **TRANSFORMER),
+        True,
+        note="our LanguageModel in other words, blocks compiled, cuDNN",
     ),
     "retnet": _retnet,
     "transnormer, one graph": lambda size: _ours(
-        ModelConfig.named(size), True, graph=True, note="blocks compiled, both passes as one CUDA graph"
+        ModelConfig.named(size),
+        True,
+        graph=True,
+        note="blocks compiled, both passes as one CUDA graph",
     ),
     "softmax, one graph": lambda size: _ours(
-        ModelConfig.named(size, **TRANSFORMER), True, graph=True, note="blocks compiled, both passes as one CUDA graph"
+        ModelConfig.named(size, **TRANSFORMER),
+        True,
+        graph=True,
+        note="blocks compiled, both passes as one CUDA graph",
     ),
     "transnormer, eager": lambda size: _ours(ModelConfig.named(size), False, note="not compiled"),
     "transnormer, recomputed": lambda size: _ours(
-        ModelConfig.named(size), True, recompute=True, note="blocks compiled and recomputed in the backward pass"
+        ModelConfig.named(size),
+        True,
+        recompute=True,
+        note="blocks compiled and recomputed in the backward pass",
     ),
     "transnormer, muon": lambda size: _ours(
         ModelConfig.named(size),
@@ -168,9 +211,15 @@ CONTENDERS: dict[str, Callable[[str], Trainer]] = {
         note="blocks compiled, AdamW's memory in 8 bits (bitsandbytes)",
     ),
     "transnormer, float8": lambda size: _ours(
-        ModelConfig.named(size), True, float8="tensorwise", note="blocks compiled, float8 tensorwise (torchao)"
+        ModelConfig.named(size),
+        True,
+        float8="tensorwise",
+        note="blocks compiled, float8 tensorwise (torchao)",
     ),
     "transnormer, float8 by rows": lambda size: _ours(
-        ModelConfig.named(size), True, float8="rowwise", note="blocks compiled, float8 rowwise (torchao)"
+        ModelConfig.named(size),
+        True,
+        float8="rowwise",
+        note="blocks compiled, float8 rowwise (torchao)",
     ),
 }

@@ -22,7 +22,8 @@ PAGES = ("performance.md", "records.md")
 
 
 def load_report() -> Any:
-    """`benchmarks/report.py`, under another name than `experiments/report.py` has in the tests of the experiments."""
+    """`benchmarks/report.py`, under another name than `experiments/report.py` has in the tests of
+    the experiments."""
     spec = importlib.util.spec_from_file_location("benchmarks_report", BENCHMARKS / "report.py")
     assert spec
     assert spec.loader
@@ -39,13 +40,19 @@ def test_the_pages_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> 
     """All but the plans of 7b, which take long and are left out."""
     monkeypatch.setattr(report_meshes, "planned", lambda row: (1.0, 1.0))
     texts, figures = load_report().pages()
-    assert texts["records.md"] == (DOCS / "records.md").read_text(), "run `python benchmarks/report.py`"
+    assert texts["records.md"] == (DOCS / "records.md").read_text(), (
+        "run `python benchmarks/report.py`"
+    )
     written = sections((DOCS / "performance.md").read_text())
     made = sections(texts["performance.md"])
     assert made.keys() == written.keys()
     for title in made.keys() - {"Two GPUs", "Four GPUs"}:
-        assert made[title].strip() == written[title].strip(), f"{title}: run `python benchmarks/report.py`"
-    shown = {name for page in PAGES for name in re.findall(r"!\[.*\]\((.+)\)", (DOCS / page).read_text())}
+        assert made[title].strip() == written[title].strip(), (
+            f"{title}: run `python benchmarks/report.py`"
+        )
+    shown = {
+        name for page in PAGES for name in re.findall(r"!\[.*\]\((.+)\)", (DOCS / page).read_text())
+    }
     assert shown == figures.keys()
     assert all((DOCS / name).exists() for name in shown)
 
@@ -57,7 +64,10 @@ def test_no_line_is_too_long_to_read(name: str) -> None:
 
 def test_links_to_the_pages_lead_to_a_heading() -> None:
     anchors = {
-        name: {title.lower().replace(",", "").replace(" ", "-") for title in sections((DOCS / name).read_text())}
+        name: {
+            title.lower().replace(",", "").replace(" ", "-")
+            for title in sections((DOCS / name).read_text())
+        }
         for name in PAGES
     }
     found = 0
@@ -69,7 +79,9 @@ def test_links_to_the_pages_lead_to_a_heading() -> None:
     assert {path.stem.lower() for path in results.RESULTS.glob("*.json")} == anchors["records.md"]
 
 
-def test_a_run_is_called_the_same_whichever_files_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_called_the_same_whichever_files_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def names() -> dict[tuple[Any, ...], str]:
         by_mesh = report_meshes.by_mesh(report_meshes.runs_of_four())
         return {
@@ -89,7 +101,8 @@ def test_a_run_is_called_the_same_whichever_files_there_are(tmp_path: Path, monk
 
 
 def test_no_measured_number_is_written_in_the_prose() -> None:
-    """What was measured has a point or a comma, and the templates take it from a result by its name."""
+    """What was measured has a point or a comma, and the templates take it from a result by its
+    name."""
     for name in PAGES:
         prose = re.sub(r"\{[^}]*\}", "", (BENCHMARKS / "templates" / name).read_text())
         assert re.findall(r"\d\.\d+|\d,\d{3}", prose) == []

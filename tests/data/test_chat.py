@@ -23,7 +23,8 @@ from transnormer.data.tokenizer import END_OF_TEXT, encode, end_of_text_id, load
 
 ROOT = Path(__file__).parents[2]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -33,7 +34,13 @@ def say(*turns):
     return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
 
 
-CHAT = say("system: Be brief.", "user: Hello!", "assistant: Good day.", "user: And?", "assistant: Farewell.")
+CHAT = say(
+    "system: Be brief.",
+    "user: Hello!",
+    "assistant: Good day.",
+    "user: And?",
+    "assistant: Farewell.",
+)
 
 
 def write(path, records):
@@ -65,12 +72,17 @@ def test_every_format_becomes_messages(tmp_path):
     pair = say("user: Ask", "assistant: Say")
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "id": 7}, {"messages": pair}])
     assert read(path) == [CHAT, pair]
-    assert read(write(tmp_path / "b.jsonl", [{"prompt": "Ask", "completion": "Say"}]), "prompt") == [pair]
-    alpaca = [{"instruction": "Ask", "input": "", "output": "Say"}, {"instruction": "Ask", "output": "Say"},
+    assert read(
+        write(tmp_path / "b.jsonl", [{"prompt": "Ask", "completion": "Say"}]), "prompt"
+    ) == [pair]
+    alpaca = [{"instruction": "Ask", "input": "", "output": "Say"},
+              {"instruction": "Ask", "output": "Say"},
               {"instruction": "Ask", "input": "this", "output": "Say", "text": "x"}]  # fmt: skip
     found = read(write(tmp_path / "c.jsonl", alpaca), "alpaca")
     assert found == [pair, pair, say("user: Ask\n\nthis", "assistant: Say")]
-    table = pyarrow.table({"messages": [CHAT, [*pair, {"role": "user", "content": "a\r\nb"}]], "n": [1, 2]})
+    table = pyarrow.table(
+        {"messages": [CHAT, [*pair, {"role": "user", "content": "a\r\nb"}]], "n": [1, 2]}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     assert read(tmp_path / "d.parquet") == [CHAT, [*pair, {"role": "user", "content": "a\nb"}]]
     (tmp_path / "notes.txt").write_text("passed over")
@@ -82,25 +94,49 @@ def test_every_format_becomes_messages(tmp_path):
     [
         ("messages", {"text": "x"}, r"a\.jsonl line 2: no field 'messages'; it has text"),
         ("messages", {"messages": None}, r"line 2: 'messages' holds null"),
-        ("messages", {"messages": "x"}, r"line 2: 'messages' must be a list of messages, not \"x\""),
+        (
+            "messages",
+            {"messages": "x"},
+            r"line 2: 'messages' must be a list of messages, not \"x\"",
+        ),
         ("messages", {"messages": []}, r"line 2: 'messages' must be a list of messages, not \[\]"),
-        ("messages", {"messages": ["x"]}, r"line 2 message 1: must hold role and content, not \"x\""),
+        (
+            "messages",
+            {"messages": ["x"]},
+            r"line 2 message 1: must hold role and content, not \"x\"",
+        ),
         (
             "messages",
             {"messages": [*CHAT, {"role": "tool", "content": ""}]},
             r"line 2 message 6: role 'tool' is not one",
         ),
-        ("messages", {"messages": [{"role": "user"}]}, r"line 2 message 1: content holds null, not a string"),
+        (
+            "messages",
+            {"messages": [{"role": "user"}]},
+            r"line 2 message 1: content holds null, not a string",
+        ),
         (
             "messages",
             {"messages": [{"role": "user", "content": ["x"]}]},
             r"message 1: content holds list, not a string",
         ),
-        ("messages", {"messages": [{"role": "user", "content": "\ud800"}]}, r"message 1: content is not Unicode text"),
-        ("messages", {"messages": [CHAT[0] | {"tool_calls": [1]}]}, r"message 1: 'tool_calls' is not supported"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            r"message 1: content is not Unicode text",
+        ),
+        (
+            "messages",
+            {"messages": [CHAT[0] | {"tool_calls": [1]}]},
+            r"message 1: 'tool_calls' is not supported",
+        ),
         ("messages", {"messages": CHAT[:2]}, r"line 2: the assistant says nothing"),
         ("prompt", {"prompt": "x"}, r"line 2: no field 'completion'; it has prompt"),
-        ("prompt", {"prompt": ["x"], "completion": "y"}, r"line 2: 'prompt' holds list, not a string"),
+        (
+            "prompt",
+            {"prompt": ["x"], "completion": "y"},
+            r"line 2: 'prompt' holds list, not a string",
+        ),
         ("alpaca", {"instruction": "x", "output": 3}, r"line 2: 'output' holds int, not a string"),
         ("chatml", {}, r"format 'chatml' is unknown; there are messages, prompt, alpaca"),
     ],
@@ -135,7 +171,11 @@ def test_the_assistants_words_and_their_end_are_learned(tokenizer):
         return [*found[0], *(token for piece in found[1:] for token in (end, *piece))]
 
     assert [(part.ids, part.learned, part.bytes) for part in parts] == [
-        (ids("system\nBe brief.|user\nHello!|assistant\n"), False, len("system\nBe brief.user\nHello!assistant\n")),
+        (
+            ids("system\nBe brief.|user\nHello!|assistant\n"),
+            False,
+            len("system\nBe brief.user\nHello!assistant\n"),
+        ),
         (ids("Good day.|"), True, 9),
         (ids("user\nAnd?|assistant\n"), False, len("user\nAnd?assistant\n")),
         (ids("Farewell.|"), True, 9),
@@ -149,13 +189,20 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(tokenizer, chatml):
             whole = template.parts(CHAT)
             assert template.parts(CHAT[:2]) == whole[:1]
             assert template.parts(CHAT[:4]) == whole[:3]
-            spelled = words.decode([token for part in whole for token in part.ids], skip_special_tokens=False)
-        assert ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user" in spelled) == (source is CHATML)
+            spelled = words.decode(
+                [token for part in whole for token in part.ids], skip_special_tokens=False
+            )
+        assert ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user" in spelled) == (
+            source is CHATML
+        )
 
 
 def test_transformers_renders_encodes_and_masks_the_same(tokenizer):
-    """By its own way: the whole text at once, and the mask from the template's generation blocks."""
-    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, chat_template=DEFAULT)
+    """By its own way: the whole text at once, and the mask from the template's generation
+    blocks."""
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, chat_template=DEFAULT
+    )
     with Template(DEFAULT, tokenizer) as template:
         parts = template.parts(CHAT)
     found = theirs.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
@@ -181,12 +228,16 @@ def test_messages_cannot_spell_special_tokens(chatml):
     ("source", "messages"),
     [
         (PLAIN, say("user: ", "assistant: hello")),
-        ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
-         say("user: Speak!", "assistant: hello")),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}"
+            "{{ m.content + eos_token }}{% endif %}{% endfor %}",
+            say("user: Speak!", "assistant: hello"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_nothing_before_the_first_answer_reads_as_the_end_of_a_text(tokenizer, source, messages):
-    """As an empty prompt does where text is generated, so that the answer's first token is learned, too."""
+    """As an empty prompt does where text is generated, so that the answer's first token is learned,
+    too."""
     end = end_of_text_id(tokenizer)
     with Template(source, tokenizer) as template:
         parts = template.parts(messages)
@@ -195,7 +246,10 @@ def test_nothing_before_the_first_answer_reads_as_the_end_of_a_text(tokenizer, s
 
 
 def test_an_empty_prompt_is_prepared_and_wholly_learned(tmp_path, prepared, tokenizer):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": "hello"}, {"prompt": "a", "completion": "b"}])
+    path = write(
+        tmp_path / "a.jsonl",
+        [{"prompt": "", "completion": "hello"}, {"prompt": "a", "completion": "b"}],
+    )
     prepare([path], tmp_path / "out", tokenizer=prepared, format="prompt", split=0)
     data = TokenData(tmp_path / "out")
     batch = Loader(data, seq_len=data.tokens - 1, batch_size=1, seed=0, reset_state=True).batch([0])
@@ -207,7 +261,9 @@ def test_an_end_of_text_that_any_text_can_spell_is_refused(tmp_path, prepared):
     content = json.loads((prepared / "tokenizer.json").read_text())
     content["added_tokens"][0]["special"] = False
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    message = r"has <\|endoftext\|>, but not as a special token.* under added_tokens in tokenizer.json"
+    message = (
+        r"has <\|endoftext\|>, but not as a special token.* under added_tokens in tokenizer.json"
+    )
     path = write(tmp_path / "a.jsonl", [{"text": f"a{END_OF_TEXT}b"}, {"text": "c"}])
     with pytest.raises(ValueError, match=f"{tmp_path} {message}"):
         prepare([path], tmp_path / "out", tokenizer=tmp_path)
@@ -218,13 +274,23 @@ def test_an_end_of_text_that_any_text_can_spell_is_refused(tmp_path, prepared):
 def test_a_template_that_cannot_be_learned_or_read_in_turns_is_refused(chatml):
     for source, message in (
         (
-            "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+            "{{ messages | length }}"
+            "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
             "message 2 is there",
         ),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", r"no special token.* write \{\{ eos_token \}\} there"),
-        ("{{ raise_exception('only one turn') if messages | length > 2 else eos_token }}", "refused: .*only one turn"),
+        (
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+            r"no special token.* write \{\{ eos_token \}\} there",
+        ),
+        (
+            "{{ raise_exception('only one turn') if messages | length > 2 else eos_token }}",
+            "refused: .*only one turn",
+        ),
     ):
-        with Template(source, chatml) as template, pytest.raises(ValueError, match=message) as caught:
+        with (
+            Template(source, chatml) as template,
+            pytest.raises(ValueError, match=message) as caught,
+        ):
             template.parts(CHAT[1:])
         assert "\n" not in str(caught.value)
 
@@ -236,10 +302,20 @@ def test_a_template_that_cannot_be_learned_or_read_in_turns_is_refused(chatml):
         ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append'"),
         ("{{ raise_exception.__globals__['sys'] }}", "is unsafe"),
         ("{% include '/etc/passwd' %}", "no loader"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 0.5 s"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "it takes more than 0.5 s",
+        ),
         ("{{ 'a' * 10**10 }}", "it takes more than 512 MiB"),
-        ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "512 MiB"),
-        ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "it writes more than 4,194,304 characters"),
+        (
+            "{% set n = namespace(x='aa') %}"
+            "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "512 MiB",
+        ),
+        (
+            "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+            "it writes more than 4,194,304 characters",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{% if messages", "TemplateSyntaxError"),
     ],
@@ -247,7 +323,10 @@ def test_a_template_that_cannot_be_learned_or_read_in_turns_is_refused(chatml):
 def test_a_hostile_template_is_refused_in_one_line(tokenizer, source, message, monkeypatch):
     # a busy machine may take a second to hand out 512 MiB
     monkeypatch.setattr(chat, "RENDER_SECONDS", 0.5 if "0.5 s" in message else 20.0)
-    with pytest.raises(ValueError, match=message) as caught, Template(source, tokenizer) as template:
+    with (
+        pytest.raises(ValueError, match=message) as caught,
+        Template(source, tokenizer) as template,
+    ):
         template.parts(CHAT)
     assert "\n" not in str(caught.value)
 
@@ -255,13 +334,16 @@ def test_a_hostile_template_is_refused_in_one_line(tokenizer, source, message, m
 def test_where_a_template_is_found(tmp_path, tokenizer):
     assert find_template(tmp_path, tokenizer) is None
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": "A", "eos_token": END_OF_TEXT, "pad_token": None}))
+    config.write_text(
+        json.dumps({"chat_template": "A", "eos_token": END_OF_TEXT, "pad_token": None})
+    )
     assert find_template(tmp_path, tokenizer) == "A"
     (tmp_path / chat.FILE).write_text("{{ bos_token }}B")
     assert find_template(tmp_path, tokenizer) == "{{ bos_token }}B"
     config.write_text(json.dumps({"bos_token": {"content": '<"s">'}}))
     source = find_template(tmp_path, tokenizer)
-    with Template(source + "{{ eos_token }}", tokenizer) as template:  # the token is kept with the template
+    # the token is kept with the template
+    with Template(source + "{{ eos_token }}", tokenizer) as template:
         assert template._ask({"messages": [], "cuts": [(0, False)]}) == [f'<"s">B{END_OF_TEXT}']
     (tmp_path / chat.FILE).write_bytes(b"x" * 300_000)
     with pytest.raises(ValueError, match=r"chat_template\.jinja: 300,000 bytes are too many"):
@@ -282,16 +364,23 @@ def test_where_a_template_is_found(tmp_path, tokenizer):
 def talks():
     """Thirty conversations of one to three turns."""
     turns = [
-        [f"user: {n} and {n + k}?", f"assistant: {'so ' * (n % 7)}{2 * n + k}"] for n in range(30) for k in range(3)
+        [f"user: {n} and {n + k}?", f"assistant: {'so ' * (n % 7)}{2 * n + k}"]
+        for n in range(30)
+        for k in range(3)
     ]
-    return [say(*(turn for pair in turns[3 * n : 3 * n + 1 + n % 3] for turn in pair)) for n in range(30)]
+    return [
+        say(*(turn for pair in turns[3 * n : 3 * n + 1 + n % 3] for turn in pair))
+        for n in range(30)
+    ]
 
 
 @pytest.fixture(scope="module")
 def folder(talks, prepared, tmp_path_factory):
     work = tmp_path_factory.mktemp("talks")
     path = write(work / "talks.jsonl", [{"messages": talk} for talk in talks])
-    prepare([path], work / "data", tokenizer=prepared, format="messages", split=0.2, shard_tokens=101)
+    prepare(
+        [path], work / "data", tokenizer=prepared, format="messages", split=0.2, shard_tokens=101
+    )
     return work / "data"
 
 
@@ -310,10 +399,15 @@ def test_a_prepared_folder_holds_ids_and_flags(folder, talks, tokenizer):
         for start, stop in zip(np.flatnonzero(begins), data.document_ends(), strict=True):
             found.append((ids[start:stop].tolist(), learned[start:stop].tolist()))
         assert data.documents == begins.sum() > 2
-    ours = [([t for p in talk for t in p.ids], [p.learned for p in talk for _ in p.ids]) for talk in wanted]
+    ours = [
+        ([t for p in talk for t in p.ids], [p.learned for p in talk for _ in p.ids])
+        for talk in wanted
+    ]
     assert sorted(found) == sorted(ours)
     sizes = [record["splits"][split]["bytes"] for split in ("train", "valid")]
-    assert sum(sizes) == sum(len(m["content"].strip()) for talk in talks for m in talk if m["role"] == "assistant")
+    assert sum(sizes) == sum(
+        len(m["content"].strip()) for talk in talks for m in talk if m["role"] == "assistant"
+    )
 
 
 def test_windows_hold_whole_conversations(folder):
@@ -325,7 +419,8 @@ def test_windows_hold_whole_conversations(folder):
         batch = loader.batch([number])
         start, stop = loader._windows[number].tolist()
         assert {start, stop} <= {0, *ends}
-        assert stop + min(n - stop for n in [*ends, stop + 999] if n > stop) > start + 121  # no more fit
+        # no more fit
+        assert stop + min(n - stop for n in [*ends, stop + 999] if n > stop) > start + 121
         bounds = batch.cu_seqlens.tolist()
         inside = sorted(n - start for n in ends | {0} if 0 <= n - start < 120 and n < data.tokens)
         assert bounds == [*(inside if inside[0] == 0 else [0, *inside]), 120]
@@ -353,7 +448,9 @@ def test_conversations_that_are_cut_are_counted(folder, prepared, tmp_path):
 
     longest = lengths.max() - 1  # a window holds one token more than it predicts
     assert cut(longest) is None
-    assert f"1 of {len(lengths)} conversations do not fit into seq_len {longest - 1}" in cut(longest - 1)
+    assert f"1 of {len(lengths)} conversations do not fit into seq_len {longest - 1}" in cut(
+        longest - 1
+    )
     assert f"{(lengths > 21).sum()} of {len(lengths)} conversations" in cut(20)
     assert f"seq_len {longest} would cut none" in cut(20)
     path = write(tmp_path / "a.jsonl", [{"text": "one two " * 99}])
@@ -374,29 +471,55 @@ def test_text_resets_after_each_end_of_text(prepared, tmp_path):
     wanted = torch.from_numpy(ids[1:].copy())
     wanted[[end - 1 for end in ends[:-1]]] = -100
     assert torch.equal(batch.targets[0], wanted)
-    assert [data.marks(n, 1)[1].item() for n in range(data.tokens)] == [n in {0, *ends} for n in range(data.tokens)]
+    assert [data.marks(n, 1)[1].item() for n in range(data.tokens)] == [
+        n in {0, *ends} for n in range(data.tokens)
+    ]
 
 
 def test_templates_and_arguments_of_prepare(folder, talks, prepared, tmp_path):
     path = write(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
     (tmp_path / "own.jinja").write_text(PLAIN)
-    prepare([path], tmp_path / "own", tokenizer=prepared, format="messages", chat_template=tmp_path / "own.jinja")
-    prepare([path], tmp_path / "again", tokenizer=tmp_path / "own", format="messages")  # the folder's own
+    prepare(
+        [path],
+        tmp_path / "own",
+        tokenizer=prepared,
+        format="messages",
+        chat_template=tmp_path / "own.jinja",
+    )
+    # the folder's own
+    prepare([path], tmp_path / "again", tokenizer=tmp_path / "own", format="messages")
     assert TokenData(tmp_path / "again").chat_template == PLAIN
     assert TokenData(tmp_path / "again").fingerprint != TokenData(folder).fingerprint
     write(tmp_path / "pairs.jsonl", [{"prompt": "to be", "completion": " or not"}] * 2)
-    prepare([tmp_path / "pairs.jsonl"], tmp_path / "pairs", tokenizer=tmp_path / "own", format="prompt", split=0)
+    prepare(
+        [tmp_path / "pairs.jsonl"],
+        tmp_path / "pairs",
+        tokenizer=tmp_path / "own",
+        format="prompt",
+        split=0,
+    )
     words = load_tokenizer(prepared)
     wanted = [*encode(words, "to be"), *encode(words, " or not"), 0]
     assert TokenData(tmp_path / "pairs").window(0, 2 * len(wanted)).tolist() == wanted * 2
     (tmp_path / "again" / chat.FILE).write_text("other")
-    with pytest.raises(ValueError, match=r"chat_template\.jinja: is not the template that made these tokens"):
+    with pytest.raises(
+        ValueError, match=r"chat_template\.jinja: is not the template that made these tokens"
+    ):
         TokenData(tmp_path / "again")
     for options, message in (
-        ({"format": "messages", "vocab_size": 300}, "format 'messages' needs the tokenizer of the model"),
+        (
+            {"format": "messages", "vocab_size": 300},
+            "format 'messages' needs the tokenizer of the model",
+        ),
         ({"format": "chatml", "tokenizer": prepared}, "format 'chatml' is unknown"),
-        ({"tokenizer": prepared, "chat_template": "x"}, "a chat template needs a format of conversations"),
-        ({"format": "messages", "tokenizer": prepared, "chat_template": "gone"}, "gone: no such file"),
+        (
+            {"tokenizer": prepared, "chat_template": "x"},
+            "a chat template needs a format of conversations",
+        ),
+        (
+            {"format": "messages", "tokenizer": prepared, "chat_template": "gone"},
+            "gone: no such file",
+        ),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             prepare([path], tmp_path / "no", **options)
@@ -405,6 +528,8 @@ def test_templates_and_arguments_of_prepare(folder, talks, prepared, tmp_path):
 
 def test_the_example_records_are_what_their_script_makes():
     script = ROOT / "examples" / "instructions.py"
-    made = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=True
+    ).stdout
     assert made == script.with_suffix(".jsonl").read_text()
     assert len(read(script.with_suffix(".jsonl"))) == 160

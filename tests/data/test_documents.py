@@ -23,7 +23,10 @@ def read(*inputs, **options):
 
 
 def json_lines(texts, field="text"):
-    return "".join(json.dumps({"id": n, field: text}, ensure_ascii=n % 2 == 0) + "\n" for n, text in enumerate(texts))
+    return "".join(
+        json.dumps({"id": n, field: text}, ensure_ascii=n % 2 == 0) + "\n"
+        for n, text in enumerate(texts)
+    )
 
 
 def write(path, content):
@@ -39,11 +42,15 @@ def write(path, content):
 
 
 def write_parquet(path, column, name="text", **options):
-    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(column))), name: column}), path, **options)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": list(range(len(column))), name: column}), path, **options
+    )
     return path
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".markdown", ".TXT", ".txt.gz", ".txt.zst", ".md.gz"])
+@pytest.mark.parametrize(
+    "suffix", [".txt", ".md", ".markdown", ".TXT", ".txt.gz", ".txt.zst", ".md.gz"]
+)
 def test_a_text_file_is_one_document(tmp_path, suffix):
     assert read(write(tmp_path / f"a{suffix}", "one\n\ntwo\n")) == ["one\n\ntwo\n"]
 
@@ -52,7 +59,8 @@ def test_a_text_file_is_one_document(tmp_path, suffix):
 @pytest.mark.parametrize("field", ["text", "content"])
 def test_json_lines(tmp_path, suffix, field):
     path = write(
-        tmp_path / f"a{suffix}", "\ufeff" + json_lines(TEXTS, field) + "\n  \n" + json_lines(["last"], field)[:-1]
+        tmp_path / f"a{suffix}",
+        "\ufeff" + json_lines(TEXTS, field) + "\n  \n" + json_lines(["last"], field)[:-1],
     )
     assert read(path, text_field=field) == [*TEXTS, "last"]
 
@@ -68,14 +76,17 @@ def test_lines_across_chunks(tmp_path, monkeypatch):
 def test_parquet(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(documents, "PARQUET_ROWS", 4)
     texts = [f"row {n}" for n in range(11)]
-    path = write_parquet(tmp_path / "a.parquet", pyarrow.array(texts, kind), "content", row_group_size=3)
+    path = write_parquet(
+        tmp_path / "a.parquet", pyarrow.array(texts, kind), "content", row_group_size=3
+    )
     assert read(path, text_field="content") == texts
 
 
 def test_parquet_columns_that_are_stored_as_a_dictionary_are_text(tmp_path):
     column = pyarrow.array(["a", "b", "a", "a"]).dictionary_encode()
     path = write_parquet(tmp_path / "a.parquet", column)
-    assert pyarrow.parquet.read_schema(path).field("text").type == column.type  # and not plain strings
+    # and not plain strings
+    assert pyarrow.parquet.read_schema(path).field("text").type == column.type
     assert read(path) == ["a", "b", "a", "a"]
     assert [record["text"] for _, record in read_records([path], ["text"])] == ["a", "b", "a", "a"]
 
@@ -83,7 +94,9 @@ def test_parquet_columns_that_are_stored_as_a_dictionary_are_text(tmp_path):
 def test_parquet_columns_of_one_name(tmp_path):
     def table(*names):
         columns = [pyarrow.array([f"{number}"]) for number in range(len(names))]
-        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet"
+        )
         return tmp_path / "a.parquet"
 
     with pytest.raises(ValueError, match=r"a.parquet: 2 columns are named 'text'; rename"):
@@ -94,10 +107,25 @@ def test_parquet_columns_of_one_name(tmp_path):
 
 
 def test_a_folder_is_walked_in_sorted_order_without_hidden_and_unknown_files(tmp_path):
-    for name in ("b/2.txt", "b/10.txt", "a.txt", "c.md", "b/deep/x.jsonl", ".hidden.txt", ".git/y.txt", "z.py", "no"):
+    for name in (
+        "b/2.txt",
+        "b/10.txt",
+        "a.txt",
+        "c.md",
+        "b/deep/x.jsonl",
+        ".hidden.txt",
+        ".git/y.txt",
+        "z.py",
+        "no",
+    ):
         write(tmp_path / name, json_lines([name]) if name.endswith("jsonl") else name)
     assert read(tmp_path) == ["a.txt", "b/10.txt", "b/2.txt", "b/deep/x.jsonl", "c.md"]
-    assert read(tmp_path / "c.md", tmp_path / "b") == ["c.md", "b/10.txt", "b/2.txt", "b/deep/x.jsonl"]
+    assert read(tmp_path / "c.md", tmp_path / "b") == [
+        "c.md",
+        "b/10.txt",
+        "b/2.txt",
+        "b/deep/x.jsonl",
+    ]
 
 
 def test_linked_folders_are_followed_and_circles_refused(tmp_path):
@@ -154,7 +182,11 @@ def test_an_input_that_is_not_there_is_told_before_anything_is_read(tmp_path):
         ("a.jsonl", "{}", "a.jsonl line 1: no field 'text'; it has none"),
         ("a.jsonl", '{"text": null}', "a.jsonl line 1: field 'text' holds null, not a string"),
         ("a.jsonl", '{"text": ["x"]}', "a.jsonl line 1: field 'text' holds list, not a string"),
-        ("a.jsonl", '{"text": "\\ud800"}', "a.jsonl line 1: field 'text' is not Unicode text: surrogates"),
+        (
+            "a.jsonl",
+            '{"text": "\\ud800"}',
+            "a.jsonl line 1: field 'text' is not Unicode text: surrogates",
+        ),
         ("a.jsonl.zst", '{"text": 1}', "a.jsonl.zst line 1: field 'text' holds int"),
         ("a.parquet", "not parquet", "a.parquet: cannot be read as parquet: "),
         ("a.txt", " \n", "no document in .*a.txt: every one is empty"),
@@ -170,7 +202,8 @@ def test_errors_name_the_file_in_one_line(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_damaged_compression_is_an_error_not_a_shorter_text(tmp_path, suffix):
-    noise = random.Random(0).randbytes(200_000).hex()  # several blocks, of which a cut file would give the first
+    # several blocks, of which a cut file would give the first
+    noise = random.Random(0).randbytes(200_000).hex()
     path = write(tmp_path / f"a.txt.{suffix}", noise)
     content = path.read_bytes()
     assert read(path) == [noise]
@@ -188,7 +221,9 @@ def test_damaged_compression_is_an_error_not_a_shorter_text(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_files_of_several_frames(tmp_path, suffix):
     compress = gzip.compress if suffix == "gz" else zstandard.compress
-    (tmp_path / f"a.txt.{suffix}").write_bytes(b"".join(compress(part) for part in (b"one ", b"two ", b"three")))
+    (tmp_path / f"a.txt.{suffix}").write_bytes(
+        b"".join(compress(part) for part in (b"one ", b"two ", b"three"))
+    )
     assert read(tmp_path) == ["one two three"]
 
 
@@ -204,7 +239,9 @@ def test_parquet_errors(tmp_path):
         with pytest.raises(ValueError, match=r"a.parquet row 2: column 'text' holds null"):
             read(write_parquet(path, column))
     broken = pyarrow.Array.from_buffers(
-        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"xy\xff")]
+        pyarrow.string(),
+        2,
+        [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"xy\xff")],
     )
     with pytest.raises(ValueError, match=r"a.parquet row 2: not UTF-8 at byte 1"):
         read(write_parquet(path, broken))
@@ -227,11 +264,15 @@ def test_folders_without_documents(tmp_path):
         read_documents(str(tmp_path))
 
 
-@pytest.mark.parametrize(("module", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.jsonl.zst")])
+@pytest.mark.parametrize(
+    ("module", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.jsonl.zst")]
+)
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch, module, name):
     path = write(tmp_path / name, json_lines(["x"]))
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"{name}: reading .* needs {module}: pip install 'transnormer\[data\]'"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: reading .* needs {module}: pip install 'transnormer\[data\]'"
+    ):
         read(path)
 
 
@@ -251,7 +292,11 @@ def test_read_text(tmp_path):
 
 def test_texts_are_the_documents_of_one_file_of_any_kind(tmp_path):
     assert list(read_texts(write(tmp_path / "notes", "a\r\nb"))) == ["a\nb"]  # whatever the suffix
-    assert list(read_texts(write(tmp_path / "a.jsonl.gz", json_lines(["x", " ", "y"], "body")), text_field="body")) == [
+    assert list(
+        read_texts(
+            write(tmp_path / "a.jsonl.gz", json_lines(["x", " ", "y"], "body")), text_field="body"
+        )
+    ) == [
         "x",
         "y",
     ]

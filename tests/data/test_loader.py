@@ -51,7 +51,18 @@ def test_far_positions_cost_no_more():
 
 def test_the_permutation_is_the_same_in_every_version():
     # a saved position means this order: a change here breaks every run that resumes
-    assert [window_index(0, 0, position, 10) for position in range(10)] == [4, 3, 9, 8, 6, 7, 2, 1, 5, 0]
+    assert [window_index(0, 0, position, 10) for position in range(10)] == [
+        4,
+        3,
+        9,
+        8,
+        6,
+        7,
+        2,
+        1,
+        5,
+        0,
+    ]
     assert window_index(1234, 5, 678, 10**9) == 64_814_430
 
 
@@ -96,7 +107,9 @@ def test_the_next_epoch_has_another_order(prepared_scenes):
 def test_the_global_batch_does_not_depend_on_the_ranks(prepared_scenes, ranks, rows):
     data = TokenData(prepared_scenes)
     alone = Loader(data, seq_len=50, batch_size=8, seed=5)
-    shared = [Loader(data, seq_len=50, batch_size=rows, seed=5, rank=r, ranks=ranks) for r in range(ranks)]
+    shared = [
+        Loader(data, seq_len=50, batch_size=rows, seed=5, rank=r, ranks=ranks) for r in range(ranks)
+    ]
     for _ in range(2 * alone.count // 8 + 2):  # over two epochs' ends
         assert torch.equal(take(alone, 1)[0], torch.cat([take(each, 1)[0] for each in shared]))
     assert {each.position for each in shared} == {alone.position}
@@ -119,7 +132,9 @@ def test_seek_goes_on_where_another_stopped(prepared_scenes):
 
 def test_another_seed_gives_other_batches(prepared_scenes):
     data = TokenData(prepared_scenes)
-    first, second = (take(Loader(data, seq_len=16, batch_size=8, seed=seed), 1)[0] for seed in (0, 1))
+    first, second = (
+        take(Loader(data, seq_len=16, batch_size=8, seed=seed), 1)[0] for seed in (0, 1)
+    )
     assert not torch.equal(first, second)
 
 
@@ -135,7 +150,8 @@ def test_rows_are_the_callers_to_change(prepared_scenes):
 def test_loader_errors(prepared_scenes):
     data = TokenData(prepared_scenes)
     with pytest.raises(
-        ValueError, match=f"train has {data.tokens} tokens, and one window of seq_len {data.tokens} needs"
+        ValueError,
+        match=f"train has {data.tokens} tokens, and one window of seq_len {data.tokens} needs",
     ):
         Loader(data, seq_len=data.tokens, batch_size=1, seed=0)
     assert Loader(data, seq_len=data.tokens - 1, batch_size=1, seed=0).count == 1

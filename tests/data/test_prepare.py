@@ -42,10 +42,14 @@ def tokenizer(prepared_scenes):
 def test_documents_of_their_own_are_the_validation_split(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("one two three four\n")
     (tmp_path / "held.jsonl").write_text('{"text": "five six"}\n{"text": "seven"}\n')
-    record = prepare([tmp_path / "train.txt"], tmp_path / "out", vocab_size=260, valid=[tmp_path / "held.jsonl"])
+    record = prepare(
+        [tmp_path / "train.txt"], tmp_path / "out", vocab_size=260, valid=[tmp_path / "held.jsonl"]
+    )
     assert [record["splits"][name]["documents"] for name in ("train", "valid")] == [1, 2]
     valid = TokenData(tmp_path / "out", "valid")
-    text = load_tokenizer(tmp_path / "out").decode(valid.window(0, valid.tokens).tolist(), skip_special_tokens=False)
+    text = load_tokenizer(tmp_path / "out").decode(
+        valid.window(0, valid.tokens).tolist(), skip_special_tokens=False
+    )
     assert text == "five six<|endoftext|>seven<|endoftext|>"
 
 
@@ -58,7 +62,12 @@ def test_both_splits_hold_every_document_once_in_order(prepared_scenes, scenes):
 
 def test_the_record_says_what_is_there(prepared_scenes, scenes_file, scenes):
     record = json.loads((prepared_scenes / "data.json").read_text())
-    assert (record["format"], record["dtype"], record["vocab_size"], record["end_of_text"]) == (1, "uint16", 400, 0)
+    assert (record["format"], record["dtype"], record["vocab_size"], record["end_of_text"]) == (
+        1,
+        "uint16",
+        400,
+        0,
+    )
     tokenizer = (prepared_scenes / "tokenizer.json").read_bytes()
     assert record["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
     digest = hashlib.sha256()
@@ -73,8 +82,13 @@ def test_the_record_says_what_is_there(prepared_scenes, scenes_file, scenes):
         data, found = TokenData(prepared_scenes, split), record["splits"][split]
         documents = read_documents(prepared_scenes, split)
         assert data.source == record["source"]
-        assert (data.documents, data.bytes) == (len(documents), sum(len(text.encode()) for text in documents))
-        assert [shard["tokens"] for shard in found["shards"][:-1]] == [1000] * (len(found["shards"]) - 1)
+        assert (data.documents, data.bytes) == (
+            len(documents),
+            sum(len(text.encode()) for text in documents),
+        )
+        assert [shard["tokens"] for shard in found["shards"][:-1]] == [1000] * (
+            len(found["shards"]) - 1
+        )
         sizes = [(prepared_scenes / shard["file"]).stat().st_size for shard in found["shards"]]
         assert data.tokens == sum(size // 2 for size in sizes)
         names |= {shard["file"] for shard in found["shards"]}
@@ -103,7 +117,12 @@ def test_the_tokenizer_is_trained_on_training_documents_alone(tmp_path):
     leads = ["hidden quux " * 9 if held_out(n) else "only train " * 9 for n in range(20)]
     texts = [lead + text for lead, text in zip(leads, texts, strict=True)]
     with pytest.warns(UserWarning, match="too small"):
-        prepare([write_documents(tmp_path / "a.jsonl", texts)], tmp_path / "out", vocab_size=400, split=0.5)
+        prepare(
+            [write_documents(tmp_path / "a.jsonl", texts)],
+            tmp_path / "out",
+            vocab_size=400,
+            split=0.5,
+        )
     vocab = load_tokenizer(tmp_path / "out").get_vocab()
     assert "Ġtrain" in vocab
     assert not {"quux", "Ġquux", "hidden"} & vocab.keys()
@@ -113,7 +132,12 @@ def test_the_tokenizer_is_trained_on_a_bounded_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "SAMPLE_BYTES", 1000)
     texts = ["early " * 30] * 10 + ["later " * 30] * 10
     with pytest.warns(UserWarning, match="too small"):
-        prepare([write_documents(tmp_path / "a.jsonl", texts)], tmp_path / "out", vocab_size=400, split=0)
+        prepare(
+            [write_documents(tmp_path / "a.jsonl", texts)],
+            tmp_path / "out",
+            vocab_size=400,
+            split=0,
+        )
     vocab = load_tokenizer(tmp_path / "out").get_vocab()
     assert "Ġearly" in vocab
     assert "Ġlater" not in vocab
@@ -180,7 +204,9 @@ def test_a_long_document_is_the_same_whole_and_in_pieces(tmp_path, monkeypatch, 
     (tmp_path / "a.txt").write_text(text)
     marking = Tokenizer.from_file(str(tokenizer))
     marking.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    marking.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
+    marking.post_processor = processors.TemplateProcessing(
+        f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
     marking.save(str(tmp_path / "marking.json"))
     for name, path in (("plain", tokenizer), ("marking", tmp_path / "marking.json")):
         prepare([tmp_path / "a.txt"], tmp_path / name, tokenizer=path, split=0)
@@ -193,7 +219,9 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: n for n, token in enumerate([*letters, *(f"<{n}>" for n in range(70_000)), "ab"])}
+    vocab = {
+        token: n for n, token in enumerate([*letters, *(f"<{n}>" for n in range(70_000)), "ab"])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -217,8 +245,14 @@ def test_arguments_that_do_not_fit(tmp_path, scenes_file, tokenizer):
         ({"vocab_size": 300, "split": -0.1}, "split must be a share"),
         ({"vocab_size": 300, "shard_tokens": 0}, "shard_tokens must be positive; got 0"),
         ({"vocab_size": 300, "text_field": "body"}, "no field 'body'"),
-        ({"vocab_size": 300, "format": "foo"}, "format 'foo' is unknown; there are text, messages, prompt, alpaca"),
-        ({"tokenizer": tokenizer, "format": "prompt", "text_field": "body"}, "text_field = 'body' is for text alone"),
+        (
+            {"vocab_size": 300, "format": "foo"},
+            "format 'foo' is unknown; there are text, messages, prompt, alpaca",
+        ),
+        (
+            {"tokenizer": tokenizer, "format": "prompt", "text_field": "body"},
+            "text_field = 'body' is for text alone",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             prepare([scenes_file], out, **options)
@@ -280,7 +314,9 @@ except OSError as error:
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-c", RUN, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_clears_up(tmp_path, tokenizer):
@@ -295,7 +331,10 @@ def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_clears_up(tmp_p
     assert sorted(path.name for path in out.iterdir()) == [
         "data.json", "tokenizer.json", "train-00000.bin", "valid-00000.bin",
     ]  # fmt: skip
-    assert "".join(read_documents(out, "train") + read_documents(out, "valid")) == SHAKESPEARE.read_text()
+    assert (
+        "".join(read_documents(out, "train") + read_documents(out, "valid"))
+        == SHAKESPEARE.read_text()
+    )
 
 
 def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, tokenizer):
@@ -321,7 +360,9 @@ def test_two_runs_at_once_do_not_mix(tmp_path, scenes_file, tokenizer):
 
 def test_progress_counts_every_byte(tmp_path, scenes_file, scenes):
     calls = []
-    prepare([scenes_file], tmp_path / "out", vocab_size=300, progress=lambda *call: calls.append(call))
+    prepare(
+        [scenes_file], tmp_path / "out", vocab_size=300, progress=lambda *call: calls.append(call)
+    )
     total = sum(len(text.encode()) for text in scenes)
     last = {task: (done, total) for task, done, total in calls}
     assert list(last) == ["reading", "training the tokenizer", "tokenizing"]

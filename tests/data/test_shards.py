@@ -15,7 +15,15 @@ def test_windows_cross_shard_borders(prepared_scenes):
     paths = sorted(prepared_scenes.glob("train-*.bin"))
     raw = np.concatenate([np.fromfile(path, "<u2") for path in paths])
     assert data.tokens == len(raw) > 3000
-    for start, length in ((0, 10), (995, 10), (1000, 1000), (999, 1), (990, 2050), (0, len(raw)), (len(raw), 0)):
+    for start, length in (
+        (0, 10),
+        (995, 10),
+        (1000, 1000),
+        (999, 1),
+        (990, 2050),
+        (0, len(raw)),
+        (len(raw), 0),
+    ):
         window = data.window(start, length)
         assert window.dtype == np.int64
         assert np.array_equal(window, raw[start : start + length])
@@ -69,15 +77,27 @@ def test_damaged_records_are_refused(copy):
     parts = [json.dumps(whole)[:-5], "[]", "{}", '"x"', b"\xff"]
     parts += [json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole]
     parts += [json.dumps(whole | {"format": 2})]
-    parts += [json.dumps(whole | {"dtype": "int8"}), json.dumps(whole | {"splits": {"train": {}, "valid": {}}})]
+    parts += [
+        json.dumps(whole | {"dtype": "int8"}),
+        json.dumps(whole | {"splits": {"train": {}, "valid": {}}}),
+    ]
     for key in ("tokens", "bytes", "documents", "shards"):
         train = {k: v for k, v in whole["splits"]["train"].items() if k != key}
         parts.append(json.dumps(whole | {"splits": whole["splits"] | {"train": train}}))
     shards = whole["splits"]["train"]["shards"]
     outside = [{**shard, "file": f"../copy/{shard['file']}"} for shard in shards]
     for change in ({"tokens": 5}, {"documents": "many"}, {"bytes": None}, {"shards": outside}):
-        parts.append(json.dumps(whole | {"splits": whole["splits"] | {"train": whole["splits"]["train"] | change}}))
-    for key, value in (("vocab_size", "400"), ("vocab_size", 0), ("end_of_text", 400), ("source", {})):
+        parts.append(
+            json.dumps(
+                whole | {"splits": whole["splits"] | {"train": whole["splits"]["train"] | change}}
+            )
+        )
+    for key, value in (
+        ("vocab_size", "400"),
+        ("vocab_size", 0),
+        ("end_of_text", 400),
+        ("source", {}),
+    ):
         parts.append(json.dumps(whole | {key: value}))
     for part in parts:
         path.write_bytes(part if isinstance(part, bytes) else part.encode())

@@ -28,7 +28,8 @@ from transnormer.data.tokenizer import (
 SHAKESPEARE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
 TEXT = SHAKESPEARE.read_text()[:200_000]
 AWKWARD = [
-    "", " ", "  a", "a  ", "\n\n\n", "\r\n\t\v\f", "\x00\x01\x1b\x7f\x85", "\ufeffx", "a\u00a0b\u2028c",
+    "", " ", "  a", "a  ", "\n\n\n", "\r\n\t\v\f", "\x00\x01\x1b\x7f\x85", "\ufeffx",
+    "a\u00a0b\u2028c",
     "\U0001f469\u200d\U0001f680", "e\u0301é", "１２３½²",
     "漢字とかな", END_OF_TEXT, f"a{END_OF_TEXT}{END_OF_TEXT} b", "don't  can't'll",
 ]  # fmt: skip
@@ -41,16 +42,20 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def spaced():
-    """A tokenizer that has learned runs of blanks and line ends, so that a run cut in the wrong place shows."""
+    """A tokenizer that has learned runs of blanks and line ends, so that a run cut in the wrong
+    place shows."""
     runs = [a * n + b * m for a in " \n" for b in " \n" for n in (1, 2, 3) for m in (0, 1, 2)]
-    found = train_tokenizer([TEXT[:20_000], "".join(run + end for run in runs for end in "1a-") * 40], 500)
+    found = train_tokenizer(
+        [TEXT[:20_000], "".join(run + end for run in runs for end in "1a-") * 40], 500
+    )
     assert len(ids(found, "  ")) == len(ids(found, "\n\n")) == 1
     return found
 
 
 @pytest.fixture(scope="module")
 def gpt2_files():
-    """A small vocabulary in GPT-2's two files: the bytes, two merges, END_OF_TEXT last as GPT-2 has it."""
+    """A small vocabulary in GPT-2's two files: the bytes, two merges, END_OF_TEXT last as GPT-2 has
+    it."""
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -83,7 +88,9 @@ def test_digits_stand_alone_and_no_space_is_added(tokenizer):
     trained = train_tokenizer(["the year 1999 1999 1999\n"] * 50, 263)
     encoding = trained.encode("1999")
     assert encoding.tokens == ["1", "9", "9", "9"]
-    assert not any(len(token) > 1 and any(c.isdigit() for c in token) for token in trained.get_vocab())
+    assert not any(
+        len(token) > 1 and any(c.isdigit() for c in token) for token in trained.get_vocab()
+    )
     assert ids(tokenizer, "the") != ids(tokenizer, " the")
 
 
@@ -96,7 +103,8 @@ def test_end_of_text_spelled_in_a_text_is_text(tokenizer, tmp_path):
 
 
 def saved(tokenizer):
-    """What `torch.save` keeps of it, as an attribute of a module, which is how a model holds its tokenizer."""
+    """What `torch.save` keeps of it, as an attribute of a module, which is how a model holds its
+    tokenizer."""
     module, file = torch.nn.Linear(1, 1), io.BytesIO()
     module.tokenizer = tokenizer
     torch.save(module, file)
@@ -111,7 +119,8 @@ def averaged(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each)), saved, averaged]
+    "copied",
+    [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each)), saved, averaged],
 )
 def test_special_tokens_are_text_to_copies_too(tokenizer, copied):
     twice = copied(copied(tokenizer))
@@ -124,7 +133,8 @@ def test_special_tokens_are_text_to_copies_too(tokenizer, copied):
 
 def test_the_same_text_gives_the_same_file_in_any_process(tokenizer):
     script = (
-        "import sys; from pathlib import Path; from transnormer.data.tokenizer import train_tokenizer\n"
+        "import sys; from pathlib import Path; from transnormer.data.tokenizer import "
+        "train_tokenizer\n"
         "print(train_tokenizer([Path(sys.argv[1]).read_text()[:200_000]], 600).to_str())"
     )
     command = [sys.executable, "-c", script, str(SHAKESPEARE)]
@@ -280,7 +290,11 @@ def test_load_errors(tmp_path, gpt2_files):
     (tmp_path / "encoder.json").write_text(vocab[:-9])
     with pytest.raises(ValueError, match=r"encoder.json: not JSON"):
         load_tokenizer(tmp_path)
-    for content, message in ((b"{", "not JSON"), (b"\xff", "not JSON"), (b'{"a": 1}', "not a tokenizer.json")):
+    for content, message in (
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b'{"a": 1}', "not a tokenizer.json"),
+    ):
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(ValueError, match=f"tokenizer.json: {message}") as caught:
             load_tokenizer(tmp_path)

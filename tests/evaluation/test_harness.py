@@ -1,4 +1,5 @@
-"""The harness over our forward says what it says over its own backend; tasks run over the files of a folder."""
+"""The harness over our forward says what it says over its own backend; tasks run over the files of
+a folder."""
 
 from __future__ import annotations
 
@@ -34,13 +35,23 @@ from transnormer.model.state import State
 from ..test_cli import call, refused
 
 SMALL = {
-    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 48,
     "initializer_range": 0.3,
 }  # fmt: skip
-KINDS = {"linear": {}, "softmax": TRANSFORMER, "alibi": TRANSFORMER | {"position": "none", "decay": "alibi"}}
-QUESTION = "Who comes first to the house of the king, and who comes last, when the night is long?\nAnswer:"
+KINDS = {
+    "linear": {},
+    "softmax": TRANSFORMER,
+    "alibi": TRANSFORMER | {"position": "none", "decay": "alibi"},
+}
+QUESTION = (
+    "Who comes first to the house of the king, and who comes last, when the night is long?\nAnswer:"
+)
 PAIRS = [
-    *((QUESTION, answer) for answer in (" the king", " the fool", " nobody at all, for the door is shut", " A", " B")),
+    *(
+        (QUESTION, answer)
+        for answer in (" the king", " the fool", " nobody at all, for the door is shut", " A", " B")
+    ),
     (QUESTION + " the king\n\n" + QUESTION, " the queen"),
     (QUESTION + " the king\n\n" + QUESTION, " the king"),
     ("", "Good morrow"),  # after the prefix token alone
@@ -76,7 +87,8 @@ def llama(make: Callable[..., LanguageModel]) -> HFLM:
     model = make("softmax")
     config = model.config
     names = {
-        "mixer_norm": "input_layernorm", "glu_norm": "post_attention_layernorm", "mixer.out_proj": "self_attn.o_proj",
+        "mixer_norm": "input_layernorm", "glu_norm": "post_attention_layernorm",
+        "mixer.out_proj": "self_attn.o_proj",
         "glu.": "mlp.",
     }  # fmt: skip
     weights = {}
@@ -85,17 +97,23 @@ def llama(make: Callable[..., LanguageModel]) -> HFLM:
             name = name.replace(ours, theirs)
         if "qkvu_proj" in name:
             for letter, part in zip(
-                "qkv", tensor.unflatten(0, (config.num_attention_heads, 3, -1)).unbind(1), strict=True
+                "qkv",
+                tensor.unflatten(0, (config.num_attention_heads, 3, -1)).unbind(1),
+                strict=True,
             ):
-                weights[f"model.{name}".replace("mixer.qkvu", f"self_attn.{letter}")] = part.flatten(0, 1)
+                weights[f"model.{name}".replace("mixer.qkvu", f"self_attn.{letter}")] = (
+                    part.flatten(0, 1)
+                )
         else:
             weights[f"model.{name}"] = tensor
     twin = LlamaForCausalLM(
         LlamaConfig(
             **{key: value for key, value in SMALL.items() if key != "initializer_range"},
-            rms_norm_eps=config.norm_eps, tie_word_embeddings=True, max_position_embeddings=4_096,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=True,
+            max_position_embeddings=4_096,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])  # the embedding's own
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model.tokenizer, eos_token=END_OF_TEXT)
@@ -114,14 +132,19 @@ def test_loglikelihoods_equal_the_harness_own_backend(make, llama: HFLM, batch_t
         0, len(context) :
     ].tolist()
     tokens = [(("", ""), context, greedy[:n]) for n in range(1, 7)]
-    tokens += [(("", ""), context, [*greedy[:n], (greedy[n] + 1) % 300, *greedy[n + 1 :]]) for n in range(6)]
+    tokens += [
+        (("", ""), context, [*greedy[:n], (greedy[n] + 1) % 300, *greedy[n + 1 :]])
+        for n in range(6)
+    ]
     wanted, found = (lm._loglikelihood_tokens(tokens, disable_tqdm=True) for lm in (llama, ours))
     assert [flag for _, flag in found] == [flag for _, flag in wanted] == [True] * 6 + [False] * 6
     assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_harness_own_backend_reads_our_folders_to_the_same_numbers(make, kind: str, tmp_path: Path) -> None:
+def test_the_harness_own_backend_reads_our_folders_to_the_same_numbers(
+    make, kind: str, tmp_path: Path
+) -> None:
     import transnormer.hub.hf  # noqa: F401  registers the classes with transformers
 
     model = make(kind)
@@ -135,10 +158,16 @@ def test_the_harness_own_backend_reads_our_folders_to_the_same_numbers(make, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("batch_tokens", "shared", "state_bytes"), [(8_192, 16, 2**31), (1, 1, 1), (64, 1, 2**17), (300, 5, 2**31)]
+    ("batch_tokens", "shared", "state_bytes"),
+    [(8_192, 16, 2**31), (1, 1, 1), (64, 1, 2**17), (300, 5, 2**31)],
 )
 def test_every_way_of_reading_gives_the_same(
-    make, kind: str, batch_tokens: int, shared: int, state_bytes: int, monkeypatch: pytest.MonkeyPatch
+    make,
+    kind: str,
+    batch_tokens: int,
+    shared: int,
+    state_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(harness, "SHARED", shared)
     monkeypatch.setattr(harness, "STATE_BYTES", state_bytes)
@@ -154,14 +183,21 @@ def test_every_way_of_reading_gives_the_same(
         with torch.inference_mode():
             logits = model(torch.tensor([ids]))[0][0, first - 1 : -1]
         target = torch.tensor(ids[first:])
-        assert score == pytest.approx(-F.cross_entropy(logits, target, reduction="sum").item(), abs=1e-8)
+        assert score == pytest.approx(
+            -F.cross_entropy(logits, target, reduction="sum").item(), abs=1e-8
+        )
         assert greedy == bool((logits.argmax(-1) == target).all())
 
 
 def test_a_common_beginning_is_read_once(make) -> None:
     model = make("linear")
-    question, other = encode(model.tokenizer, QUESTION), encode(model.tokenizer, "Another, longer: " + QUESTION)
-    answers = [encode(model.tokenizer, text) for text in (" the king", " the fool and his dog", " A")]
+    question, other = (
+        encode(model.tokenizer, QUESTION),
+        encode(model.tokenizer, "Another, longer: " + QUESTION),
+    )
+    answers = [
+        encode(model.tokenizer, text) for text in (" the king", " the fool and his dog", " A")
+    ]
     asked = [(("", ""), prompt, answer) for prompt in (question, other) for answer in answers]
     read: list[tuple[int, int]] = []
     HarnessLM(model, progress=lambda *counts: read.append(counts))._loglikelihood_tokens(asked)
@@ -181,7 +217,9 @@ def test_a_batch_keeps_to_its_tokens_and_states(make, monkeypatch: pytest.Monkey
 
     def batches(**options: Any) -> list[int]:
         read = [0]
-        HarnessLM(model, progress=lambda done, _: read.append(done), **options)._loglikelihood_tokens(asked)
+        HarnessLM(
+            model, progress=lambda done, _: read.append(done), **options
+        )._loglikelihood_tokens(asked)
         return [after - before for before, after in itertools.pairwise(read)]
 
     total = sum(len(prompt) + 1 for prompt in prompts)
@@ -197,7 +235,9 @@ def test_a_batch_keeps_to_its_tokens_and_states(make, monkeypatch: pytest.Monkey
 
 def test_long_texts_carry_the_state_or_are_read_in_windows(make, llama: HFLM) -> None:
     texts = [QUESTION * 3, "Short.", ""]
-    asked = [Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("task", 0, 1)) for text in texts]
+    asked = [
+        Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("task", 0, 1)) for text in texts
+    ]
     model = make("softmax")
     whole = HarnessLM(model, batch_tokens=20).loglikelihood_rolling(asked)
     ids = [encode(model.tokenizer, text) for text in texts]
@@ -211,7 +251,9 @@ def test_long_texts_carry_the_state_or_are_read_in_windows(make, llama: HFLM) ->
         cut = llama.loglikelihood(requests(PAIRS[:2]), disable_tqdm=True)
     finally:
         llama._max_length = None
-    assert HarnessLM(model, max_length=16).loglikelihood_rolling(asked) == pytest.approx(windows, abs=1e-3)
+    assert HarnessLM(model, max_length=16).loglikelihood_rolling(asked) == pytest.approx(
+        windows, abs=1e-3
+    )
     assert abs(windows[0] - whole[0]) > 0.1
     ours = HarnessLM(model, max_length=16).loglikelihood(requests(PAIRS[:2]))
     assert [score for score, _ in ours] == pytest.approx([score for score, _ in cut], abs=1e-3)
@@ -284,44 +326,58 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     numbers = range(6)
     choices = {"text": ["red", "green", "blue", "grey"], "label": ["A", "B", "C", "D"]}
     lines(folder / "boolq.jsonl.gz", [
-        {"question": f"is {n} even", "answer": n % 2 == 0, "passage": f"The number is {n}."} for n in numbers
+        {"question": f"is {n} even", "answer": n % 2 == 0,
+         "passage": f"The number is {n}."} for n in numbers
     ])  # fmt: skip
     lines(folder / "piqa.jsonl", [
-        {"goal": f"Cook {n} eggs", "sol1": "Boil them.", "sol2": "Paint them blue.", "label": n % 2} for n in numbers
+        {"goal": f"Cook {n} eggs", "sol1": "Boil them.", "sol2": "Paint them blue.",
+         "label": n % 2} for n in numbers
     ])  # fmt: skip
     lines(folder / "siqa.jsonl.gz", [
-        {"context": f"Ann met {n} friends.", "question": "How does she feel?", "answerA": "happy", "answerB": "sad",
+        {"context": f"Ann met {n} friends.", "question": "How does she feel?", "answerA": "happy",
+         "answerB": "sad",
          "answerC": "old", "label": str(1 + n % 3)} for n in numbers
     ])  # fmt: skip
     lines(folder / "hellaswag.jsonl.gz", [
-        {"activity_label": "Sailing", "ctx_a": f"A man boards boat {n}.", "ctx_b": "he", "label": str(n % 4),
-         "endings": ["sails away [title] home.", "sinks.", "eats the boat.", "sings a song."]} for n in numbers
+        {"activity_label": "Sailing", "ctx_a": f"A man boards boat {n}.", "ctx_b": "he",
+         "label": str(n % 4),
+         "endings": ["sails away [title] home.", "sinks.", "eats the boat.",
+                     "sings a song."]} for n in numbers
     ])  # fmt: skip
     lines(folder / "winogrande.jsonl.gz", [
-        {"sentence": f"The {n} dogs chased the cats because _ were fast.", "option1": "dogs", "option2": "cats",
+        {"sentence": f"The {n} dogs chased the cats because _ were fast.", "option1": "dogs",
+         "option2": "cats",
          "answer": str(1 + n % 2)} for n in numbers
     ])  # fmt: skip
     for task in ("arc_easy", "arc_challenge"):
         lines(folder / f"{task}.validation.jsonl.gz", [
-            {"id": str(n), "question": f"Which colour is {n}?", "choices": choices, "answerKey": "ABCD"[n % 4]}
+            {"id": str(n), "question": f"Which colour is {n}?", "choices": choices,
+             "answerKey": "ABCD"[n % 4]}
             for n in numbers
         ])  # fmt: skip
     lines(folder / "openbookqa.validation.jsonl.gz", [
-        {"id": str(n), "question_stem": f"Number {n} is", "choices": choices, "answerKey": "ABCD"[n % 4]}
+        {"id": str(n), "question_stem": f"Number {n} is", "choices": choices,
+         "answerKey": "ABCD"[n % 4]}
         for n in numbers
     ])  # fmt: skip
     for split, count in (("dev", 5), ("test", 4)):
         lines(folder / f"mmlu.{split}.jsonl.gz", [
-            {"question": f" {split} {subject} {n}? ", "subject": subject, "choices": ["one", "two", "three", "four"],
-             "answer": n % 4} for subject in ("anatomy", "astronomy", "professional_law") for n in range(count)
+            {"question": f" {split} {subject} {n}? ", "subject": subject,
+             "choices": ["one", "two", "three", "four"],
+             "answer": n % 4} for subject in ("anatomy", "astronomy",
+             "professional_law") for n in range(count)
         ])  # fmt: skip
     archive(folder / "cmmlu.tar.gz", {
         f"{split}/{subject}.csv": chinese(subject, count)
         for split, count in (("dev", 5), ("test", 4)) for subject in ("arts", "virology")
     })  # fmt: skip
-    lines(folder / "lambada_openai.test.jsonl.gz", [{"text": f"He had {n} dogs and loved every dog"} for n in numbers])
+    lines(
+        folder / "lambada_openai.test.jsonl.gz",
+        [{"text": f"He had {n} dogs and loved every dog"} for n in numbers],
+    )
     lines(folder / "sciq.jsonl.gz", [
-        {"question": f"What is {n}?", "distractor1": "a fish", "distractor2": "a bird", "distractor3": "a tree",
+        {"question": f"What is {n}?", "distractor1": "a fish", "distractor2": "a bird",
+         "distractor3": "a tree",
          "correct_answer": "a number", "support": ""} for n in numbers
     ])  # fmt: skip
     return folder
@@ -363,17 +419,29 @@ def test_every_task_runs_over_a_folder_as_the_harness_would(
         loaded = manager.load([name for name, *_ in TASKS.values()])
         theirs = run_harness(llama, loaded, bootstrap_iters=0, log_samples=False)["results"]
     ours = result["results"]
-    assert ours.keys() == theirs.keys() >= {"mmlu", "mmlu_stem", "mmlu_professional_law", "cmmlu", "cmmlu_virology"}
+    assert (
+        ours.keys()
+        == theirs.keys()
+        >= {"mmlu", "mmlu_stem", "mmlu_professional_law", "cmmlu", "cmmlu_virology"}
+    )
     for name in ours:
         scores = [key for key in ours[name] if "," in key and "stderr" not in key]
         assert scores
-        assert [ours[name][key] for key in scores] == pytest.approx([theirs[name][key] for key in scores], rel=1e-3)
+        assert [ours[name][key] for key in scores] == pytest.approx(
+            [theirs[name][key] for key in scores], rel=1e-3
+        )
     documents = {
-        name: sum(count["effective"] for task, count in result["n-samples"].items() if task.startswith(name))
+        name: sum(
+            count["effective"]
+            for task, count in result["n-samples"].items()
+            if task.startswith(name)
+        )
         for name in ("mmlu", "cmmlu")
     }
     assert documents == {"mmlu": 12, "cmmlu": 8}
-    assert {result["n-samples"][TASKS[task][0]]["effective"] for task in TASKS if "mmlu" not in task} == {6}
+    assert {
+        result["n-samples"][TASKS[task][0]]["effective"] for task in TASKS if "mmlu" not in task
+    } == {6}
     assert result["transnormer"]["notes"] == [
         "arc_easy: validation stands for test, which the data does not have",
         "arc_challenge: validation stands for test, which the data does not have",
@@ -384,16 +452,28 @@ def test_every_task_runs_over_a_folder_as_the_harness_would(
     ]
     rows = table(result)
     named = {row[0] for row in rows}
-    assert {"social_iqa", "mmlu", "mmlu_stem", "mmlu_humanities", "cmmlu", "lambada_openai"} <= named
-    assert not {"mmlu_social_sciences", "mmlu_anatomy", "cmmlu_arts"} & named  # no documents; parts of a group
+    assert {
+        "social_iqa",
+        "mmlu",
+        "mmlu_stem",
+        "mmlu_humanities",
+        "cmmlu",
+        "lambada_openai",
+    } <= named
+    # no documents; parts of a group
+    assert not {"mmlu_social_sciences", "mmlu_anatomy", "cmmlu_arts"} & named
     assert ("mmlu", "2", "test", "12", "0", "acc") in {row[:6] for row in rows}
     json.dumps(result)
 
 
-def test_prompts_and_answers_are_the_harness_own(make, data: Path, monkeypatch: pytest.MonkeyPatch, no_network) -> None:
+def test_prompts_and_answers_are_the_harness_own(
+    make, data: Path, monkeypatch: pytest.MonkeyPatch, no_network
+) -> None:
     model = make("linear")
     asked = prompts("boolq", data, model, monkeypatch, limit=1)
-    assert asked == [("The number is 0.\nQuestion: is 0 even?\nAnswer:", answer) for answer in (" no", " yes")]
+    assert asked == [
+        ("The number is 0.\nQuestion: is 0 even?\nAnswer:", answer) for answer in (" no", " yes")
+    ]
     asked = prompts("hellaswag", data, model, monkeypatch, limit=1)
     assert asked[0] == ("Sailing: A man boards boat 0. He", " sails away. home.")
     asked = prompts("winogrande", data, model, monkeypatch, limit=1)
@@ -401,18 +481,28 @@ def test_prompts_and_answers_are_the_harness_own(make, data: Path, monkeypatch: 
     asked = prompts("mmlu_astronomy", data, model, monkeypatch, limit=1, shots=2)
     options = "A. one\nB. two\nC. three\nD. four\nAnswer:"
     context = "The following are multiple choice questions (with answers) about astronomy.\n\n"
-    context += f"dev astronomy 0?\n{options} A\n\ndev astronomy 1?\n{options} B\n\ntest astronomy 0?\n{options}"
+    context += (
+        f"dev astronomy 0?\n{options} A\n\ndev astronomy 1?\n{options} B\n\ntest astronomy "
+        f"0?\n{options}"
+    )
     assert asked == [(context, f" {letter}") for letter in "ABCD"]
     asked = prompts("cmmlu_arts", data, model, monkeypatch, limit=1, shots=1)
     assert asked[0][0].endswith(
-        "arts第0题是\nA. 甲0\nB. 乙\nC. 丙\nD. 丁\n答案： A\n\narts第0题是\nA. 甲0\nB. 乙\nC. 丙\nD. 丁\n答案："
+        "arts第0题是\nA. 甲0\nB. 乙\nC. 丙\nD. 丁\n答案： A\n\n"
+        "arts第0题是\nA. 甲0\nB. 乙\nC. 丙\nD. 丁\n答案："
     )
     asked = prompts("lambada_openai", data, model, monkeypatch, limit=1)
     assert asked == [("He had 0 dogs and loved every", " dog")]
 
 
-def test_examples_from_the_split_under_test_leave_the_question_out(make, data: Path, monkeypatch) -> None:
-    for task, word in (("piqa", "Cook {} eggs"), ("arc_easy", "colour is {}?"), ("lambada_openai", "had {} dogs")):
+def test_examples_from_the_split_under_test_leave_the_question_out(
+    make, data: Path, monkeypatch
+) -> None:
+    for task, word in (
+        ("piqa", "Cook {} eggs"),
+        ("arc_easy", "colour is {}?"),
+        ("lambada_openai", "had {} dogs"),
+    ):
         asked = prompts(task, data, make("linear"), monkeypatch, shots=5)
         contexts = list(dict.fromkeys(context for context, _ in asked))
         assert len(contexts) == 6
@@ -423,25 +513,38 @@ def test_examples_from_the_split_under_test_leave_the_question_out(make, data: P
 
 
 def test_right_answers_count(make, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever knows each document's answer has all points: labels of every format mean what they should."""
+    """Whoever knows each document's answer has all points: labels of every format mean what they
+    should."""
     colours, letters = ("red", "green", "blue", "grey"), "ABCD"
     right = {
         "boolq": lambda n: (" no", " yes")[n % 2 == 0],
         "piqa": lambda n: (" Boil them.", " Paint them blue.")[n % 2],
         "siqa": lambda n: (" happy", " sad", " old")[n % 3],
-        "hellaswag": lambda n: (" sails away. home.", " sinks.", " eats the boat.", " sings a song.")[n % 4],
+        "hellaswag": lambda n: (
+            " sails away. home.",
+            " sinks.",
+            " eats the boat.",
+            " sings a song.",
+        )[n % 4],
         "winogrande": lambda n: ("dogs were fast.", "cats were fast.")[n % 2],
         "sciq": lambda n: " a number",
         "lambada_openai": lambda n: " dog",
     }
-    right |= dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa"), lambda n: " " + colours[n % 4])
+    right |= dict.fromkeys(
+        ("arc_easy", "arc_challenge", "openbookqa"), lambda n: " " + colours[n % 4]
+    )
     right |= dict.fromkeys(("mmlu", "cmmlu"), lambda n: " " + letters[n % 4])
     assert right.keys() == TASKS.keys()
     for task, answer in right.items():
 
-        def know(self: HarnessLM, asked: list[Instance], answer: Callable[[int], str] = answer) -> list:
+        def know(
+            self: HarnessLM, asked: list[Instance], answer: Callable[[int], str] = answer
+        ) -> list:
             answers = [answer(int(re.findall(r"\d+", request.args[0])[-1])) for request in asked]
-            matches = ["".join(request.args).endswith(word) for request, word in zip(asked, answers, strict=True)]
+            matches = [
+                "".join(request.args).endswith(word)
+                for request, word in zip(asked, answers, strict=True)
+            ]
             assert {True} <= set(matches) <= {True, False}
             return [(0.0, True) if match else (-9.0, False) for match in matches]
 
@@ -458,22 +561,49 @@ def test_right_answers_count(make, data: Path, monkeypatch: pytest.MonkeyPatch) 
         (["piqa", "boolq"], {}, {}, "nothing of task boolq; wanted is boolq.jsonl.gz"),
         (["mmlu_virology"], {}, {}, "no task 'mmlu_virology' over"),
         (["boolq"], {"boolq.jsonl.gz": b"no gzip"}, {}, "boolq.jsonl.gz: cannot be read as gzip"),
-        (["boolq"], {"boolq.jsonl.gz": gzip.compress(b"{}\n" * 999)[:-12]}, {}, "boolq.jsonl.gz: cannot be read as gzip"),
-        (["boolq"], {"boolq.jsonl": b"{}\n"}, {}, "boolq.jsonl line 1: no field question, passage, label"),
-        (["boolq"], {"boolq.jsonl": b"\n[1]\n"}, {}, "boolq.jsonl line 2: not a JSON object but list"),
+        (
+            ["boolq"],
+            {"boolq.jsonl.gz": gzip.compress(b"{}\n" * 999)[:-12]},
+            {},
+            "boolq.jsonl.gz: cannot be read as gzip",
+        ),
+        (
+            ["boolq"],
+            {"boolq.jsonl": b"{}\n"},
+            {},
+            "boolq.jsonl line 1: no field question, passage, label",
+        ),
+        (
+            ["boolq"],
+            {"boolq.jsonl": b"\n[1]\n"},
+            {},
+            "boolq.jsonl line 2: not a JSON object but list",
+        ),
         (["boolq"], {"boolq.jsonl": b"{,}\n"}, {}, "boolq.jsonl line 1: not JSON"),
         (["boolq"], {"boolq.jsonl": b"\n"}, {}, "boolq.jsonl: the file is empty"),
-        (["piqa"], {"piqa.validation.jsonl": b"{}"}, {}, "piqa.validation.jsonl: a second file of the same split"),
+        (
+            ["piqa"],
+            {"piqa.validation.jsonl": b"{}"},
+            {},
+            "piqa.validation.jsonl: a second file of the same split",
+        ),
         (["piqa"], {"piqa.jsonl": b"x" * 5_000}, {}, "piqa.jsonl: holds more than 4,000 bytes"),
-        (["piqa"], {"piqa.jsonl": None}, {}, "piqa.train.jsonl|has no validation split, only train"),
+        (
+            ["piqa"],
+            {"piqa.jsonl": None},
+            {},
+            "piqa.train.jsonl|has no validation split, only train",
+        ),
         (["cmmlu"], {"cmmlu.tar.gz": b"no archive"}, {}, "cmmlu.tar.gz: cannot be read"),
         (["piqa"], {}, {"shots": -1}, "shots must be 0 or more; got -1"),
         (["piqa"], {}, {"limit": 0}, "limit must be 1 or more; got 0"),
         (["piqa"], {}, {"batch_tokens": 0}, "batch_tokens must be 1 or more"),
         (["piqa"], {}, {"max_length": 2}, "cannot be scored"),
     ],
-)  # fmt: skip
-def test_what_is_wrong_is_named(make, data: Path, tmp_path: Path, monkeypatch, tasks, files, options, message) -> None:
+)
+def test_what_is_wrong_is_named(
+    make, data: Path, tmp_path: Path, monkeypatch, tasks, files, options, message
+) -> None:
     (tmp_path / "piqa.jsonl").write_bytes((data / "piqa.jsonl").read_bytes())
     for name, content in files.items():
         if content is None:
@@ -494,7 +624,9 @@ def test_scores_that_are_not_finite_are_refused(make) -> None:
         HarnessLM(model).loglikelihood(requests(PAIRS[:3]))
 
 
-def test_archives_are_read_within_limits_and_write_nowhere(make, tmp_path: Path, monkeypatch) -> None:
+def test_archives_are_read_within_limits_and_write_nowhere(
+    make, tmp_path: Path, monkeypatch
+) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     good = {"test/arts.csv": chinese("arts", 4), "dev/arts.csv": chinese("arts", 5)}
@@ -510,7 +642,9 @@ def test_archives_are_read_within_limits_and_write_nowhere(make, tmp_path: Path,
     assert sorted(tmp_path.rglob("*")) == before
     assert result["n-samples"].keys() == {"cmmlu_arts", "cmmlu_virology"}
     archive(folder / "cmmlu.tar.gz", {"test/arts.csv": ",Question,A,B\n0,q,a,b\n"})
-    with pytest.raises(ValueError, match=r"cmmlu.tar.gz: test/arts.csv document 1: no field C, D, Answer"):
+    with pytest.raises(
+        ValueError, match=r"cmmlu.tar.gz: test/arts.csv document 1: no field C, D, Answer"
+    ):
         evaluate(make("linear"), ["cmmlu"], data=folder)
     archive(folder / "cmmlu.tar.gz", good | {f"test/{n}.csv": "" for n in range(7)})
     for name, limit in (("FILE_BYTES", 100), ("MEMBERS", 8)):
@@ -540,7 +674,11 @@ def test_the_verb(make, data: Path, tmp_path: Path) -> None:
     make("linear").save_pretrained(tmp_path / "model")
     verb = ("eval", "harness", "--model", tmp_path / "model", "--data", data)
     out, _ = call(*verb, "--tasks", "piqa, mmlu", "--shots", 2, "--out", tmp_path / "out.json")
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "acc" in line]
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in out.splitlines()
+        if "acc" in line
+    ]
     assert [row[:6] for row in cells[:3]] == [
         ["piqa", "1.0", "validation", "6", "2", "acc"],
         ["piqa", "1.0", "validation", "6", "2", "acc_norm"],
@@ -559,7 +697,11 @@ def test_the_verb(make, data: Path, tmp_path: Path) -> None:
     assert "lambada" not in out
     with pytest.MonkeyPatch.context() as patch:  # known before the hours: nothing is evaluated
         patch.setattr(harness, "evaluate", None)
-        for path in (tmp_path / "nowhere" / "out.json", tmp_path, tmp_path / "out.json" / "more.json"):
+        for path in (
+            tmp_path / "nowhere" / "out.json",
+            tmp_path,
+            tmp_path / "out.json" / "more.json",
+        ):
             assert f"{path}: cannot be written: " in refused(*verb, "--out", path)
     with pytest.MonkeyPatch.context() as patch:  # and a disk that is full after them costs no table
 
@@ -567,15 +709,21 @@ def test_the_verb(make, data: Path, tmp_path: Path) -> None:
             raise OSError(f"{path}: cannot be written: No space left on device")
 
         patch.setattr("transnormer.files.write_text", full)
-        out, error = call(*verb, "--tasks", "piqa", "--limit", 1, "--out", tmp_path / "new.json", code=1)
+        out, error = call(
+            *verb, "--tasks", "piqa", "--limit", 1, "--out", tmp_path / "new.json", code=1
+        )
         assert "acc_norm" in out
         assert error == f"error: {tmp_path}/new.json: cannot be written: No space left on device\n"
     assert not (tmp_path / "new.json").exists()
-    assert "out.json: a file, not a folder" in refused(*verb[:-1], tmp_path / "out.json", "--tasks", "piqa")
+    assert "out.json: a file, not a folder" in refused(
+        *verb[:-1], tmp_path / "out.json", "--tasks", "piqa"
+    )
     assert "did you mean hellaswag?" in refused(*verb, "--tasks", "helaswag")
 
 
-def test_transformers_is_not_needed_and_nothing_else_is_printed(make, data: Path, tmp_path: Path) -> None:
+def test_transformers_is_not_needed_and_nothing_else_is_printed(
+    make, data: Path, tmp_path: Path
+) -> None:
     make("linear").save_pretrained(tmp_path / "model")
     code = """if True:
         import sys
@@ -589,13 +737,28 @@ def test_transformers_is_not_needed_and_nothing_else_is_printed(make, data: Path
         from transnormer.cli import main
         main()
     """
-    verb = ("eval", "harness", "--model", tmp_path / "model", "--data", data, "--tasks", "piqa,lambada_openai")
+    verb = (
+        "eval",
+        "harness",
+        "--model",
+        tmp_path / "model",
+        "--data",
+        data,
+        "--tasks",
+        "piqa,lambada_openai",
+    )
     done = subprocess.run([sys.executable, "-c", code, *verb], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [word in done.stdout for word in ("piqa", "perplexity", "bootstrapping")] == [True, True, False]
+    assert [word in done.stdout for word in ("piqa", "perplexity", "bootstrapping")] == [
+        True,
+        True,
+        False,
+    ]
 
 
-def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_harness_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delitem(sys.modules, "transnormer.evaluation.harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     line = refused("eval", "harness", "--model", tmp_path)

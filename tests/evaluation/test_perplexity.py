@@ -32,7 +32,9 @@ def test_pieces_do_not_change_the_score(kind: dict) -> None:
         whole = F.cross_entropy(logits[0, :-1], torch.tensor(ids[1:]), reduction="sum").item()
     for piece in (1, 7, 149, 150, 1_000, None):
         progress = Mock()
-        assert score_ids(model, ids, piece=piece, progress=progress) == pytest.approx(whole, rel=1e-9)
+        assert score_ids(model, ids, piece=piece, progress=progress) == pytest.approx(
+            whole, rel=1e-9
+        )
         done = [call.args for call in progress.call_args_list]
         assert done[0] == (0, 149)
         assert done[-1] == (149, 149)
@@ -65,7 +67,9 @@ def test_windows_read_no_more_than_they_hold(monkeypatch: pytest.MonkeyPatch) ->
     model = LanguageModel(ModelConfig(**SMALL, **TRANSFORMER)).eval()
     hidden, longest = model.hidden, []
 
-    def watch(ids: torch.Tensor, state: State | None, **options: object) -> tuple[torch.Tensor, State]:
+    def watch(
+        ids: torch.Tensor, state: State | None, **options: object
+    ) -> tuple[torch.Tensor, State]:
         x, state = hidden(ids, state, **options)
         longest.append(int(state.seen.max()))
         return x, state
@@ -97,7 +101,11 @@ def test_documents_are_scored_each_from_a_fresh_state(prepared) -> None:
 
 def test_what_no_float_can_hold_is_no_number_in_a_record() -> None:
     record = Score(nats=5_000.0, tokens=5, bytes=10, words=2).record()
-    assert (record["loss"], record["perplexity"], record["word_perplexity"]) == (1_000.0, None, None)
+    assert (record["loss"], record["perplexity"], record["word_perplexity"]) == (
+        1_000.0,
+        None,
+        None,
+    )
 
 
 def test_bytes_words_and_tokens_are_counted(prepared) -> None:
@@ -109,10 +117,13 @@ def test_bytes_words_and_tokens_are_counted(prepared) -> None:
         score_text(model, " \n")
     text = "Ünder the sun\nit rained\n"
     score = score_text(model, text)
-    assert score.tokens == len(model.tokenizer.encode(text).ids)  # the first one too, after the end of another text
+    # the first one too, after the end of another text
+    assert score.tokens == len(model.tokenizer.encode(text).ids)
     assert score.bytes == len(text.encode()) == len(text) + 1
     assert score.words == 5 + 2
     assert score.perplexity == pytest.approx(math.exp(score.nats / score.tokens))
     assert score.bits_per_byte == pytest.approx(score.nats / math.log(2) / score.bytes)
     assert score.perplexity == pytest.approx(300, rel=0.2)  # untrained: nearly uniform
-    assert score + score == Score(2 * score.nats, 2 * score.tokens, 2 * score.bytes, 2 * score.words)
+    assert score + score == Score(
+        2 * score.nats, 2 * score.tokens, 2 * score.bytes, 2 * score.words
+    )

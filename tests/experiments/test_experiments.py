@@ -1,4 +1,5 @@
-"""The bench of experiments: arms that can be compared, statistics that can be trusted, one table run whole."""
+"""The bench of experiments: arms that can be compared, statistics that can be trusted, one table
+run whole."""
 
 from __future__ import annotations
 
@@ -35,13 +36,16 @@ VOCABULARY = 16_384
 
 
 @pytest.mark.parametrize(
-    ("size", "vocabulary"), [("toy", VOCABULARY), ("10m", VOCABULARY), ("10m", 257), ("45m", VOCABULARY)]
+    ("size", "vocabulary"),
+    [("toy", VOCABULARY), ("10m", VOCABULARY), ("10m", 257), ("45m", VOCABULARY)],
 )
 def test_all_arms_have_the_parameters_of_the_reference(size: str, vocabulary: int) -> None:
     def count(arm: str) -> int:
         model = arms.model_of(arm, size, vocabulary)
         fields = {key: value for key, value in model.items() if key != "size"}
-        config = ModelConfig.named(model["size"], **fields) if "size" in model else ModelConfig(**fields)
+        config = (
+            ModelConfig.named(model["size"], **fields) if "size" in model else ModelConfig(**fields)
+        )
         return config.parameter_count()
 
     wanted = count(arms.REFERENCE)
@@ -59,7 +63,9 @@ def test_tables_name_only_arms_and_families_that_there_are() -> None:
     families = {arm["family"] for arm in arms.TABLES["arms"].values()}
     for rates in arms.TABLES["rates"].values():
         assert all(chosen.keys() <= families for chosen in rates.values())
-    with pytest.raises(ValueError, match=r"'T33' is not among the tables of tables\.toml; there are spread, rates"):
+    with pytest.raises(
+        ValueError, match=r"'T33' is not among the tables of tables\.toml; there are spread, rates"
+    ):
         list(arms.runs("T33", "toy"))
 
 
@@ -84,12 +90,16 @@ def test_names_of_results_are_those_of_their_runs() -> None:
 
 
 def test_rates_of_other_data_are_their_own() -> None:
-    with pytest.raises(ValueError, match=r"no learning rate for toy, adamw, linear; run the table `rates-speech` and"):
+    with pytest.raises(
+        ValueError,
+        match=r"no learning rate for toy, adamw, linear; run the table `rates-speech` and",
+    ):
         list(arms.runs("speech-long", "toy"))
 
 
 def test_chosen_rates_are_the_best_of_their_grids() -> None:
-    """Of every grid that results are there for; a rate without a grid run at this size is only a first guess."""
+    """Of every grid that results are there for; a rate without a grid run at this size is only a
+    first guess."""
     results = [json.loads(path.read_text()) for path in (EXPERIMENTS / "results").glob("*.json")]
     complete = 0
     for name, optimizers in arms.TABLES["rates"].items():
@@ -99,11 +109,15 @@ def test_chosen_rates_are_the_best_of_their_grids() -> None:
             for family, rate in chosen.items():
                 grid = table["grid"].get(optimizer, {}).get(family, [])
                 found = {
-                    r["lr"]: r["valid_loss"] for r in results
-                    if (r["size"], r["optimizer"], r["family"], r["seed"]) == (size, optimizer, family, 0)
-                    and r["arm"] in table["arms"] and r.get("dataset", "text") == (folder or "text")
-                    and r["valid_loss"] is not None and "dtypes" not in arms.TABLES["tables"].get(r["table"], {})
-                }  # fmt: skip
+                    r["lr"]: r["valid_loss"]
+                    for r in results
+                    if (r["size"], r["optimizer"], r["family"], r["seed"])
+                    == (size, optimizer, family, 0)
+                    and r["arm"] in table["arms"]
+                    and r.get("dataset", "text") == (folder or "text")
+                    and r["valid_loss"] is not None
+                    and "dtypes" not in arms.TABLES["tables"].get(r["table"], {})
+                }
                 if found.keys() >= set(grid) and grid:
                     complete += 1
                     assert rate == min(found, key=lambda lr: found[lr]), (size, optimizer, family)
@@ -125,16 +139,29 @@ def test_paired_differences_and_holm() -> None:
 
 def test_conclusions_follow_from_intervals_and_say_what_the_paper_says() -> None:
     def runs(*losses: float) -> list[dict[str, Any]]:
-        return [{"seed": seed, "scores": {"test": {"loss": loss}}} for seed, loss in enumerate(losses)]
+        return [
+            {"seed": seed, "scores": {"test": {"loss": loss}}} for seed, loss in enumerate(losses)
+        ]
 
-    by_arm = {"published": runs(3.0, 3.1, 3.2), "ape": runs(3.5, 3.61, 3.7), "lrpe-d": runs(3.03, 3.08, 3.21)}
+    by_arm = {
+        "published": runs(3.0, 3.1, 3.2),
+        "ape": runs(3.5, 3.61, 3.7),
+        "lrpe-d": runs(3.03, 3.08, 3.21),
+    }
     assert report.conclusion("T3", report.verdicts("T3", by_arm, "test")) == (
         "`ape` is worse than `published` (+16.2 %; as in the paper, +6.2 %). "
         "`lrpe-d` is not distinguishable from `published` (+0.2 %; in the paper -0.5 %)."
     )
-    by_arm = {"plain": runs(3.5, 3.61, 3.7), "plain-rope": runs(3.0, 3.1, 3.2), "published": runs(3.0, 3.1, 3.2)}
+    by_arm = {
+        "plain": runs(3.5, 3.61, 3.7),
+        "plain-rope": runs(3.0, 3.1, 3.2),
+        "published": runs(3.0, 3.1, 3.2),
+    }
     found = report.conclusion("ladder", report.verdicts("ladder", by_arm, "test"))
-    assert found == "`plain` is worse than `published` (+16.2 %). `plain-rope` is better than `plain` (-14.0 %)."
+    assert found == (
+        "`plain` is worse than `published` (+16.2 %). `plain-rope` is better than `plain` "
+        "(-14.0 %)."
+    )
 
 
 def test_a_rate_at_which_a_run_diverged_is_never_the_best() -> None:
@@ -147,7 +174,11 @@ def test_a_rate_at_which_a_run_diverged_is_never_the_best() -> None:
 def test_scores_count_every_token_once(prepared: Path) -> None:
     data = TokenData(prepared, "valid")
     config = ModelConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     model = LanguageModel(config).eval()
     with torch.no_grad():
@@ -164,13 +195,20 @@ def test_scores_count_every_token_once(prepared: Path) -> None:
 def test_windows_are_read_from_an_empty_state(prepared: Path) -> None:
     data = TokenData(prepared, "valid")
     config = ModelConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     model, ids = LanguageModel(config).eval(), torch.from_numpy(data.window(0, 129))
     found = one.score(model, data, 64, rows=3)["loss_by_position"]
     rows = [[data.end_of_text, *ids[:63].tolist()], ids[63:127].tolist()]
     targets = [ids[:64], ids[64:128]]
-    losses = [model.loss(torch.tensor([r]), t[None], reduction="none") for r, t in zip(rows, targets, strict=True)]
+    losses = [
+        model.loss(torch.tensor([r]), t[None], reduction="none")
+        for r, t in zip(rows, targets, strict=True)
+    ]
     assert len(found) == 64
     first, second = (float(loss.flatten()[0].detach()) for loss in losses)
     windows = -(-data.tokens // 64)
@@ -196,7 +234,9 @@ def documents(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("documents")
     pieces = text_file.read_text().split("\n\n")
     for name, some in (("plays.jsonl", pieces[:-20]), ("plays.valid.jsonl", pieces[-20:])):
-        (folder / name).write_text("".join(json.dumps({"text": piece}) + "\n" for piece in some if piece.strip()))
+        (folder / name).write_text(
+            "".join(json.dumps({"text": piece}) + "\n" for piece in some if piece.strip())
+        )
     return folder
 
 
@@ -221,7 +261,14 @@ def test_a_table_from_packed_files_to_results(documents: Path, tmp_path: Path) -
         "--side-by-side",
         2,
     ]
-    given += ["--corpus", tmp_path / "corpus", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    given += [
+        "--corpus",
+        tmp_path / "corpus",
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "out",
+    ]
     assert "2 runs, 0 of them done" in command(*given, "--archive", tmp_path / "all.tar.gz")
     assert "2 runs, 2 of them done" in command(*given, "--dry")
     found = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*.json"))]
@@ -233,8 +280,18 @@ def test_a_table_from_packed_files_to_results(documents: Path, tmp_path: Path) -
         assert record["valid_loss"] < 5.8  # log(300) is 5.70; it has begun to learn
         assert record["test_loss"] is not None
         assert record["parameters_without_embeddings"] < record["parameters"]
-        assert {"device", "versions", "commit", "command", "date", "bits_per_byte", "state_bytes"} <= record.keys()
-    command(EXPERIMENTS / "run.py", "--merge", tmp_path / "all.tar.gz", "--out", tmp_path / "merged")
+        assert {
+            "device",
+            "versions",
+            "commit",
+            "command",
+            "date",
+            "bits_per_byte",
+            "state_bytes",
+        } <= record.keys()
+    command(
+        EXPERIMENTS / "run.py", "--merge", tmp_path / "all.tar.gz", "--out", tmp_path / "merged"
+    )
     assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == sorted(
         p.name for p in (tmp_path / "out").iterdir()
     )
@@ -254,7 +311,9 @@ def test_mu_law_is_exact_within_half_a_level() -> None:
 def test_speech_from_wav_files_to_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, random = tmp_path / "wav", np.random.default_rng(0)
     (source / "words").mkdir(parents=True)
-    wanted = {f"words/{n}.wav": random.integers(256, size=100 + n).astype(np.uint8) for n in range(60)}
+    wanted = {
+        f"words/{n}.wav": random.integers(256, size=100 + n).astype(np.uint8) for n in range(60)
+    }
     for name, levels in wanted.items():
         sequences.write_wav(source / name, levels)
     packed = tmp_path / "speech.npz"
@@ -268,8 +327,14 @@ def test_speech_from_wav_files_to_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     sequences.build(parts, tmp_path / "speech")
     test, bits = TokenData(tmp_path / "speech" / "test"), parts["test"]
     ids = test.window(0, test.tokens)
-    assert (test.documents, test.tokens, test.vocab_size) == (len(bits), 1 + sum(len(text) + 1 for text in bits), 257)
-    assert "".join(chr(sequences.FIRST + level) for level in ids[1:][ids[1:] != test.end_of_text] - 1) == "".join(bits)
+    assert (test.documents, test.tokens, test.vocab_size) == (
+        len(bits),
+        1 + sum(len(text) + 1 for text in bits),
+        257,
+    )
+    assert "".join(
+        chr(sequences.FIRST + level) for level in ids[1:][ids[1:] != test.end_of_text] - 1
+    ) == "".join(bits)
 
 
 def test_drawn_speech_becomes_a_wav_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +342,8 @@ def test_drawn_speech_becomes_a_wav_file(tmp_path: Path, monkeypatch: pytest.Mon
     np.savez_compressed(tmp_path / "run.npz", drawn=levels)
     monkeypatch.setattr(report, "DOCS", tmp_path)
     assert (
-        "(results-speech-published.wav)" in report.drawn("speech", {"published": [{"path": tmp_path / "run.json"}]})[0]
+        "(results-speech-published.wav)"
+        in report.drawn("speech", {"published": [{"path": tmp_path / "run.json"}]})[0]
     )
     assert (sequences.read_wav(tmp_path / "results-speech-published.wav") == levels.flatten()).all()
     assert report.drawn("speech", {"published": [{"path": tmp_path / "other.json"}]}) == []
@@ -291,13 +357,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.zeros((count, 28, 28), np.uint8)
         pixels[np.arange(count), :, np.arange(count) % 28] = 255
         header = np.array([0x803, count, 28, 28], ">u4").tobytes()
-        (folder / f"mnist-{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+        (folder / f"mnist-{part}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(header + pixels.tobytes())
+        )
     return folder
 
 
 @pytest.fixture(scope="module")
 def digits(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus with the folder digits: 24 images for training, 6 for validation, 12 for the test."""
+    """A corpus with the folder digits: 24 images for training, 6 for validation, 12 for the
+    test."""
     corpus = tmp_path_factory.mktemp("beyond")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sequences, "VALID_IMAGES", 6)
@@ -315,28 +384,44 @@ def test_a_row_of_digits_is_an_image(images: Path, digits: Path) -> None:
         assert (batch.ids[:, 1:].numpy() == some).all()
         assert (batch.targets[:, :-1].numpy() == some).all()
         assert batch.targets[:, -1].tolist() == [data.end_of_text] * len(some)
-        assert batch.ids[:, 0].tolist() == [1] + [data.end_of_text] * (len(some) - 1)  # the first one is no data
+        # the first one is no data
+        assert batch.ids[:, 0].tolist() == [1] + [data.end_of_text] * (len(some) - 1)
 
 
-def test_digits_from_runs_to_report(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_from_runs_to_report(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(arms.TABLES["datasets"]["digits"]["recipe"], "train.batch_tokens", 4 * 785)
     monkeypatch.setitem(arms.TABLES["datasets"]["digits"], "draw", [4, 784])
-    monkeypatch.setattr(arms, "TOLERANCE", 0.02)  # eight columns of the GLU are 2.5 % of so small a model
+    # eight columns of the GLU are 2.5 % of so small a model
+    monkeypatch.setattr(arms, "TOLERANCE", 0.02)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "DOCS", tmp_path)
     for arm in ("published", "llama-scaled"):
         run = arms.Run("digits", arm, 11, "toy", 12 * 785, "adamw", 3e-3, "digits")
-        given = {"run": vars(run), "corpus": str(digits), "work": str(tmp_path / "work"), "out": str(tmp_path)}
+        given = {
+            "run": vars(run),
+            "corpus": str(digits),
+            "work": str(tmp_path / "work"),
+            "out": str(tmp_path),
+        }
         given |= {"side_by_side": 1, "commit": None, "command": ""}
         monkeypatch.setattr(sys, "argv", ["one.py", json.dumps(given)])
         one.main()
         record = json.loads((tmp_path / f"digits-toy-9k-adamw-0.003-{arm}-11.json").read_text())
         scored = record["scores"]["test"]
-        assert (scored["tokens"], scored["documents"], len(scored["loss_by_position"])) == (12 * 785, 12, 64)
-        assert scored["bits_per_sample"] == pytest.approx(scored["loss"] / 0.6931472 * 785 / 784, rel=1e-6)
+        assert (scored["tokens"], scored["documents"], len(scored["loss_by_position"])) == (
+            12 * 785,
+            12,
+            64,
+        )
+        assert scored["bits_per_sample"] == pytest.approx(
+            scored["loss"] / 0.6931472 * 785 / 784, rel=1e-6
+        )
         assert record["bits_per_sample"] < 8
         assert record["valid_curve"][-1][1] == pytest.approx(record["valid_loss"], rel=0.02)
-        monkeypatch.delitem(arms.TABLES["datasets"]["digits"], "draw", raising=False)  # one arm is enough, and faster
+        # one arm is enough, and faster
+        monkeypatch.delitem(arms.TABLES["datasets"]["digits"], "draw", raising=False)
     found = np.load(tmp_path / "digits-toy-9k-adamw-0.003-published-11.npz")
     assert found["drawn"].shape == (4, 784)
     assert found["drawn"].dtype == np.uint8
@@ -348,7 +433,9 @@ def test_digits_from_runs_to_report(digits: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "results-digits-drawn.png").stat().st_size > 1000
 
 
-def test_a_run_that_diverges_is_a_result(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_is_a_result(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "train").symlink_to(prepared)
     monkeypatch.setattr("transnormer.train.loop.plot", lambda *_: None)
@@ -380,7 +467,13 @@ def test_a_run_that_diverges_is_a_result(prepared: Path, tmp_path: Path, monkeyp
 
 def test_what_is_drawn_token_by_token_follows_the_whole_text() -> None:
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config = ModelConfig(
+        vocab_size=9,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
     model, sampling = LanguageModel(config).eval(), Sampling(temperature=1.0, top_p=1.0, seed=1)
     with torch.no_grad():
         for weight in model.parameters():
@@ -389,5 +482,7 @@ def test_what_is_drawn_token_by_token_follows_the_whole_text() -> None:
     logits, _ = model(torch.cat([torch.zeros(5, 1, dtype=torch.long), drawn + 1], 1))
     generator = sampling.generator(model.device)
     for place in range(40):
-        assert sample(logits[:, place, 1:], sampling, generator).tolist() == drawn[:, place].tolist()
+        assert (
+            sample(logits[:, place, 1:], sampling, generator).tolist() == drawn[:, place].tolist()
+        )
     assert len(drawn.unique()) == 8

@@ -1,4 +1,5 @@
-"""`transnormer convert` and `export`: published checkpoints in, models out, whole and checked, or one clear line."""
+"""`transnormer convert` and `export`: published checkpoints in, models out, whole and checked, or
+one clear line."""
 
 from __future__ import annotations
 
@@ -21,38 +22,59 @@ from transnormer.data.tokenizer import encode, train_tokenizer
 from transnormer.files import sha256
 from transnormer.formats.convert import PublishedReader, convert, export
 from transnormer.formats.fingerprint import published_logits
-from transnormer.formats.published import config_from_published, published_config, published_shapes, published_tensors
+from transnormer.formats.published import (
+    config_from_published,
+    published_config,
+    published_shapes,
+    published_tensors,
+)
 from transnormer.run_folder import seal
 
 from ..conftest import PUBLISHED, REPOSITORY, TEXT
 from ..test_cli import call, refused
 
 VALUES = {
-    "architectures": ["TransnormerForCausalLM"], "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig"},
-    "decoder_embed_dim": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "hidden_dim": 32, "glu_dim": 48,
-    "vocab_size": 41, "linear_act_fun": "silu", "linear_use_lrpe_list": [1, 0, 0], "no_scale_embedding": True,
-    "norm_type": "simplermsnorm", "model_type": "transnormer", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "architectures": ["TransnormerForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig"},
+    "decoder_embed_dim": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "hidden_dim": 32,
+    "glu_dim": 48,
+    "vocab_size": 41, "linear_act_fun": "silu", "linear_use_lrpe_list": [1, 0, 0],
+    "no_scale_embedding": True,
+    "norm_type": "simplermsnorm", "model_type": "transnormer", "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
 }  # fmt: skip
 
 
-def tensors_of(values: dict, dtype: torch.dtype = torch.float32, std: float = 0.2) -> dict[str, torch.Tensor]:
+def tensors_of(
+    values: dict, dtype: torch.dtype = torch.float32, std: float = 0.2
+) -> dict[str, torch.Tensor]:
     """Random weights of a published configuration, by their published names."""
     config = config_from_published(values)
     model = LanguageModel(config.replace(initializer_range=std))
-    for parameter in model.parameters():  # gains, biases and theta away from their special initial values
+    # gains, biases and theta away from their special initial values
+    for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    return {name: t.to(dtype).contiguous() for name, t in published_tensors(model.state_dict(), config).items()}
+    return {
+        name: t.to(dtype).contiguous()
+        for name, t in published_tensors(model.state_dict(), config).items()
+    }
 
 
-def publish(folder: Path, tensors: dict[str, torch.Tensor], values: dict = VALUES, kind: str = "bin") -> Path:
-    """Write a published folder. kind: bin, old (before torch 1.6) or safetensors; "2 bin" is two shards and an index."""
+def publish(
+    folder: Path, tensors: dict[str, torch.Tensor], values: dict = VALUES, kind: str = "bin"
+) -> Path:
+    """Write a published folder. kind: bin, old (before torch 1.6) or safetensors; "2 bin" is two
+    shards and an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(values))
     *count, ending = kind.split()
     stem, suffix = ("model", "safetensors") if ending == "safetensors" else ("pytorch_model", "bin")
     names, number = list(tensors), int(count[0]) if count else 1
     parts = [names[part::number] for part in range(number)] if count else [names]
-    files = [f"{stem}-{n + 1:05d}-of-{number:05d}.{suffix}" if count else f"{stem}.{suffix}" for n in range(number)]
+    files = [
+        f"{stem}-{n + 1:05d}-of-{number:05d}.{suffix}" if count else f"{stem}.{suffix}"
+        for n in range(number)
+    ]
     for file, part in zip(files, parts, strict=True):
         chosen = {name: tensors[name] for name in part}
         if ending == "safetensors":
@@ -61,12 +83,18 @@ def publish(folder: Path, tensors: dict[str, torch.Tensor], values: dict = VALUE
             torch.save(chosen, folder / file, _use_new_zipfile_serialization=ending != "old")
     if count:
         weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / f"{stem}.{suffix}.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     return folder
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 # Every kind of model and file, there and back.
@@ -74,17 +102,26 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 MODELS = [
     ({}, torch.float32, "bin"),
     ({}, torch.bfloat16, "safetensors"),
-    ({"decoder_attention_heads": 3, "decoder_embed_dim": 24, "hidden_dim": 24}, torch.float32, "3 bin"),
-    ({"decoder_attention_heads": 5, "decoder_embed_dim": 20, "hidden_dim": 40, "glu_dim": -1}, torch.float16, "bin"),
-    ({"decoder_attention_heads": 6, "decoder_embed_dim": 30, "hidden_dim": 42}, torch.bfloat16, "2 safetensors"),
-    ({"decoder_attention_heads": 1, "decoder_layers": 1, "linear_use_lrpe_list": [0]}, torch.float32, "old"),
+    ({"decoder_attention_heads": 3, "decoder_embed_dim": 24, "hidden_dim": 24}, torch.float32,
+     "3 bin"),
+    ({"decoder_attention_heads": 5, "decoder_embed_dim": 20, "hidden_dim": 40, "glu_dim": -1},
+     torch.float16, "bin"),
+    ({"decoder_attention_heads": 6, "decoder_embed_dim": 30, "hidden_dim": 42}, torch.bfloat16,
+     "2 safetensors"),
+    ({"decoder_attention_heads": 1, "decoder_layers": 1, "linear_use_lrpe_list": [0]},
+     torch.float32, "old"),
     ({"linear_use_lrpe_list": [0, 1, 1], "no_scale_embedding": False}, torch.bfloat16, "3 bin"),
     ({"linear_use_lrpe_list": [], "linear_use_lrpe": 1, "bias": True}, torch.float32, "2 old"),
-    ({"linear_use_lrpe_list": [], "linear_act_fun": "1+elu", "tie_word_embeddings": False}, torch.float32, "bin"),
-    ({"norm_type": "layernorm", "linear_act_fun": "relu", "bias": True}, torch.float16, "safetensors"),
-    ({"linear_act_fun": "exp", "no_scale_embedding": False, "pad_token_id": None}, torch.float32, "4 safetensors"),
-    ({"linear_act_fun": "identity", "decoder_layers": 2, "linear_use_lrpe_list": [1, 1]}, torch.bfloat16, "bin"),
-    ({"linear_act_fun": "sine", "eos_token_id": [7, 8], "bos_token_id": 50_260}, torch.float64, "bin"),
+    ({"linear_use_lrpe_list": [], "linear_act_fun": "1+elu", "tie_word_embeddings": False},
+     torch.float32, "bin"),
+    ({"norm_type": "layernorm", "linear_act_fun": "relu", "bias": True}, torch.float16,
+     "safetensors"),
+    ({"linear_act_fun": "exp", "no_scale_embedding": False, "pad_token_id": None}, torch.float32,
+     "4 safetensors"),
+    ({"linear_act_fun": "identity", "decoder_layers": 2, "linear_use_lrpe_list": [1, 1]},
+     torch.bfloat16, "bin"),
+    ({"linear_act_fun": "sine", "eos_token_id": [7, 8], "bos_token_id": 50_260}, torch.float64,
+     "bin"),
 ]  # fmt: skip
 
 
@@ -108,7 +145,10 @@ def test_there_and_back(change: dict, dtype: torch.dtype, kind: str, tmp_path: P
     export(tmp_path / "ours", tmp_path / "back", format="published")
     back = stored(tmp_path / "back")
     assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], tensor) and back[name].dtype == dtype for name, tensor in weights.items())
+    assert all(
+        torch.equal(back[name], tensor) and back[name].dtype == dtype
+        for name, tensor in weights.items()
+    )
     back_values = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back_values["torch_dtype"] == str(dtype).removeprefix("torch.")
     assert config_from_published(back_values) == config_from_published(values)
@@ -134,7 +174,9 @@ def test_shapes_are_those_of_the_modules() -> None:
     for change, _, _ in MODELS:
         config = config_from_published({**VALUES, **change})
         found = published_tensors(LanguageModel(config).state_dict(), config)
-        assert [(name, tuple(tensor.shape)) for name, tensor in found.items()] == [*published_shapes(config).items()]
+        assert [(name, tuple(tensor.shape)) for name, tensor in found.items()] == [
+            *published_shapes(config).items()
+        ]
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
@@ -158,9 +200,14 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
         total += size
     assert index == {"metadata": {"total_size": total}, "weight_map": {}}
     model, wanted = transnormer.load(tmp_path / "ours"), transnormer.load(source)
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.state_dict().items())
+    assert all(
+        torch.equal(tensor, model.state_dict()[name])
+        for name, tensor in wanted.state_dict().items()
+    )
     for size in ("5 parsecs", "0", "GB", "-1GB"):
-        assert f"{size!r} is no size in bytes" in refused("convert", source, tmp_path / "no", f"--max-shard={size}")
+        assert f"{size!r} is no size in bytes" in refused(
+            "convert", source, tmp_path / "no", f"--max-shard={size}"
+        )
 
 
 def test_dtypes_are_kept_tensor_by_tensor(tmp_path: Path) -> None:
@@ -191,32 +238,51 @@ def test_a_stored_copy_of_the_tied_head_is_left_out(tmp_path: Path) -> None:
 def test_views_and_parameters_are_tensors_too(tmp_path: Path) -> None:
     weights = tensors_of(VALUES)
     some, other = "model.layers.0.channel_mixer.l3.weight", "model.layers.0.channel_mixer.l1.weight"
-    odd = {**weights, some: weights[some].T.contiguous().T, other: torch.nn.Parameter(weights[other])}
+    odd = {
+        **weights,
+        some: weights[some].T.contiguous().T,
+        other: torch.nn.Parameter(weights[other]),
+    }
     assert not odd[some].is_contiguous()
     for name, source in (("odd", odd), ("plain", weights)):
         convert(publish(tmp_path / name, source), tmp_path / f"{name} ours")
-    assert sha256(tmp_path / "odd ours/model.safetensors") == sha256(tmp_path / "plain ours/model.safetensors")
+    assert sha256(tmp_path / "odd ours/model.safetensors") == sha256(
+        tmp_path / "plain ours/model.safetensors"
+    )
 
 
 def test_memory_stays_below_the_largest_shard(tmp_path: Path) -> None:
     width, layers = 1_024, 4
-    values = {**VALUES, "decoder_embed_dim": width, "hidden_dim": width, "glu_dim": 2_816, "decoder_layers": layers,
-              "vocab_size": 30_000, "decoder_attention_heads": 8, "linear_use_lrpe_list": [1, 0, 0, 0]}  # fmt: skip
+    values = {**VALUES, "decoder_embed_dim": width, "hidden_dim": width, "glu_dim": 2_816,
+              "decoder_layers": layers,
+              "vocab_size": 30_000, "decoder_attention_heads": 8,
+              "linear_use_lrpe_list": [1, 0, 0, 0]}  # fmt: skip
     shapes = published_shapes(config_from_published(values))
-    weights = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, shape in shapes.items()}
+    weights = {
+        name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+        for name, shape in shapes.items()
+    }
     source = publish(tmp_path / "source", weights, values, "3 bin")
     largest = max(path.stat().st_size for path in source.glob("*.bin"))
     assert largest > 55e6
     script = (
         "import sys, tokenizers\nfrom transnormer.formats.convert import convert\n"
-        "def memory(key): return next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if l.startswith(key))\n"
-        "before = memory('VmRSS')\nconvert(sys.argv[1], sys.argv[2])\nprint(memory('VmHWM') - before)\n"
+        "def memory(key): return next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') "
+        "if l.startswith(key))\n"
+        "before = memory('VmRSS')\nconvert(sys.argv[1], sys.argv[2])\nprint(memory('VmHWM') - "
+        "before)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(source), str(tmp_path / "ours")],
-        capture_output=True, text=True, check=True, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert int(run.stdout) < 1.3 * largest, f"{int(run.stdout) / 1e6:.0f} MB beside a shard of {largest / 1e6:.0f} MB"
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert int(run.stdout) < 1.3 * largest, (
+        f"{int(run.stdout) / 1e6:.0f} MB beside a shard of {largest / 1e6:.0f} MB"
+    )
 
 
 def test_progress_goes_to_the_end_and_never_back(tmp_path: Path) -> None:
@@ -231,11 +297,14 @@ def test_progress_goes_to_the_end_and_never_back(tmp_path: Path) -> None:
 
 
 def test_the_published_logits_are_the_published_code_s(tmp_path: Path) -> None:
-    """What the fingerprint is taken from agrees with the published code, not only with our model."""
+    """What the fingerprint is taken from agrees with the published code, not only with our
+    model."""
     expected = load_file(PUBLISHED / "expected.safetensors")
     config = config_from_published(json.loads((PUBLISHED / "config.json").read_text()))
     read = PublishedReader(PUBLISHED, config).pieces
-    found = published_logits(read, config, expected["input_ids"][0].long(), torch.arange(68), torch.float32)
+    found = published_logits(
+        read, config, expected["input_ids"][0].long(), torch.arange(68), torch.float32
+    )
     assert (found - expected["logits_eval"][0, -1]).abs().max() < 1e-4
 
 
@@ -285,7 +354,9 @@ def test_one_damaged_shard_is_named(tmp_path: Path) -> None:
 
 def _misplace(tensors: dict[str, torch.Tensor]) -> None:
     name = "layers.1.mixer.qkvu_proj.weight"
-    tensors[name] = tensors[name].unflatten(0, (4, 4, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+    tensors[name] = (
+        tensors[name].unflatten(0, (4, 4, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+    )
 
 
 def _one_weight(tensors: dict[str, torch.Tensor]) -> None:
@@ -294,8 +365,9 @@ def _one_weight(tensors: dict[str, torch.Tensor]) -> None:
 
 def _swap(tensors: dict[str, torch.Tensor]) -> None:
     tensors["layers.0.mixer.out_proj.weight"], tensors["layers.1.mixer.out_proj.weight"] = (
-        tensors["layers.1.mixer.out_proj.weight"], tensors["layers.0.mixer.out_proj.weight"]
-    )  # fmt: skip
+        tensors["layers.1.mixer.out_proj.weight"],
+        tensors["layers.0.mixer.out_proj.weight"],
+    )
 
 
 @pytest.mark.parametrize("damage", [_misplace, _one_weight, _swap])
@@ -310,7 +382,9 @@ def test_wrong_weights_with_right_hashes_are_found_by_their_logits(damage, ours:
     refuse(ours, r"fingerprint\.json: in float32 on cpu the logit of token \d+ is")
 
 
-@pytest.mark.parametrize("change", [{"embed_scale": False}, {"decay": "paper"}, {"activation": "gelu"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"embed_scale": False}, {"decay": "paper"}, {"activation": "gelu"}], ids=str
+)
 def test_a_changed_configuration_is_found(change: dict, ours: Path) -> None:
     values = json.loads((ours / "config.json").read_text())
     (ours / "config.json").write_text(json.dumps({**values, **change}))
@@ -331,7 +405,9 @@ def test_every_dtype_passes_the_check(ours: Path) -> None:
         assert transnormer.load(ours, dtype=dtype).head_weight.dtype == dtype
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {}}'], ids=["empty", "list", "nothing", "part"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"files": {}}'], ids=["empty", "list", "nothing", "part"]
+)
 def test_a_damaged_fingerprint_is_named(text: str, ours: Path) -> None:
     (ours / "fingerprint.json").write_text(text)
     refuse(ours, r"fingerprint\.json is damaged")
@@ -340,17 +416,32 @@ def test_a_damaged_fingerprint_is_named(text: str, ours: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"files": {}}, r"model\.safetensors is not listed in fingerprint\.json, so nobody knows whether it is right"),
+        (
+            {"files": {}},
+            (
+                r"model\.safetensors is not listed in fingerprint\.json, so nobody knows whether "
+                r"it "
+                r"is right"
+            ),
+        ),
         ({"ids": []}, r"fingerprint\.json is damaged"),
         ({"ids": [True]}, r"fingerprint\.json is damaged"),
         ({"words": [], "logits": []}, r"fingerprint\.json is damaged"),
         ({"words": [1_000], "logits": [0.0]}, r"fingerprint\.json is of another model"),
-        ({"words": [1], "logits": ["0"]}, r"fingerprint\.json is damaged \(a logit or tolerance is not a finite"),
-        ({"tolerance": float("inf")}, r"fingerprint\.json is damaged \(a logit or tolerance is not a finite"),
+        (
+            {"words": [1], "logits": ["0"]},
+            r"fingerprint\.json is damaged \(a logit or tolerance is not a finite",
+        ),
+        (
+            {"tolerance": float("inf")},
+            r"fingerprint\.json is damaged \(a logit or tolerance is not a finite",
+        ),
     ],
     ids=str,
 )
-def test_a_fingerprint_that_would_check_nothing_is_refused(change: dict, message: str, ours: Path) -> None:
+def test_a_fingerprint_that_would_check_nothing_is_refused(
+    change: dict, message: str, ours: Path
+) -> None:
     record = json.loads((ours / "fingerprint.json").read_text())
     (ours / "fingerprint.json").write_text(json.dumps({**record, **change}))
     refuse(ours, message)
@@ -394,34 +485,45 @@ def _set(weights: torch.Tensor, number: float) -> torch.Tensor:
 WEIGHTS = [
     (lambda w, _: {k: v for k, v in w.items() if k != SOME}, f"{SOME} is missing"),
     (_with("model.layers.0.surprise", torch.ones(2, 2)), "model.layers.0.surprise is unknown"),
-    (_with("model.layers.3.channel_mixer.l2.weight", torch.ones(48, 32)), "layers.3.channel_mixer.l2.weight is unknown"),
-    (_with("model.layers.1.token_mixer.lrpe.theta", torch.ones(4, 1, 8)), "layers.1.token_mixer.lrpe.theta is unknown"),
+    (_with("model.layers.3.channel_mixer.l2.weight", torch.ones(48, 32)),
+     "layers.3.channel_mixer.l2.weight is unknown"),
+    (_with("model.layers.1.token_mixer.lrpe.theta", torch.ones(4, 1, 8)),
+     "layers.1.token_mixer.lrpe.theta is unknown"),
     (_with(SOME, lambda w: w[:-1]), f"{SOME} is [47, 32], not [48, 32]"),
-    (_with("model.layers.0.token_mixer.lrpe.theta", lambda w: w.squeeze(1)), "lrpe.theta is [4, 8], not [4, 1, 8]"),
-    (_with(SOME, lambda w: _set(w, float("nan"))), f"{SOME} in pytorch_model.bin holds a number that is not finite"),
-    (_with(SOME, lambda w: _set(w, float("-inf"))), f"{SOME} in pytorch_model.bin holds a number that is not finite"),
-    (_with("lm_head.weight", torch.ones(41, 32)), "lm_head.weight differs from model.embed_tokens.weight"),
-    (_with(SOME, lambda w: w.int()), f"{SOME} is no plain tensor of floating-point numbers (int32)"),
+    (_with("model.layers.0.token_mixer.lrpe.theta", lambda w: w.squeeze(1)),
+     "lrpe.theta is [4, 8], not [4, 1, 8]"),
+    (_with(SOME, lambda w: _set(w, float("nan"))),
+     f"{SOME} in pytorch_model.bin holds a number that is not finite"),
+    (_with(SOME, lambda w: _set(w, float("-inf"))),
+     f"{SOME} in pytorch_model.bin holds a number that is not finite"),
+    (_with("lm_head.weight", torch.ones(41, 32)),
+     "lm_head.weight differs from model.embed_tokens.weight"),
+    (_with(SOME, lambda w: w.int()),
+     f"{SOME} is no plain tensor of floating-point numbers (int32)"),
     (_with(SOME, lambda w: w.to_sparse()), f"{SOME} is no plain tensor"),
     (_with(SOME, lambda w: w.to("meta")), f"{SOME} is no plain tensor"),
     (_with("epoch", 3), "'epoch': int"),
     (_with("optimizer", {"lr": 1.0}), "'optimizer': dict"),
     (lambda w, _: [*w.values()], "something else than named tensors (list)"),
-    (lambda w, tmp_path: {**w, "trap": _Trap(tmp_path / "sprung")}, "bin holds more than tensors: io.open; nothing of it"),
+    (lambda w, tmp_path: {**w, "trap": _Trap(tmp_path / "sprung")},
+     "bin holds more than tensors: io.open; nothing of it"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("spoil", "named"), WEIGHTS, ids=[named for _, named in WEIGHTS])
 def test_weights_that_do_not_fit(spoil, named: str, tmp_path: Path) -> None:
     source = publish(tmp_path / "source", tensors_of(VALUES))
-    torch.save(spoil(torch.load(source / "pytorch_model.bin"), tmp_path), source / "pytorch_model.bin")
+    torch.save(
+        spoil(torch.load(source / "pytorch_model.bin"), tmp_path), source / "pytorch_model.bin"
+    )
     line = refused("convert", source, tmp_path / "new" / "ours")
     assert named in line
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 CONFIGS = [
-    ({"gate_dim": 16}, "TransNormerLLM3 (config key 'gate_dim'): its modelling code is not at hand"),
+    ({"gate_dim": 16},
+     "TransNormerLLM3 (config key 'gate_dim'): its modelling code is not at hand"),
     ({"use_rope": True}, "unknown published config key 'use_rope'"),
     ({"no_scale_embeding": True}, "'no_scale_embeding'; did you mean no_scale_embedding?"),
     ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
@@ -430,7 +532,8 @@ CONFIGS = [
     ({"decoder_layers": "three"}, "wrong kind"),
     ({"decoder_layers": 10**9}, "decoder_layers is 1,000,000,000, more than"),
     ({"vocab_size": 10**15}, "vocab_size is 1,000,000,000,000,000, more than"),
-    ({"decoder_layers": 4, "linear_use_lrpe_list": [1, 0, 0, 0]}, "model.layers.3.token_mixer.qkvu_proj.weight is missing"),
+    ({"decoder_layers": 4, "linear_use_lrpe_list": [1, 0, 0, 0]},
+     "model.layers.3.token_mixer.qkvu_proj.weight is missing"),
     ({"linear_use_lrpe_list": [1, 1, 0]}, "model.layers.1.token_mixer.lrpe.theta is missing"),
     ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
     ({"bias": True}, "qkvu_proj.bias is missing"),
@@ -448,7 +551,10 @@ def test_configurations_that_do_not_fit(change: dict, named: str, tmp_path: Path
 def test_folders_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     weights = tensors_of(VALUES)
     source = publish(tmp_path / "source", weights, kind="2 bin")
-    shard, index = source / "pytorch_model-00002-of-00002.bin", source / "pytorch_model.bin.index.json"
+    shard, index = (
+        source / "pytorch_model-00002-of-00002.bin",
+        source / "pytorch_model.bin.index.json",
+    )
 
     def line(folder: Path = source, out: str = "ours") -> str:
         before = sorted(path for path in tmp_path.rglob("*"))
@@ -468,7 +574,10 @@ def test_folders_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     shard.unlink()
     assert "pytorch_model-00002-of-00002.bin: no such file" in line()
     torch.save({**torch.load(source / "pytorch_model-00001-of-00002.bin"), **weights}, shard)
-    assert "model.embed_tokens.weight is in pytorch_model-00001-of-00002.bin and again in pytorch_model-0000" in line()
+    assert (
+        "model.embed_tokens.weight is in pytorch_model-00001-of-00002.bin and again in "
+        "pytorch_model-0000"
+    ) in line()
     shard.write_bytes(whole)
     index.write_text("{")
     assert "pytorch_model.bin.index.json: damaged" in line()
@@ -482,7 +591,8 @@ def test_folders_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps({"hidden_size": 8}))
     assert "not a published TransNormerLLM" in line()
     (source / "config.json").write_text(json.dumps(VALUES))
-    save_file({name: torch.ones(1) for name in weights}, source / "model.safetensors")  # read before any .bin
+    # read before any .bin
+    save_file({name: torch.ones(1) for name in weights}, source / "model.safetensors")
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-9])
     assert "model.safetensors: truncated, damaged" in line()
 
@@ -511,9 +621,16 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder as training leaves it: a sealed checkpoint with weights, tokenizer and what only training needs."""
+    """A run folder as training leaves it: a sealed checkpoint with weights, tokenizer and what only
+    training needs."""
     model = LanguageModel(
-        ModelConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+        ModelConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+        )
     )
     model.tokenizer = train_tokenizer([TEXT.read_text()[:20_000]], 300)
     folder = tmp_path / "runs" / "x" / "checkpoints" / "step-0000007"
@@ -538,13 +655,29 @@ def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
     model, wanted = transnormer.load(tmp_path / "ours"), transnormer.load(run)
     assert model.config == wanted.config
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in wanted.state_dict().items())
+    assert all(
+        torch.equal(tensor, model.state_dict()[name])
+        for name, tensor in wanted.state_dict().items()
+    )
     assert encode(model.tokenizer, "To be") == encode(wanted.tokenizer, "To be")
 
-    call("export", "--model", run, "--out", tmp_path / "half", "--dtype", "bfloat16", "--max-shard", "30KB")
+    call(
+        "export",
+        "--model",
+        run,
+        "--out",
+        tmp_path / "half",
+        "--dtype",
+        "bfloat16",
+        "--max-shard",
+        "30KB",
+    )
     half = transnormer.load(tmp_path / "half")
     assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
-    assert all(torch.equal(t.bfloat16(), half.state_dict()[name]) for name, t in wanted.state_dict().items())
+    assert all(
+        torch.equal(t.bfloat16(), half.state_dict()[name])
+        for name, t in wanted.state_dict().items()
+    )
     transnormer.load(tmp_path / "half", dtype=torch.float32)
 
     out, _ = call("export", "--model", run, "--out", tmp_path / "theirs", "--format", "published")
@@ -558,11 +691,21 @@ def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_softmax_baseline_is_exported_but_not_as_published(tmp_path: Path) -> None:
-    config = ModelConfig(vocab_size=41, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **TRANSFORMER)
+    config = ModelConfig(
+        vocab_size=41, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **TRANSFORMER
+    )
     LanguageModel(config).save_pretrained(tmp_path / "model")
     call("export", "--model", tmp_path / "model", "--out", tmp_path / "ours")
     transnormer.load(tmp_path / "ours")
-    line = refused("export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--format", "published")
+    line = refused(
+        "export",
+        "--model",
+        tmp_path / "model",
+        "--out",
+        tmp_path / "theirs",
+        "--format",
+        "published",
+    )
     assert "the published format knows no mixer = 'softmax'" in line
     assert "'onnx' is unknown; there are transnormer, published" in refused(
         "export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--format", "onnx"
@@ -570,7 +713,9 @@ def test_the_softmax_baseline_is_exported_but_not_as_published(tmp_path: Path) -
     assert "'int4' is unknown" in refused(
         "export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--dtype", "int4"
     )
-    assert "ours exists" in refused("export", "--model", tmp_path / "model", "--out", tmp_path / "ours")
+    assert "ours exists" in refused(
+        "export", "--model", tmp_path / "model", "--out", tmp_path / "ours"
+    )
     broken = LanguageModel(config)
     broken.layers[1].glu.up_proj.weight.data[0, 0] = float("nan")
     broken.save_pretrained(tmp_path / "broken")

@@ -1,4 +1,5 @@
-"""Published checkpoints: the published code's own numbers, and other configurations against the paper's equations."""
+"""Published checkpoints: the published code's own numbers, and other configurations against the
+paper's equations."""
 
 from __future__ import annotations
 
@@ -42,8 +43,12 @@ def test_logits_loss_and_every_gradient(expected) -> None:
     loss = model.loss(ids[:, :-1], ids[:, 1:])
     assert abs(loss.item() - expected["loss"].item()) < 1e-5
     loss.backward()
-    gradients = published_tensors({name: p.grad for name, p in model.named_parameters()}, model.config)
-    assert {f"grad.{name}" for name in gradients} == {name for name in expected if name.startswith("grad.")}
+    gradients = published_tensors(
+        {name: p.grad for name, p in model.named_parameters()}, model.config
+    )
+    assert {f"grad.{name}" for name in gradients} == {
+        name for name in expected if name.startswith("grad.")
+    }
     for name, gradient in gradients.items():
         wanted = expected[f"grad.{name}"]
         assert gradient.shape == wanted.shape
@@ -73,25 +78,32 @@ VARIANTS = [
     {"linear_use_lrpe_list": [], "linear_use_lrpe": 0},
     {"norm_type": "layernorm"},
     *({"linear_act_fun": word} for word in
-      ("swish", "relu", "elu", "1+elu", "2+elu", "gelu", "sigmoid", "leak", "sine", "exp", "something else")),
+      ("swish", "relu", "elu", "1+elu", "2+elu", "gelu", "sigmoid", "leak", "sine", "exp",
+       "something else")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=str)
 def test_other_published_models_follow_the_equations(change: dict, tmp_path) -> None:
     values = {
-        "decoder_embed_dim": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "hidden_dim": 32, "glu_dim": 48,
-        "vocab_size": 41, "linear_act_fun": "silu", "linear_use_lrpe_list": [1, 0, 0, 0], "no_scale_embedding": True,
+        "decoder_embed_dim": 32, "decoder_layers": 4, "decoder_attention_heads": 4,
+        "hidden_dim": 32, "glu_dim": 48,
+        "vocab_size": 41, "linear_act_fun": "silu", "linear_use_lrpe_list": [1, 0, 0, 0],
+        "no_scale_embedding": True,
         "norm_type": "simplermsnorm", "model_type": "transnormer", "pad_token_id": 0, **change,
     }  # fmt: skip
     config = config_from_published(values)
     model = LanguageModel(config.replace(initializer_range=0.2)).double()
-    for parameter in model.parameters():  # gains, biases and theta away from their special initial values
+    # gains, biases and theta away from their special initial values
+    for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     tensors = published_tensors(model.state_dict(), config)
     ids = torch.randint(41, (2, 90))
     (tmp_path / "config.json").write_text(json.dumps(values))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
     logits, _ = transnormer.load(tmp_path)(ids)
     wanted = _published_logits(tensors, values, ids)
     assert (logits - wanted).abs().max() < 1e-9 * wanted.abs().max()
@@ -99,13 +111,22 @@ def test_other_published_models_follow_the_equations(change: dict, tmp_path) -> 
     assert back == config.replace(initializer_range=back.initializer_range)
 
 
-def _published_logits(tensors: dict[str, torch.Tensor], values: dict, ids: torch.Tensor) -> torch.Tensor:
-    """The published forward pass written out with T x T masks, from published names, shapes and words alone."""
-    heads, layers, inner = values["decoder_attention_heads"], values["decoder_layers"], values["hidden_dim"]
+def _published_logits(
+    tensors: dict[str, torch.Tensor], values: dict, ids: torch.Tensor
+) -> torch.Tensor:
+    """The published forward pass written out with T x T masks, from published names, shapes and
+    words alone."""
+    heads, layers, inner = (
+        values["decoder_attention_heads"],
+        values["decoder_layers"],
+        values["hidden_dim"],
+    )
     time = torch.arange(ids.shape[1], dtype=torch.float64)
     act = {
-        "silu": F.silu, "swish": F.silu, "relu": F.relu, "elu": F.elu, "1+elu": lambda x: 1 + F.elu(x),
-        "2+elu": lambda x: 2 + F.elu(x), "gelu": F.gelu, "sigmoid": torch.sigmoid, "leak": F.leaky_relu,
+        "silu": F.silu, "swish": F.silu, "relu": F.relu, "elu": F.elu,
+        "1+elu": lambda x: 1 + F.elu(x),
+        "2+elu": lambda x: 2 + F.elu(x), "gelu": F.gelu, "sigmoid": torch.sigmoid,
+        "leak": F.leaky_relu,
         "sine": torch.sin, "exp": lambda x: torch.exp(x - x.max(dim=-1, keepdim=True).values),
     }.get(values["linear_act_fun"], lambda x: x)  # fmt: skip
 
@@ -128,8 +149,12 @@ def _published_logits(tensors: dict[str, torch.Tensor], values: dict, ids: torch
         x = x * math.sqrt(values["decoder_embed_dim"])
     for layer in range(layers):
         at = f"model.layers.{layer}"
-        q, k, v, u = linear(norm(x, f"{at}.token_norm"), f"{at}.token_mixer.qkvu_proj").chunk(4, dim=-1)
-        q, k, v = (part.unflatten(-1, (heads, inner // heads)).transpose(1, 2) for part in (q, k, v))
+        q, k, v, u = linear(norm(x, f"{at}.token_norm"), f"{at}.token_mixer.qkvu_proj").chunk(
+            4, dim=-1
+        )
+        q, k, v = (
+            part.unflatten(-1, (heads, inner // heads)).transpose(1, 2) for part in (q, k, v)
+        )
         q, k = act(q), act(k)
         theta = tensors.get(f"{at}.token_mixer.lrpe.theta")
         if theta is not None:
@@ -170,9 +195,15 @@ def test_what_cannot_be_read_faithfully_is_refused_by_name(copy) -> None:
             transnormer.load(copy)
 
     some = "model.layers.1.channel_mixer.l2.weight"
-    refused({k: v for k, v in weights.items() if k != some}, r"model\.layers\.1\.channel_mixer\.l2\.weight is missing")
+    refused(
+        {k: v for k, v in weights.items() if k != some},
+        r"model\.layers\.1\.channel_mixer\.l2\.weight is missing",
+    )
     refused({**weights, some: weights[some][:-1]}, r"l2\.weight is \[175, 64\], not \[176, 64\]")
-    refused({**weights, "model.layers.0.surprise": weights[some]}, r"model\.layers\.0\.surprise is unknown")
+    refused(
+        {**weights, "model.layers.0.surprise": weights[some]},
+        r"model\.layers\.0\.surprise is unknown",
+    )
     refused(
         {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1},
         "lm_head.weight differs from model.embed",
@@ -209,15 +240,21 @@ class Trap:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_pickles_that_would_run_code_do_not_and_name_it(copy, tmp_path, function, named, kind) -> None:
-    """torch blocks some modules and not others, and does not know newer protocols: its messages differ."""
+def test_pickles_that_would_run_code_do_not_and_name_it(
+    copy, tmp_path, function, named, kind
+) -> None:
+    """torch blocks some modules and not others, and does not know newer protocols: its messages
+    differ."""
     trap, weights = tmp_path / "sprung", copy / "pytorch_model.bin"
     content = {"weight": torch.ones(2), "b": Trap(function, str(trap))}
     if isinstance(kind, int):
         weights.write_bytes(pickle.dumps(content | {"weight": 1}, protocol=kind))
     else:
         torch.save(content, weights, _use_new_zipfile_serialization=kind == "zip")
-    line = rf"pytorch_model\.bin holds more than tensors: {re.escape(named)}[\w.]*; nothing of it was run$"
+    line = (
+        rf"pytorch_model\.bin holds more than tensors: {re.escape(named)}[\w.]*; nothing of it "
+        r"was run$"
+    )
     with pytest.raises(ValueError, match=line):
         transnormer.load(copy)
     assert not trap.exists()
@@ -225,7 +262,10 @@ def test_pickles_that_would_run_code_do_not_and_name_it(copy, tmp_path, function
 
 def test_a_pickle_of_a_whole_model_names_it(copy) -> None:
     torch.save(torch.nn.Linear(2, 2), copy / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds more than tensors: torch\.nn\.modules\.linear\.Linear; nothing of it"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds more than tensors: torch\.nn\.modules\.linear\.Linear; nothing of it",
+    ):
         transnormer.load(copy)
 
 
@@ -240,10 +280,18 @@ def test_the_documents_say_where_the_checkpoints_are() -> None:
 def test_configurations_without_a_published_word_are_refused() -> None:
     with pytest.raises(ValueError, match="TransNormerLLM3"):
         config_from_published({"decoder_embed_dim": 64, "gate_dim": 16})
-    with pytest.raises(ValueError, match="unknown published config key 'glu_dims'; did you mean glu_dim"):
+    with pytest.raises(
+        ValueError, match="unknown published config key 'glu_dims'; did you mean glu_dim"
+    ):
         config_from_published({"decoder_embed_dim": 64, "glu_dims": 16})
     with pytest.raises(ValueError, match="2 flags for 24 layers"):
         config_from_published({"decoder_embed_dim": 64, "linear_use_lrpe_list": [1, 0]})
-    for change in ({"glu": "swiglu"}, {"decay": "paper"}, {"gate": False}, {"norm": "rmsnorm"}, {"mixer": "softmax"}):
+    for change in (
+        {"glu": "swiglu"},
+        {"decay": "paper"},
+        {"gate": False},
+        {"norm": "rmsnorm"},
+        {"mixer": "softmax"},
+    ):
         with pytest.raises(ValueError, match="the published format knows no"):
             published_config(ModelConfig(hidden_size=32, num_attention_heads=2, **change))

@@ -1,4 +1,5 @@
-"""Our folders in transformers: its own ways of loading, generating, training and saving, against our own numbers."""
+"""Our folders in transformers: its own ways of loading, generating, training and saving, against
+our own numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +46,12 @@ from ..conftest import PUBLISHED, REPOSITORY, TEXT
 VOCAB = 300
 KINDS = {
     "tied": {},
-    "untied": {"tie_word_embeddings": False, "position_layers": "all", "gate_rank": 5, "embed_scale": True},
+    "untied": {
+        "tie_word_embeddings": False,
+        "position_layers": "all",
+        "gate_rank": 5,
+        "embed_scale": True,
+    },
     "softmax": TRANSFORMER,
     "alibi": {"mixer": "softmax", "tie_word_embeddings": False, "position": "none"},
 }
@@ -55,9 +61,14 @@ GREEDY = {"do_sample": False, "max_new_tokens": 9}
 
 def small(**changes) -> LanguageModel:
     config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
-        initializer_range=0.2, **changes,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        initializer_range=0.2,
+        **changes,
+    )
     torch.manual_seed(0)
     return LanguageModel(config).eval()
 
@@ -148,7 +159,9 @@ def test_device_maps(folders, both, where, tmp_path) -> None:
     options = {"device_map": where}
     if where == "disk":
         places = dict.fromkeys(["embed_tokens", "norm", "lm_head", "layers.0", "layers.2"], "cpu")
-        places |= {"layers.1": "disk"} | ({} if own.config.tie_word_embeddings else {"lm_head": "disk"})
+        places |= {"layers.1": "disk"} | (
+            {} if own.config.tie_word_embeddings else {"lm_head": "disk"}
+        )
         options = {"device_map": places, "offload_folder": str(tmp_path)}
     model = AutoModelForCausalLM.from_pretrained(folders[name], **options)
     assert (model.layers[1].mixer.out_proj.weight.is_meta) is (where == "disk")
@@ -160,9 +173,15 @@ def test_device_maps(folders, both, where, tmp_path) -> None:
 
 def test_a_new_model_starts_as_ours_does() -> None:
     config = TransNormerConfig(
-        vocab_size=2_000, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, bias=True, pad_token_id=5,
-        norm="layernorm", tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=2_000,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bias=True,
+        pad_token_id=5,
+        norm="layernorm",
+        tie_word_embeddings=False,
+    )
     own, model = LanguageModel(config.own()), AutoModelForCausalLM.from_config(config)
     drawn = 0
     for name, weight in own.named_parameters():
@@ -188,10 +207,17 @@ def test_weights_that_do_not_fit_are_refused_by_name(copied) -> None:
             AutoModelForCausalLM.from_pretrained(copied)
         assert "\n" not in str(caught.value)
 
-    refused({k: v for k, v in weights.items() if k != some}, r"layers\.1\.glu\.up_proj\.weight is missing")
-    refused({**weights, "layers.7.norm.weight": torch.ones(2)}, r"layers\.7\.norm\.weight is unknown")
+    refused(
+        {k: v for k, v in weights.items() if k != some},
+        r"layers\.1\.glu\.up_proj\.weight is missing",
+    )
+    refused(
+        {**weights, "layers.7.norm.weight": torch.ones(2)}, r"layers\.7\.norm\.weight is unknown"
+    )
     wrong = f"is \\[{shape[0] - 1}, {shape[1]}\\], not \\[{shape[0]}, {shape[1]}\\]"
-    refused({**weights, some: weights[some][1:].clone()}, rf"layers\.1\.glu\.up_proj\.weight {wrong}")
+    refused(
+        {**weights, some: weights[some][1:].clone()}, rf"layers\.1\.glu\.up_proj\.weight {wrong}"
+    )
     holed = weights[some].clone()
     holed[3, 3] = torch.nan
     refused({**weights, some: holed}, r"layers\.1\.glu\.up_proj\.weight holds NaN or infinity")
@@ -202,7 +228,11 @@ def test_weights_that_do_not_fit_are_refused_by_name(copied) -> None:
 def test_a_tied_head_that_differs_is_refused(folders, tmp_path) -> None:
     copied = shutil.copytree(folders["tied"], tmp_path / "copy")
     weights = load_file(copied / "model.safetensors")
-    save_file({**weights, "lm_head.weight": torch.ones(VOCAB, 32)}, copied / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "lm_head.weight": torch.ones(VOCAB, 32)},
+        copied / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from embed_tokens\.weight"):
         AutoModelForCausalLM.from_pretrained(copied)
 
@@ -233,8 +263,12 @@ def test_a_configuration_that_no_model_can_have_is_refused(copied) -> None:
     refused({"hidden_sise": 3}, "unknown model config key 'hidden_sise'; did you mean hidden_size")
     refused({"auto_map": {"AutoConfig": "evil.Config"}}, "unknown model config key 'auto_map'")
     refused({"mixer": "gal"}, "mixer = 'gal', but must be one of gla, softmax; did you mean gla")
-    (copied / "config.json").write_text(json.dumps({key: values[key] for key in values if key != "hidden_size"}))
-    with pytest.raises(ValueError, match=r"config\.json: no hidden_size, so the model's shape is not known"):
+    (copied / "config.json").write_text(
+        json.dumps({key: values[key] for key in values if key != "hidden_size"})
+    )
+    with pytest.raises(
+        ValueError, match=r"config\.json: no hidden_size, so the model's shape is not known"
+    ):
         AutoModelForCausalLM.from_pretrained(copied)
     (copied / "config.json").write_text(json.dumps(values))
     config = AutoConfig.from_pretrained(copied)
@@ -245,7 +279,9 @@ def test_a_configuration_that_no_model_can_have_is_refused(copied) -> None:
 
 def test_published_checkpoints_are_sent_to_convert() -> None:
     for auto in (AutoConfig, AutoModelForCausalLM):
-        with pytest.raises(ValueError, match=r"published TransNormerLLM checkpoint.*transnormer convert"):
+        with pytest.raises(
+            ValueError, match=r"published TransNormerLLM checkpoint.*transnormer convert"
+        ):
             auto.from_pretrained(PUBLISHED)
 
 
@@ -277,7 +313,9 @@ def test_a_padded_batch_is_its_rows_alone(both) -> None:
     for row, length in enumerate(mask.sum(1).tolist()):
         alone = ids[row : row + 1, -length:]
         assert torch.equal(batch[row, 17:], model.generate(alone, **GREEDY)[0, length:])
-        torch.testing.assert_close(logits[row, -length:], model(alone).logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits[row, -length:], model(alone).logits[0], rtol=1e-4, atol=1e-4
+        )
     nothing, mask = padded([0, 6], 6)  # a row of padding alone
     logits = model(nothing, attention_mask=mask).logits
     torch.testing.assert_close(logits[1], model(nothing[1:]).logits[0], rtol=1e-4, atol=1e-4)
@@ -290,18 +328,24 @@ def test_beams_are_those_without_a_cache_and_score_what_they_say(both) -> None:
     own, model = both
     ids, mask = padded([5, 11], 11)
     options = {
-        **GREEDY, "attention_mask": mask, "num_beams": 3, "num_return_sequences": 3, "output_scores": True,
-        "return_dict_in_generate": True, "pad_token_id": 0, "length_penalty": 0.0, "eos_token_id": None,
+        **GREEDY, "attention_mask": mask, "num_beams": 3, "num_return_sequences": 3,
+        "output_scores": True,
+        "return_dict_in_generate": True, "pad_token_id": 0, "length_penalty": 0.0,
+        "eos_token_id": None,
     }  # fmt: skip
     found, without = model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
     assert torch.equal(found.sequences, without.sequences)
-    torch.testing.assert_close(found.sequences_scores, without.sequences_scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.sequences_scores, without.sequences_scores, rtol=1e-4, atol=1e-4
+    )
     greedy = model.generate(ids, attention_mask=mask, pad_token_id=0, **GREEDY)
     assert not torch.equal(found.sequences[::3], greedy)  # the beams did change places
     for number, sequence in enumerate(found.sequences):
         text = sequence[None, 11 - (5, 11)[number // 3] :]
         scores = own(text)[0][0].log_softmax(-1)[-10:-1].gather(1, text[0, -9:, None])
-        torch.testing.assert_close(scores.sum(), found.sequences_scores[number], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            scores.sum(), found.sequences_scores[number], rtol=1e-4, atol=1e-3
+        )
 
 
 def test_sampling_repeats_with_its_seed(both) -> None:
@@ -310,7 +354,9 @@ def test_sampling_repeats_with_its_seed(both) -> None:
 
     def sample(seed: int, **options) -> torch.Tensor:
         torch.manual_seed(seed)
-        return model.generate(ids, do_sample=True, top_k=20, max_new_tokens=12, pad_token_id=0, **options)
+        return model.generate(
+            ids, do_sample=True, top_k=20, max_new_tokens=12, pad_token_id=0, **options
+        )
 
     assert torch.equal(sample(1), sample(1, use_cache=False))
     assert not torch.equal(sample(1), sample(2))
@@ -350,9 +396,13 @@ def test_the_state_rides_in_transformers_own_caches(both) -> None:
     assert cache.layers[0].recurrent_states[1].tolist() == [3, 8] == state.seen.tolist()
     before = [layer.recurrent_states[0].data_ptr() for layer in cache.layers]
     model(draw(2, 200), attention_mask=torch.ones(2, 208), past_key_values=cache)
-    assert [layer.recurrent_states[0].data_ptr() for layer in cache.layers] == before  # it does not grow
+    # it does not grow
+    assert [layer.recurrent_states[0].data_ptr() for layer in cache.layers] == before
     cache.reset()
-    assert torch.equal(model(ids[1:].repeat(2, 1), past_key_values=cache).logits, model(ids[1:].repeat(2, 1)).logits)
+    assert torch.equal(
+        model(ids[1:].repeat(2, 1), past_key_values=cache).logits,
+        model(ids[1:].repeat(2, 1)).logits,
+    )
 
 
 def test_a_text_goes_on_from_its_cache(both) -> None:
@@ -373,7 +423,9 @@ def test_a_text_goes_on_from_its_cache(both) -> None:
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
     pieces.sum().backward()  # though the cache was updated in place
     if model.config.mixer == "gla":
-        with pytest.raises(ValueError, match="the cache has read 26 tokens: nothing is left to read"):
+        with pytest.raises(
+            ValueError, match="the cache has read 26 tokens: nothing is left to read"
+        ):
             model.generate(ids, **{CACHE: read}, **options)
 
 
@@ -384,13 +436,19 @@ def test_assisted_decoding_only_where_tokens_can_be_taken_back(loaded) -> None:
         _, model = loaded[name]
         other = TransNormerForCausalLM(model.config).eval()
         expected = model.generate(ids, **GREEDY)
-        for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}, {"assistant_model": other}):
+        for helper in (
+            {"prompt_lookup_num_tokens": 3},
+            {"assistant_model": model},
+            {"assistant_model": other},
+        ):
             assert torch.equal(model.generate(ids, **helper, **GREEDY), expected)
         with pytest.raises(ValueError, match="cannot assist: its state cannot be rolled back"):
             model.generate(ids, assistant_model=loaded["tied"][1], **GREEDY)
     for name in ("tied", "untied"):
         for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": loaded["softmax"][1]}):
-            with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            with pytest.raises(
+                ValueError, match="assisted generation is not supported with stateful models"
+            ):
                 loaded[name][1].generate(ids, **helper, **GREEDY)
 
 
@@ -414,7 +472,9 @@ def test_embeddings_in_the_place_of_ids(both) -> None:
     vectors = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=vectors).logits, model(ids).logits)
     options = {**GREEDY, "attention_mask": mask, "pad_token_id": 0}
-    assert torch.equal(model.generate(inputs_embeds=vectors, **options), model.generate(ids, **options)[:, 9:])
+    assert torch.equal(
+        model.generate(inputs_embeds=vectors, **options), model.generate(ids, **options)[:, 9:]
+    )
     for wrong in ({}, {"input_ids": ids, "inputs_embeds": vectors}):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             model(**wrong)
@@ -431,7 +491,9 @@ def test_hidden_states_are_every_layers_input_and_the_heads(both) -> None:
         for found, wanted in zip(states, [*inputs, head], strict=True):
             torch.testing.assert_close(found[row, -length:], wanted[0], rtol=1e-4, atol=1e-4)
     assert model(ids).hidden_states is None
-    steps = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, **GREEDY).hidden_states
+    steps = model.generate(
+        ids, output_hidden_states=True, return_dict_in_generate=True, **GREEDY
+    ).hidden_states
     assert [len(step) for step in steps] == [4] * 9
 
 
@@ -471,7 +533,9 @@ def test_logits_to_keep(tied) -> None:
     ids = draw(2, 9)
     logits = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
+    torch.testing.assert_close(
+        model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]]
+    )
 
 
 def test_checkpointed_gradients_are_the_same(both, monkeypatch) -> None:
@@ -480,7 +544,9 @@ def test_checkpointed_gradients_are_the_same(both, monkeypatch) -> None:
     model = copy.deepcopy(model).train()
     for layer in model.layers:
         forward = layer.mixer.forward
-        monkeypatch.setattr(layer.mixer, "forward", lambda *args, forward=forward: calls.append(1) or forward(*args))
+        monkeypatch.setattr(
+            layer.mixer, "forward", lambda *args, forward=forward: calls.append(1) or forward(*args)
+        )
     model(ids, labels=ids).loss.backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert len(calls) == 3
@@ -499,7 +565,9 @@ def test_right_padding_is_read_and_a_cache_refused(both) -> None:
     mask[0, 7:] = 0
     output = model(ids, attention_mask=mask)
     assert CACHE not in output
-    torch.testing.assert_close(output.logits[0, :7], model(ids[:1, :7]).logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        output.logits[0, :7], model(ids[:1, :7]).logits[0], rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(ValueError, match="no cache can go on from rows padded at the right"):
         model.generate(ids, attention_mask=mask, pad_token_id=0, **GREEDY)
 
@@ -507,15 +575,23 @@ def test_right_padding_is_read_and_a_cache_refused(both) -> None:
 def test_packed_rows_are_their_texts_alone(both) -> None:
     _, model = both
     texts = [draw(1, length) for length in (5, 1, 9)]
-    row, places = torch.cat(texts, 1), torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    row, places = (
+        torch.cat(texts, 1),
+        torch.cat([torch.arange(text.shape[1]) for text in texts])[None],
+    )
     bounds = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    packings = ({"position_ids": places}, {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 9})
+    packings = (
+        {"position_ids": places},
+        {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 9},
+    )
     for packing in packings:
         output = model(row, **packing)
         assert CACHE not in output
         for start, text in zip((0, 5, 6), texts, strict=True):
             alone = model(text).logits[0]
-            torch.testing.assert_close(output.logits[0, start : start + len(alone)], alone, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                output.logits[0, start : start + len(alone)], alone, rtol=1e-4, atol=1e-4
+            )
         with pytest.raises(ValueError, match="no cache can go on from packed rows"):
             model(row, use_cache=True, **packing)
 
@@ -526,9 +602,15 @@ def test_what_cannot_be_read_right_is_refused(both) -> None:
     holed[1, 2] = 0
     with pytest.raises(ValueError, match="attention_mask has a hole: padding between the tokens"):
         model(ids, attention_mask=holed)
-    with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\] with T at least 6; got \[2, 1, 6, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \[B, T\] with T at least 6; got \[2, 1, 6, 6\]"
+    ):
         model(ids, attention_mask=torch.ones(2, 1, 6, 6))
-    for places in (torch.arange(6) + 1, torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 1, 2, 2, 3, 4])):
+    for places in (
+        torch.arange(6) + 1,
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+        torch.tensor([0, 1, 2, 2, 3, 4]),
+    ):
         with pytest.raises(ValueError, match="position_ids must go on from the tokens read"):
             model(ids, position_ids=places[None])
     with pytest.raises(ValueError, match="position_ids must go on"):
@@ -546,9 +628,12 @@ def test_what_cannot_be_read_right_is_refused(both) -> None:
         model(ids, attention_masks=holed)
     other = {"gla": "full_attention", "softmax": "linear_attention"}[model.config.mixer]
     foreign = DynamicCache(config=model.config)
-    foreign.layers = [{"full_attention": DynamicLayer, "linear_attention": LinearAttentionLayer}[other]()] * 3
+    foreign.layers = [
+        {"full_attention": DynamicLayer, "linear_attention": LinearAttentionLayer}[other]()
+    ] * 3
     with pytest.raises(
-        ValueError, match=r"this cache was not made for the model.*DynamicCache\(config=model\.config\)"
+        ValueError,
+        match=r"this cache was not made for the model.*DynamicCache\(config=model\.config\)",
     ):
         model(ids, past_key_values=foreign)
 
@@ -584,14 +669,21 @@ def test_shards_that_are_not_whole_are_refused_by_name(tied, tmp_path) -> None:
         with pytest.raises(error, match=match):
             transnormer.load(tmp_path)
 
-    for text in ("[]", '{"weight_map": 3}', '{"weight_map": {"norm.weight": "../evil.safetensors"}}'):
+    for text in (
+        "[]",
+        '{"weight_map": 3}',
+        '{"weight_map": {"norm.weight": "../evil.safetensors"}}',
+    ):
         index_file.write_text(text)
         refused(ValueError, r"index\.json: damaged, or not an index of shards")
     index_file.write_text("{")
     refused(ValueError, r"index\.json: not JSON")
     mapped = {**index["weight_map"], "ghost.weight": shards[0].name}
     index_file.write_text(json.dumps({"weight_map": mapped}))
-    refused(ValueError, r"lacks ghost\.weight: it and model\.safetensors\.index\.json are not of one model")
+    refused(
+        ValueError,
+        r"lacks ghost\.weight: it and model\.safetensors\.index\.json are not of one model",
+    )
     index_file.write_text(json.dumps(index))
     shutil.copy(shards[1], tmp_path / "kept")
     shutil.copy(shards[0], shards[1])
@@ -600,7 +692,10 @@ def test_shards_that_are_not_whole_are_refused_by_name(tied, tmp_path) -> None:
     shards[2].write_bytes(shards[2].read_bytes()[:-10])
     refused(ValueError, rf"{shards[2].name}: truncated")
     shards[2].unlink()
-    refused(FileNotFoundError, rf"{shards[2].name}: no such file, though model\.safetensors\.index\.json names it")
+    refused(
+        FileNotFoundError,
+        rf"{shards[2].name}: no such file, though model\.safetensors\.index\.json names it",
+    )
     with pytest.raises(OSError, match=shards[2].name):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -611,7 +706,9 @@ def test_a_vocabulary_can_grow_and_shrink(folders, tmp_path) -> None:
         ids, kept = draw(1, 12).clamp(max=size - 1), min(size, VOCAB)
         before = model(ids).logits
         model.resize_token_embeddings(size)
-        assert (model.lm_head.weight is model.embed_tokens.weight) is model.config.tie_word_embeddings
+        assert (
+            model.lm_head.weight is model.embed_tokens.weight
+        ) is model.config.tie_word_embeddings
         after = model(ids, labels=ids)
         assert after.logits.shape[-1] == size
         torch.testing.assert_close(after.logits[..., :kept], before[..., :kept])
@@ -653,7 +750,9 @@ def test_the_card_says_how_to_load(folders, capsys) -> None:
 def test_the_page_runs_as_it_is_written(folders, tmp_path, monkeypatch, capsys) -> None:
     shutil.copytree(folders["tied"], tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "hub.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs" / "hub.md").read_text(), re.DOTALL
+    )
     exec("".join(blocks), names := {})
     assert names["lora"].target_modules == TARGETS
     assert "JULIET:" in capsys.readouterr().out
@@ -674,7 +773,9 @@ def test_the_tokenizer_is_ours(folders, loaded, tmp_path) -> None:
     assert batch["attention_mask"][0].tolist() == [0] * (batch["input_ids"].shape[1] - 1) + [1]
     shutil.copytree(folders["tied"], tmp_path / "named")
     values = json.loads((tmp_path / "named" / "config.json").read_text())
-    (tmp_path / "named" / "config.json").write_text(json.dumps({**values, "bos_token_id": 3, "eos_token_id": 5}))
+    (tmp_path / "named" / "config.json").write_text(
+        json.dumps({**values, "bos_token_id": 3, "eos_token_id": 5})
+    )
     named = AutoTokenizer.from_pretrained(tmp_path / "named")
     assert (named.eos_token_id, named.bos_token_id, named.pad_token_id) == (5, 3, 5)
     assert named(text)["input_ids"] == own.encode(text).ids
@@ -708,7 +809,8 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 OPTIONS = {
-    "learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True,
+    "learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "use_cpu": True,
+    "disable_tqdm": True,
     "lr_scheduler_type": "constant", "seed": 1,
 }  # fmt: skip
 
@@ -719,10 +821,20 @@ def test_a_trainer_trains_and_accumulation_changes_nothing(folders, tmp_path) ->
     for size in (8, 2):
         model = AutoModelForCausalLM.from_pretrained(folders["untied"])
         arguments = TrainingArguments(
-            str(tmp_path / str(size)), max_steps=6, per_device_train_batch_size=size,
-            gradient_accumulation_steps=8 // size, save_steps=6, **OPTIONS,
-        )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, data_collator=collate)
+            str(tmp_path / str(size)),
+            max_steps=6,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            save_steps=6,
+            **OPTIONS,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            eval_dataset=data,
+            data_collator=collate,
+        )
         runs.append(losses(trainer))
         assert trainer.evaluate()["eval_loss"] < runs[-1][0] - 0.5
         assert trainer.predict(data[:2]).predictions.shape[::2] == (2, VOCAB)
@@ -730,7 +842,10 @@ def test_a_trainer_trains_and_accumulation_changes_nothing(folders, tmp_path) ->
     assert runs[0][-1] < runs[0][0] - 0.5
     saved = transnormer.load(tmp_path / "8" / "checkpoint-6")
     ids = draw(1, 10)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "8" / "checkpoint-6")(ids).logits, saved(ids)[0])
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "8" / "checkpoint-6")(ids).logits,
+        saved(ids)[0],
+    )
 
 
 @pytest.mark.parametrize("name", ["tied", "softmax"])
@@ -738,17 +853,26 @@ def test_lora_in_trl_trains_saves_and_merges(folders, name, tmp_path) -> None:
     text = TEXT.read_text()
     data = Dataset.from_dict({"text": [text[100 * n : 100 * n + 60 + 5 * n] for n in range(4)]})
     runs = []
-    for packing in ({}, {"padding_free": True, "max_length": None}, {"gradient_checkpointing": False}):
+    for packing in (
+        {},
+        {"padding_free": True, "max_length": None},
+        {"gradient_checkpointing": False},
+    ):
         trainer = trl.SFTTrainer(
             model=str(folders[name]),
             args=trl.SFTConfig(
-                str(tmp_path), max_steps=4, per_device_train_batch_size=4, bf16=False, save_strategy="no",
-                **OPTIONS, **packing,
+                str(tmp_path),
+                max_steps=4,
+                per_device_train_batch_size=4,
+                bf16=False,
+                save_strategy="no",
+                **OPTIONS,
+                **packing,
             ),
             train_dataset=data,
             processing_class=AutoTokenizer.from_pretrained(folders[name]),
             peft_config=peft.LoraConfig(r=4, target_modules=sorted(TARGETS), task_type="CAUSAL_LM"),
-        )  # fmt: skip
+        )
         runs.append(losses(trainer))
     assert runs[0][-1] < runs[0][0]
     for other in runs[1:]:
@@ -756,7 +880,9 @@ def test_lora_in_trl_trains_saves_and_merges(folders, name, tmp_path) -> None:
     model, ids = trainer.model.eval(), draw(2, 15)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        assert (expected - AutoModelForCausalLM.from_pretrained(folders[name])(ids).logits).abs().max() > 1e-2
+        assert (
+            expected - AutoModelForCausalLM.from_pretrained(folders[name])(ids).logits
+        ).abs().max() > 1e-2
         model.save_pretrained(tmp_path / "adapter")
         again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
         assert torch.equal(again(input_ids=ids).logits, expected)
@@ -765,12 +891,16 @@ def test_lora_in_trl_trains_saves_and_merges(folders, name, tmp_path) -> None:
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(merged.generate(ids, **GREEDY), written)
         merged.save_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(transnormer.load(tmp_path / "merged")(ids)[0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            transnormer.load(tmp_path / "merged")(ids)[0], expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_token_that_pads_and_ends_texts_is_learned(folders) -> None:
     for end, learned in ((0, True), (None, False)):
-        model = AutoModelForCausalLM.from_pretrained(folders["untied"], pad_token_id=0, eos_token_id=end)
+        model = AutoModelForCausalLM.from_pretrained(
+            folders["untied"], pad_token_id=0, eos_token_id=end
+        )
         ids = torch.tensor([[5, 0, 9, 7]])
         model(ids, labels=ids).loss.backward()
         assert bool(model.embed_tokens.weight.grad[0].any()) is learned
@@ -778,7 +908,9 @@ def test_a_token_that_pads_and_ends_texts_is_learned(folders) -> None:
 
 def test_an_adapter_on_the_head_counts_in_the_loss(folders) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["untied"])
-    config = peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     model, ids = peft.get_peft_model(model, config), draw(2, 15)
     output = model(input_ids=ids, labels=ids)
     wide = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -818,7 +950,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_only_the_hub_imports_transformers(folders) -> None:
-    done = python(f"import sys, transnormer; transnormer.load({str(folders['tied'])!r}); print(*sys.modules)")
+    done = python(
+        f"import sys, transnormer; transnormer.load({str(folders['tied'])!r}); print(*sys.modules)"
+    )
     assert done.returncode == 0, done.stderr
     assert "transformers" not in done.stdout.split()
 
@@ -840,7 +974,10 @@ while found:
         print(error)
 """)
     assert done.stdout.splitlines() == [
-        f"transnormer.hub needs transformers 5.16 or newer, and there is {here}: pip install 'transnormer[hf]'"
+        (
+            f"transnormer.hub needs transformers 5.16 or newer, and there is {here}: pip install "
+            "'transnormer[hf]'"
+        )
         for here in ("none", "5.15.2")
     ], done.stderr
 
@@ -849,12 +986,16 @@ def test_another_librarys_command_knows_our_classes(folders, tmp_path) -> None:
     (tmp_path / "command.py").write_text(
         "import sys, transformers\n"
         "if __name__ == '__main__':\n"
-        "    print(type(transformers.AutoConfig.from_pretrained(sys.argv[1])).__name__, len(sys.argv))\n"
+        "    print(type(transformers.AutoConfig.from_pretrained(sys.argv[1])).__name__, "
+        "len(sys.argv))\n"
     )
     command = [sys.executable, "-m", "transnormer.hub"]
-    done = subprocess.run([*command, "command", folders["tied"]], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [*command, "command", folders["tied"]], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.split() == ["TransNormerConfig", "2"], done.stderr
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()  # nothing of what torchao says of itself while transformers imports it
+    # nothing of what torchao says of itself while transformers imports it
+    (line,) = done.stderr.splitlines()
     assert line.startswith("error: which module?")

@@ -1,4 +1,5 @@
-"""A conversation: what the model reads turn by turn, what stops an answer, and what can be taken back."""
+"""A conversation: what the model reads turn by turn, what stops an answer, and what can be taken
+back."""
 
 from __future__ import annotations
 
@@ -25,9 +26,13 @@ from transnormer.inference.sampling import Sampling
 def model(prepared: Path) -> LanguageModel:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     model = LanguageModel(config).eval()
     model.tokenizer = load_tokenizer(prepared)
     return model
@@ -116,7 +121,9 @@ def test_what_was_said_can_be_taken_back(start, plain: bool) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_saved_conversation_goes_on_and_is_a_record_of_data(start, plain: bool, tmp_path: Path) -> None:
+def test_a_saved_conversation_goes_on_and_is_a_record_of_data(
+    start, plain: bool, tmp_path: Path
+) -> None:
     conversation, other = start(plain), start(plain)
     with pytest.raises(ValueError, match="nothing was said yet"):
         conversation.save(tmp_path / "talk")
@@ -162,17 +169,44 @@ def users(conversation: Conversation) -> list[str]:
 
 def test_a_greeting_says_what_there_is_and_a_pipe_is_not_greeted(start, say) -> None:
     _, error = say(start(), b"")
-    for word in ("runs/demo", "Ctrl-C", "Ctrl-D", "/reset", "/fork", "/back", "/save", "/load", "/help"):
+    for word in (
+        "runs/demo",
+        "Ctrl-C",
+        "Ctrl-D",
+        "/reset",
+        "/fork",
+        "/back",
+        "/save",
+        "/load",
+        "/help",
+    ):
         assert word in error
     assert say(start(), b"", io.TextIOWrapper) == ("> \n", "")
 
 
 def test_empty_lines_wrong_bytes_and_wrong_commands_end_nothing(start, say, tmp_path: Path) -> None:
     conversation = start()
-    lines = [b"", b"  ", b"one", b"\xff\xfe", b"/what", b"/save", b"/back", b"/load nowhere.jsonl", b" /two", b"/3"]
+    lines = [
+        b"",
+        b"  ",
+        b"one",
+        b"\xff\xfe",
+        b"/what",
+        b"/save",
+        b"/back",
+        b"/load nowhere.jsonl",
+        b" /two",
+        b"/3",
+    ]
     _, error = say(conversation, b"\n".join(lines) + b"\n")
     assert users(conversation) == ["one", " /two", "/3"]
-    for message in ("not UTF-8", "there is no /what", "/save needs", "remembered nothing", "nowhere.jsonl"):
+    for message in (
+        "not UTF-8",
+        "there is no /what",
+        "/save needs",
+        "remembered nothing",
+        "nowhere.jsonl",
+    ):
         assert f"{message}" in error
     with pytest.raises(ValueError, match="there is no /what"):
         say(conversation, b"/what\n", io.TextIOWrapper)

@@ -21,9 +21,13 @@ GREEDY = Sampling(temperature=0)
 def model(prepared) -> LanguageModel:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     model = LanguageModel(config).eval()
     model.tokenizer = load_tokenizer(prepared)
     return model
@@ -132,7 +136,9 @@ def test_filters_keep_the_likeliest() -> None:
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused_however_tokens_are_drawn(wrong: float, temperature: float) -> None:
+def test_logits_that_are_not_finite_are_refused_however_tokens_are_drawn(
+    wrong: float, temperature: float
+) -> None:
     logits = torch.tensor([[0.0, wrong, 1.0]])
     with pytest.raises(ValueError, match="logits are not finite"):
         sample(logits, Sampling(temperature=temperature), torch.Generator())
@@ -160,7 +166,8 @@ def test_a_read_that_is_interrupted_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}]
+    "bad",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}],
 )
 def test_sampling_that_makes_no_sense_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(bad))} = "):

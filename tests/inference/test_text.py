@@ -19,12 +19,25 @@ from transnormer.inference.text import Decoder, check_stop, until_stop
 from ..formats.test_tokenizers import train_sentencepiece, write_ranks
 
 KOREAN = "안녕하세요, 세계! 오늘 날씨가 아주 좋습니다. 산책하러 갈까요? 그래요, 좋아요."
-TEXTS = [KOREAN, "a\ufffd", "\ufffd", "a\ufffdb \ufffd\ufffd", "To be, or  not", " x", "  ", "한", "😀é\n", "\x00天"]
+TEXTS = [
+    KOREAN,
+    "a\ufffd",
+    "\ufffd",
+    "a\ufffdb \ufffd\ufffd",
+    "To be, or  not",
+    " x",
+    "  ",
+    "한",
+    "😀é\n",
+    "\x00天",
+]
 
 
 @pytest.fixture(scope="module")
 def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), user_defined_symbols="<mask>")
+    return train_sentencepiece(
+        tmp_path_factory.mktemp("sentencepiece"), user_defined_symbols="<mask>"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +46,31 @@ def library(sentencepiece_file: Path) -> SentencePieceProcessor:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(sentencepiece_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+def tokenizers(
+    sentencepiece_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tokenizer]:
     """Byte-level BPE whose tokens end inside Korean characters, the same as tiktoken has it,
     SentencePiece with byte tokens, and whole words with blanks between."""
     config = ModelConfig.named("10m").replace(vocab_size=1_000)
     gpt2 = train_tokenizer([KOREAN * 9, "To be, or not to be. " * 9], 330)
-    # a special token, one that is added but not special, and one that byte-level letters cannot spell
+    # a special token, one that is added but not special, and one that byte-level letters cannot
+    # spell
     gpt2.add_special_tokens(["<|im_end|>"])
     gpt2.add_tokens(["<mask>", "날씨 é"])
     letters = {letter: byte for byte, letter in BYTE_LETTERS.items()}
-    words = sorted((number, word) for word, number in gpt2.get_vocab(with_added_tokens=False).items() if number)
+    words = sorted(
+        (number, word) for word, number in gpt2.get_vocab(with_added_tokens=False).items() if number
+    )
     folder = tmp_path_factory.mktemp("tiktoken")
-    write_ranks(folder / "x.tiktoken", {bytes(map(letters.get, word)): number - 1 for number, word in words})
+    write_ranks(
+        folder / "x.tiktoken", {bytes(map(letters.get, word)): number - 1 for number, word in words}
+    )
     tiktoken, _ = read_tokenizer(folder, config.replace(eos_token_id=340))
     with pytest.warns(UserWarning, match="user-defined pieces"):
         sentencepiece, _ = read_tokenizer(sentencepiece_file.parent, config)
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "한글": 2, "\ufffd": 3, "b": 4}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({"<unk>": 0, "a": 1, "한글": 2, "\ufffd": 3, "b": 4}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return {"gpt2": gpt2, "tiktoken": tiktoken, "sentencepiece": sentencepiece, "words": words}
 
@@ -61,7 +83,11 @@ def parts(tokenizers: dict[str, Tokenizer]) -> dict[str, list[list[int]]]:
     for kind, tokenizer in tokenizers.items():
         texts = [encode(tokenizer, text) for text in TEXTS]
         ends = [text[start:] for text in texts for start in range(1, min(len(text), 12))]
-        found[kind] = [*texts, *ends, *([number] for number in range(tokenizer.get_vocab_size() + 3))]
+        found[kind] = [
+            *texts,
+            *ends,
+            *([number] for number in range(tokenizer.get_vocab_size() + 3)),
+        ]
     return found
 
 
@@ -74,7 +100,9 @@ def streamed(tokenizer: Tokenizer, ids: list[int], cut: int) -> str:
 @pytest.mark.parametrize("kind", ["gpt2", "tiktoken", "sentencepiece", "words"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_what_is_streamed_is_the_decoding_of_the_whole(tokenizers, parts, kind: str, data: st.DataObject) -> None:
+def test_what_is_streamed_is_the_decoding_of_the_whole(
+    tokenizers, parts, kind: str, data: st.DataObject
+) -> None:
     tokenizer = tokenizers[kind]
     ids = [*chain(*data.draw(st.lists(st.sampled_from(parts[kind]), max_size=12)))]
     whole = "".join(Decoder(tokenizer).stream(ids))
@@ -85,7 +113,9 @@ def test_what_is_streamed_is_the_decoding_of_the_whole(tokenizers, parts, kind: 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_byte_tokens_are_decoded_as_sentencepiece_does(tokenizers, library, parts, data: st.DataObject) -> None:
+def test_byte_tokens_are_decoded_as_sentencepiece_does(
+    tokenizers, library, parts, data: st.DataObject
+) -> None:
     """`tokenizers` gives up a whole run of byte tokens where one is wrong; the library does not."""
     drawn = chain(*data.draw(st.lists(st.sampled_from(parts["sentencepiece"]), max_size=12)))
     # a piece first, because the library keeps the blank of a byte token that begins a text
@@ -107,7 +137,13 @@ def test_a_text_cut_inside_a_character_keeps_the_characters_before(tokenizers, k
 def test_a_replacement_character_is_a_character(tokenizers) -> None:
     tokenizer = tokenizers["gpt2"]
     decoder = Decoder(tokenizer)
-    assert [decoder.step(token) for token in encode(tokenizer, "a\ufffdb")] == ["a", "", "", "\ufffd", "b"]
+    assert [decoder.step(token) for token in encode(tokenizer, "a\ufffdb")] == [
+        "a",
+        "",
+        "",
+        "\ufffd",
+        "b",
+    ]
     text = "\ufffd" * 9 + "날"
     assert "".join(Decoder(tokenizer).stream(encode(tokenizer, text))) == text
 

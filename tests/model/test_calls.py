@@ -1,4 +1,5 @@
-"""States as values, models without rows, on meta and under autocast, and words that somebody adds."""
+"""States as values, models without rows, on meta and under autocast, and words that somebody
+adds."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from transnormer.inference.engine import Session
 from transnormer.model import layers, mixers
 from transnormer.model.card import model_card
 
-SMALL = {"vocab_size": 29, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+SMALL = {
+    "vocab_size": 29,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+}
 KINDS = {
     "gla": {},
     "lrpe": {"position_layers": "all"},
@@ -56,7 +63,9 @@ def test_rows_are_taken_by_number_or_by_a_mask(rows, taken, model, ids) -> None:
     found = state.select(rows)
     assert torch.equal(found.seen, state.seen[taken])
     for layer, whole in zip(found.layers, state.layers, strict=True):
-        assert all(torch.equal(part, all_rows[taken]) for part, all_rows in zip(layer, whole, strict=True))
+        assert all(
+            torch.equal(part, all_rows[taken]) for part, all_rows in zip(layer, whole, strict=True)
+        )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +88,10 @@ def test_other_rows_are_refused(rows, message, ids) -> None:
 
 @pytest.mark.parametrize(("one", "other"), [("gla", "transformer"), ("transformer", "gla")])
 def test_a_state_of_another_model_is_refused(one, other, ids) -> None:
-    for depth, message in ((2, "with 2 layers, this one has 3"), (4, "with 4 layers, this one has 3")):
+    for depth, message in (
+        (2, "with 2 layers, this one has 3"),
+        (4, "with 4 layers, this one has 3"),
+    ):
         deeper = small(**{**KINDS[one], "num_hidden_layers": depth})
         with pytest.raises(ValueError, match=message):
             small(**KINDS[one])(ids, deeper(ids)[1])
@@ -152,9 +164,12 @@ def test_a_model_on_meta_tells_the_shapes(model, ids) -> None:
 
 
 def test_autocast_leaves_softmax_attention_its_decays() -> None:
-    """Distances over 256 are no numbers of bfloat16, and far keys would have the decay of others."""
+    """Distances over 256 are no numbers of bfloat16, and far keys would have the decay of
+    others."""
     torch.manual_seed(0)
-    mixer = mixers.SoftmaxAttention(ModelConfig(**SMALL, mixer="softmax", position="none", decay_scale=0.02), 0)
+    mixer = mixers.SoftmaxAttention(
+        ModelConfig(**SMALL, mixer="softmax", position="none", decay_scale=0.02), 0
+    )
     q, k, v = (torch.randn(1, 1_500, 3, 8) for _ in range(3))
     tokens = layers.TokenPositions(torch.arange(1_500))
     want, _ = mixer._attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, tokens)
@@ -212,7 +227,11 @@ def test_a_new_norm_is_counted_and_planned(add, ids) -> None:
 
     add("NORMS", "scaled", 1, Scaled)
     model = small(norm="scaled")
-    assert model.config.parameter_count() == model.parameter_count() == small(norm="rmsnorm").parameter_count()
+    assert (
+        model.config.parameter_count()
+        == model.parameter_count()
+        == small(norm="rmsnorm").parameter_count()
+    )
     model.loss(ids, ids).backward()
     for layout in (Layout(1, 1, 1, 1, 1, False), Layout(1, 1, 1, 3, 1, False)):
         assert find_memory(measure(model.config, 12), layout, 1, 12).total > 0
@@ -228,7 +247,9 @@ def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measuremen
             return tuple(super().new_state(rows)[0].chunk(2, -1))
 
         def forward(self, x, state, tokens):
-            y, (after,) = super().forward(x, None if state is None else (torch.cat(state, -1),), tokens)
+            y, (after,) = super().forward(
+                x, None if state is None else (torch.cat(state, -1),), tokens
+            )
             return y, tuple(after.chunk(2, -1))
 
     add("MIXERS", "twin", config.MixerFacts(fixed_state=True, norm=True), Twin)
@@ -241,16 +262,22 @@ def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measuremen
     assert "with the mixer twin" in card
     assert "does not grow" in card
     assert model.flops_per_token(64) == small().flops_per_token(64)
-    with pytest.raises(ValueError, match=r"no run with model.mixer = twin was measured: plans know gla, softmax"):
+    with pytest.raises(
+        ValueError, match=r"no run with model.mixer = twin was measured: plans know gla, softmax"
+    ):
         passes_share(model.config)
     hub = pytest.importorskip("transnormer.hub").hf
     theirs = hub.TransNormerForCausalLM(hub.TransNormerConfig(**dataclasses.asdict(model.config)))
-    with pytest.raises(ValueError, match=r"mixer twin keeps 2 tensors a layer.*no place; transnormer.generate"):
+    with pytest.raises(
+        ValueError, match=r"mixer twin keeps 2 tensors a layer.*no place; transnormer.generate"
+    ):
         theirs.generate(ids, max_new_tokens=1)
 
 
 def test_softmax_alone_is_refused_where_a_size_is_changed() -> None:
-    with pytest.raises(ValueError, match=r"mixer = softmax alone keeps .*lrpe.*alibi.*swish.*TRANSFORMER"):
+    with pytest.raises(
+        ValueError, match=r"mixer = softmax alone keeps .*lrpe.*alibi.*swish.*TRANSFORMER"
+    ):
         ModelConfig.named("10m", mixer="softmax")
     for words in (TRANSFORMER, {"mixer": "softmax", "position": "rope"}):
         assert ModelConfig.named("10m", **words).mixer == "softmax"

@@ -1,4 +1,5 @@
-"""One forward for every use: whole, in pieces, token by token, packed, left-padded; and what a model holds."""
+"""One forward for every use: whole, in pieces, token by token, packed, left-padded; and what a
+model holds."""
 
 from __future__ import annotations
 
@@ -15,12 +16,25 @@ from transnormer.files import read_tensors, write_tensors
 from transnormer.model.language_model import init_weights
 from transnormer.model.layers import LRPE, TokenPositions
 
-SMALL = {"vocab_size": 29, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+SMALL = {
+    "vocab_size": 29,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+}
 KINDS = [
     {"mixer": mixer, "position": position, "position_layers": layers, "decay": decay}
     for mixer, (position, layers), decay in itertools.product(
         ("gla", "softmax"),
-        (("lrpe", "first"), ("lrpe", "all"), ("lrpe", (0, 2)), ("rope", "all"), ("ape", "first"), ("none", "first")),
+        (
+            ("lrpe", "first"),
+            ("lrpe", "all"),
+            ("lrpe", (0, 2)),
+            ("rope", "all"),
+            ("ape", "first"),
+            ("none", "first"),
+        ),
         ("alibi", "paper", "none"),
     )
 ]
@@ -39,7 +53,9 @@ def name(kind: dict) -> str:
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @torch.inference_mode()
-def test_every_way_of_reading_gives_the_same(kind: dict, dtype: torch.dtype, tolerance: float) -> None:
+def test_every_way_of_reading_gives_the_same(
+    kind: dict, dtype: torch.dtype, tolerance: float
+) -> None:
     model = small(dtype, **kind)
     ids = torch.randint(29, (2, 70))  # longer than a chunk of the linear mixer
     whole, end = model(ids)
@@ -75,7 +91,8 @@ def test_every_way_of_reading_gives_the_same(kind: dict, dtype: torch.dtype, tol
     if kind["mixer"] == "gla":
         same_state(state.select([0, 2]))
 
-    # Rows of unequal length, padded at the left with arbitrary tokens; then going on with padding again.
+    # Rows of unequal length, padded at the left with arbitrary tokens; then going on with padding
+    # again.
     pad = torch.tensor([13, 0])
     left = torch.cat([torch.randint(29, (1, 13)), ids[:1, :27]], dim=1)
     padded, state = model(torch.cat([left, ids[1:, :40]]), pad=pad)
@@ -101,13 +118,23 @@ def test_no_token_sees_a_later_one(kind: dict) -> None:
 @pytest.mark.parametrize(
     "switch",
     [
-        *({"activation": word} for word in ACTIVATIONS), *({"norm": word} for word in NORMS),
-        *({"glu": word} for word in GLUS), {"gate": False}, {"gate_rank": 5}, {"bias": True}, {"embed_scale": True},
-        {"decay_temperature": False}, {"decay_scale": 3.0}, {"tie_word_embeddings": False}, {"head_dim": 5},
-        {"num_hidden_layers": 1}, {"pad_token_id": 3}, TRANSFORMER,
+        *({"activation": word} for word in ACTIVATIONS),
+        *({"norm": word} for word in NORMS),
+        *({"glu": word} for word in GLUS),
+        {"gate": False},
+        {"gate_rank": 5},
+        {"bias": True},
+        {"embed_scale": True},
+        {"decay_temperature": False},
+        {"decay_scale": 3.0},
+        {"tie_word_embeddings": False},
+        {"head_dim": 5},
+        {"num_hidden_layers": 1},
+        {"pad_token_id": 3},
+        TRANSFORMER,
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_switch_changes_the_function_and_counts_right(switch: dict) -> None:
     def build(**changes) -> LanguageModel:
         torch.manual_seed(1)
@@ -125,7 +152,12 @@ def test_every_switch_changes_the_function_and_counts_right(switch: dict) -> Non
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
-    if switch not in ({"activation": "swish"}, {"norm": "srmsnorm"}, {"glu": "sglu"}, {"pad_token_id": 3}):
+    if switch not in (
+        {"activation": "swish"},
+        {"norm": "srmsnorm"},
+        {"glu": "sglu"},
+        {"pad_token_id": 3},
+    ):
         plain, _ = build()(ids)
         assert (logits - plain).abs().max() > 1e-6
 
@@ -217,7 +249,11 @@ def test_only_distances_matter_a_million_tokens_on() -> None:
         ids = torch.randint(29, (1, 40))
         fresh = State.new(model)
         near, _ = model(ids, fresh)
-        far, _ = model(ids, State(fresh.layers, fresh.seen + 1_000_000)) if kind is not TRANSFORMER else (near, None)
+        far, _ = (
+            model(ids, State(fresh.layers, fresh.seen + 1_000_000))
+            if kind is not TRANSFORMER
+            else (near, None)
+        )
         assert (near - far).abs().max() < 1e-4 * near.abs().max()
 
 
@@ -241,7 +277,11 @@ def test_named_sizes_have_the_papers_parameter_counts() -> None:
         with torch.device("meta"):
             model = LanguageModel(ModelConfig.named(size))
             smaller = LanguageModel(ModelConfig.named(size, vocab_size=50_272))
-        assert model.parameter_count() == model.config.parameter_count() == at_64000.get(size, model.parameter_count())
+        assert (
+            model.parameter_count()
+            == model.config.parameter_count()
+            == at_64000.get(size, model.parameter_count())
+        )
         assert smaller.parameter_count() == at_50272.get(size, smaller.parameter_count())
     assert ModelConfig.named("175b").intermediate_size == 32_768
 
@@ -263,7 +303,10 @@ def test_weights_survive_a_folder(tmp_path) -> None:
         again = LanguageModel.from_pretrained(tmp_path)
         assert again.config == model.config
         assert torch.equal(again(ids)[0], model(ids)[0])
-        assert LanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
+        assert (
+            LanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16).head_weight.dtype
+            == torch.bfloat16
+        )
 
 
 def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path) -> None:
@@ -275,13 +318,17 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path) -> None:
         LanguageModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
     (tmp_path / "config.json").write_text(model.config.replace(intermediate_size=41).to_json())
-    with pytest.raises(ValueError, match=r"layers\.0\.glu\.gate_proj\.weight is \[40, 24\], not \[41, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.glu\.gate_proj\.weight is \[40, 24\], not \[41, 24\]"
+    ):
         LanguageModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(model.config.replace(gate_rank=2).to_json())
     with pytest.raises(ValueError, match=r"mixer\.gate_proj\.0\.weight is missing"):
         LanguageModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"hidden_sise": 24}')
-    with pytest.raises(ValueError, match=r"unknown model config key 'hidden_sise'; did you mean hidden_size\?"):
+    with pytest.raises(
+        ValueError, match=r"unknown model config key 'hidden_sise'; did you mean hidden_size\?"
+    ):
         LanguageModel.from_pretrained(tmp_path)
 
 
@@ -293,11 +340,15 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
         assert torch.equal(parameter, dict(one.named_parameters())[parameter_name])
     init_weights(other, 8)
     assert not torch.equal(other.head_weight, one.head_weight)
-    wide = LanguageModel(ModelConfig(vocab_size=2_000, hidden_size=256, num_hidden_layers=1, pad_token_id=5))
+    wide = LanguageModel(
+        ModelConfig(vocab_size=2_000, hidden_size=256, num_hidden_layers=1, pad_token_id=5)
+    )
     assert abs(float(wide.embed_tokens.weight.std()) - 0.02) < 2e-4
     assert wide.embed_tokens.weight[5].eq(0).all()
     theta = wide.layers[0].mixer.position.theta.flatten()
-    torch.testing.assert_close(theta[[0, 1, 255]], torch.tensor([1.0, 10_000 ** (-2 / 256), 10_000 ** (-510 / 256)]))
+    torch.testing.assert_close(
+        theta[[0, 1, 255]], torch.tensor([1.0, 10_000 ** (-2 / 256), 10_000 ** (-510 / 256)])
+    )
 
 
 def test_calls_that_do_not_fit_say_so() -> None:

@@ -1,9 +1,9 @@
 """What the tests of the ops measure against.
 
-`exact` is the recurrence in float64; `plain` is plain torch, the yardstick of the error rule: the quadratic form (for
-the state, the state einsum), eager, with every tensor in the input dtype. A backend may be at most twice as far from
-`exact` as `plain` is, for the output, the state and every gradient.
-"""
+`exact` is the recurrence in float64; `plain` is plain torch, the yardstick of the error rule: the
+quadratic form (for the state, the state einsum), eager, with every tensor in the input dtype. A
+backend may be at most twice as far from `exact` as `plain` is, for the output, the state and every
+gradient."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from transnormer.ops.lightning import lightning_chunked, lightning_quadratic, li
 
 SEED = int(os.environ.get("TRANSNORMER_TEST_SEED", "0"))  # another one: other inputs everywhere
 ALIBI = [-(2.0 ** (-4 * (h + 1))) for h in range(2)]
-DECAYS = [0.0, *ALIBI, -1.5, -50.0]  # none, ALiBi's strongest and weakest, strong, nothing but the token itself
+# none, ALiBi's strongest and weakest, strong, nothing but the token itself
+DECAYS = [0.0, *ALIBI, -1.5, -50.0]
 
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of one call and the gradients that come back to it, all drawn at random in one dtype."""
+    """Inputs of one call and the gradients that come back to it, all drawn at random in one
+    dtype."""
 
     q: Tensor
     k: Tensor
@@ -82,24 +84,40 @@ def draw(
 
 def run(op: Callable[..., tuple[Tensor, Tensor]], case: Case) -> dict[str, Tensor]:
     """Output, last state and every gradient of op(q, k, v, log_decay, state=…, cu_seqlens=…)."""
-    leaves = {name: getattr(case, name) for name in ("q", "k", "v", "state") if getattr(case, name) is not None}
+    leaves = {
+        name: getattr(case, name)
+        for name in ("q", "k", "v", "state")
+        if getattr(case, name) is not None
+    }
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     state = leaves.get("state")
-    output, last = op(leaves["q"], leaves["k"], leaves["v"], case.log_decay, state=state, cu_seqlens=case.cu_seqlens)
+    output, last = op(
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        case.log_decay,
+        state=state,
+        cu_seqlens=case.cu_seqlens,
+    )
     gradients = torch.autograd.grad(
-        (output, last), list(leaves.values()), (case.d_output.to(output.dtype), case.d_last.to(last.dtype))
+        (output, last),
+        list(leaves.values()),
+        (case.d_output.to(output.dtype), case.d_last.to(last.dtype)),
     )
     found = {"output": output.detach(), "last": last.detach()}
     return found | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
 def exact(case: Case) -> dict[str, Tensor]:
-    """The recurrence in float64; on a GPU, where a loop over tokens is slow, the chunked form, which is it to 1e-12."""
+    """The recurrence in float64; on a GPU, where a loop over tokens is slow, the chunked form,
+    which is it to 1e-12."""
 
     def reference(q, k, v, log_decay, *, state, cu_seqlens):  # type: ignore[no-untyped-def]
         if q.is_cuda:
             return lightning_chunked(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens)
-        return lightning_reference(q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, dtype=torch.float64)
+        return lightning_reference(
+            q, k, v, log_decay, state=state, cu_seqlens=cu_seqlens, dtype=torch.float64
+        )
 
     return run(reference, case.to(torch.float64))
 
@@ -110,11 +128,17 @@ def plain(case: Case) -> dict[str, Tensor]:
 
 
 def plain_attention(q, k, v, log_decay, *, state=None, cu_seqlens=None):  # type: ignore[no-untyped-def]
-    """(output, last state) of the quadratic form and the state einsum, every tensor in the input dtype."""
+    """(output, last state) of the quadratic form and the state einsum, every tensor in the input
+    dtype."""
 
     def one(q, k, v, log_decay, state):  # type: ignore[no-untyped-def]
         length, dtype = q.shape[1], q.dtype
-        powers = (log_decay.double()[:, None] * torch.arange(length + 1, device=q.device)).exp().to(dtype)  # [H, T + 1]
+        # [H, T + 1]
+        powers = (
+            (log_decay.double()[:, None] * torch.arange(length + 1, device=q.device))
+            .exp()
+            .to(dtype)
+        )
         output = lightning_quadratic(q, k, v, log_decay)
         decayed = k * powers[:, :length].flip(1).T[None, :, :, None]
         last = torch.einsum("bthk,bthv->bhkv", decayed, v)
@@ -143,9 +167,12 @@ def distance(found: Tensor, true: Tensor) -> float:
 
 
 def assert_within_twice(
-    op: Callable[..., tuple[Tensor, Tensor]], case: Case, note: str = "", factor: float = 2,
+    op: Callable[..., tuple[Tensor, Tensor]],
+    case: Case,
+    note: str = "",
+    factor: float = 2,
     state: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
+) -> None:
     """The error rule. States go in and come back in float32, or go in in the dtype `state`."""
     ours, yardstick, true = run(op, case.to(case.q.dtype, state=state)), plain(case), exact(case)
     for name, want in true.items():
@@ -153,13 +180,18 @@ def assert_within_twice(
 
 
 def assert_no_further(
-    name: str, found: Tensor, yardstick: Tensor, true: Tensor, like: Tensor, note: str = "", factor: float = 2
+    name: str,
+    found: Tensor,
+    yardstick: Tensor,
+    true: Tensor,
+    like: Tensor,
+    note: str = "",
+    factor: float = 2,
 ) -> None:
     """The error rule for one tensor; `like` has the inputs' dtype and device.
 
-    On a GPU in float32, an error of four roundings always passes: of one token, torch sums K or V products as a tree,
-    which is off by less than a rounding, and the kernels one after another.
-    """
+    On a GPU in float32, an error of four roundings always passes: of one token, torch sums K or V
+    products as a tree, which is off by less than a rounding, and the kernels one after another."""
     if true.numel() == 0:
         return
     on_gpu = like.is_cuda and like.dtype == torch.float32

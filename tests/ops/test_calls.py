@@ -1,4 +1,5 @@
-"""What holds for a call of every op: one device, decays that are decays, and derivatives that are right or refused."""
+"""What holds for a call of every op: one device, decays that are decays, and derivatives that are
+right or refused."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import torch
 from oracle import distance, draw
 from torch import Tensor
 
-from transnormer.ops import add_rms_norm, lightning_attention, lightning_step_, linear_cross_entropy, simple_rms_norm
+from transnormer.ops import (
+    add_rms_norm,
+    lightning_attention,
+    lightning_step_,
+    linear_cross_entropy,
+    simple_rms_norm,
+)
 from transnormer.ops.gla import gated_linear_attention
 from transnormer.ops.lightning import lightning_chunked, lightning_quadratic, lightning_reference
 from transnormer.ops.lrpe import lrpe, swish_lrpe
@@ -24,7 +31,13 @@ def real(*shape: int) -> Tensor:
 
 def attention_inputs(length: int = T) -> dict[str, Tensor]:
     q, k, v = (real(B, length, H, K) for _ in range(3))
-    return {"q": q, "k": k, "v": v, "log_decay": torch.tensor([0.0, -0.3, -9.0]), "state": real(B, H, K, K)}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "log_decay": torch.tensor([0.0, -0.3, -9.0]),
+        "state": real(B, H, K, K),
+    }
 
 
 def packed_inputs() -> dict[str, Tensor]:
@@ -46,14 +59,26 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Tensor]]]] = {
     ),
     "gated_linear_attention": (
         gated_linear_attention,
-        lambda: {"qkvu": real(B, T, H, 4, K), "log_decay": torch.zeros(H), "state": real(B, H, K, K)},
+        lambda: {
+            "qkvu": real(B, T, H, 4, K),
+            "log_decay": torch.zeros(H),
+            "state": real(B, H, K, K),
+        },
     ),
     "simple_rms_norm": (simple_rms_norm, lambda: {"x": real(B, T, 6), "gate": real(B, T, 2, 3)}),
     "add_rms_norm": (add_rms_norm, lambda: {"x": real(B, T, 6), "update": real(B, T, 6)}),
-    "lrpe": (lrpe, lambda: {"x": real(B, T, H, K), "theta": real(H, K), "positions": torch.arange(T)}),
+    "lrpe": (
+        lrpe,
+        lambda: {"x": real(B, T, H, K), "theta": real(H, K), "positions": torch.arange(T)},
+    ),
     "swish_lrpe": (
         swish_lrpe,
-        lambda: {"q": real(B, T, H, K), "k": real(B, T, H, K), "theta": real(H, K), "positions": torch.arange(T)},
+        lambda: {
+            "q": real(B, T, H, K),
+            "k": real(B, T, H, K),
+            "theta": real(H, K),
+            "positions": torch.arange(T),
+        },
     ),
     "linear_cross_entropy": (
         linear_cross_entropy,
@@ -71,13 +96,17 @@ def test_a_tensor_on_another_device_is_refused_by_its_name(name: str) -> None:
             call(**inputs | {odd: inputs[odd].to("meta")})
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("lightning_attention, packed",)])
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if name not in ("lightning_attention, packed",)]
+)
 def test_shapes_alone_are_told_on_meta(name: str) -> None:
     call, draw_inputs = CALLS[name]
     inputs = draw_inputs()
     found = call(**{key: x.to("meta") for key, x in inputs.items()})
     want = call(**inputs)
-    for ours, theirs in zip(*([x] if isinstance(x, Tensor) else x for x in (found, want)), strict=True):
+    for ours, theirs in zip(
+        *([x] if isinstance(x, Tensor) else x for x in (found, want)), strict=True
+    ):
         assert ours.is_meta
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
@@ -96,15 +125,28 @@ def on(backend: str) -> str:
 
 @pytest.mark.parametrize("lengths", [None, [3, 0, 63]], ids=["rows", "packed"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_with_a_decay_of_minus_infinity_a_token_sees_itself_alone(backend: str, lengths: list[int] | None) -> None:
-    """Values and gradients: of the strongest head o_t = (q_t . k_t) v_t; the other head is as it is alone."""
+def test_with_a_decay_of_minus_infinity_a_token_sees_itself_alone(
+    backend: str, lengths: list[int] | None
+) -> None:
+    """Values and gradients: of the strongest head o_t = (q_t . k_t) v_t; the other head is as it is
+    alone."""
     case = draw(66, rows=1, decays=[-torch.inf, -0.1], lengths=lengths)
     leaves = [x.requires_grad_() for x in (case.q, case.k, case.v, case.state)]
 
     def results(log_decay: Tensor, heads: slice) -> list[Tensor]:
-        q, k, v, state = (x[..., heads, :] if x.dim() == 4 and x is not case.state else x[:, heads] for x in leaves)
+        q, k, v, state = (
+            x[..., heads, :] if x.dim() == 4 and x is not case.state else x[:, heads]
+            for x in leaves
+        )
         output, last = lightning_attention(
-            q, k, v, log_decay, state=state, cu_seqlens=case.cu_seqlens, return_state=True, backend=on(backend)
+            q,
+            k,
+            v,
+            log_decay,
+            state=state,
+            cu_seqlens=case.cu_seqlens,
+            return_state=True,
+            backend=on(backend),
         )
         return [output, last, *torch.autograd.grad(output.square().sum() + last.sum(), leaves)]
 
@@ -130,7 +172,9 @@ def test_so_it_is_where_time_is_cut() -> None:
         *lightning_triton.forward(*inputs, segments=2),
         *lightning_triton.backward(*inputs, case.d_output, case.d_last, segments=2),
     )
-    for ours, theirs in zip(found, (*torch.ops.transnormer.lightning_chunked(*inputs, 64), *back), strict=True):
+    for ours, theirs in zip(
+        found, (*torch.ops.transnormer.lightning_chunked(*inputs, 64), *back), strict=True
+    ):
         assert theirs.isfinite().all()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -148,7 +192,9 @@ def test_so_it_is_for_what_contexts_exchange() -> None:
             for backend in ("triton", "torch")
         )
         torch.testing.assert_close(found * next_token, want * next_token)
-        torch.testing.assert_close(want[:, 0], to_end * (case.k[:, -1, 0, :, None] * case.v[:, -1, 0, None]))
+        torch.testing.assert_close(
+            want[:, 0], to_end * (case.k[:, -1, 0, :, None] * case.v[:, -1, 0, None])
+        )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +242,10 @@ def test_no_rows_and_no_heads_in_the_other_ops(rows: int, heads: int, backend: s
         y, last = gated_linear_attention(qkvu, torch.zeros(heads), backend=backend)
         assert (y.shape, last.shape) == ((rows, T, heads * K), (rows, heads, K, K))
         assert torch.autograd.grad(y.sum() + last.sum(), qkvu)[0].shape == qkvu.shape
-    q, k, theta = (x.requires_grad_() for x in (real(rows, T, heads, K), real(rows, T, heads, K), real(heads, K)))
+    q, k, theta = (
+        x.requires_grad_()
+        for x in (real(rows, T, heads, K), real(rows, T, heads, K), real(heads, K))
+    )
     results = swish_lrpe(q, k, theta, torch.arange(T), backend=backend)
     assert all(x.shape == (rows, T, heads, 2 * K) for x in results)
     assert torch.autograd.grad(results[0].sum(), theta)[0].eq(0).all()
@@ -225,10 +274,15 @@ def scalar(backend: str, op: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
 
     if op == "lightning_attention":
         k, v, decay = fixed(1, 4, 2, K), fixed(1, 4, 2, K), torch.tensor([0.0, -0.5])
-        return lambda q: lightning_attention(q, k * q, v, decay, backend=backend).square().sum(), fixed(1, 4, 2, K)
+        return (
+            lambda q: lightning_attention(q, k * q, v, decay, backend=backend).square().sum(),
+            fixed(1, 4, 2, K),
+        )
     if op == "gated_linear_attention":
         decay = torch.tensor([0.0, -0.5])
-        return lambda x: gated_linear_attention(x, decay, backend=backend)[0].square().sum(), fixed(1, 4, 2, 4, K)
+        return lambda x: gated_linear_attention(x, decay, backend=backend)[0].square().sum(), fixed(
+            1, 4, 2, 4, K
+        )
     if op == "simple_rms_norm":
         gate = fixed(3, 8)
         return lambda x: simple_rms_norm(x, gate=gate, backend=backend).pow(3).sum(), fixed(3, 8)
@@ -237,17 +291,25 @@ def scalar(backend: str, op: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         return lambda x: add_rms_norm(x, update, backend=backend)[1].pow(3).sum(), fixed(3, 8)
     if op == "swish_lrpe":
         theta = fixed(2, K)
-        return lambda q: swish_lrpe(q, q, theta, torch.arange(4), backend=backend)[0].pow(3).sum(), fixed(1, 4, 2, K)
+        return (
+            lambda q: swish_lrpe(q, q, theta, torch.arange(4), backend=backend)[0].pow(3).sum(),
+            fixed(1, 4, 2, K),
+        )
     weight, targets = fixed(7, 4), torch.arange(5)
     reduction = op.rpartition(" ")[2]
     return (
-        lambda x: linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend).square().sum(),
+        lambda x: (
+            linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend)
+            .square()
+            .sum()
+        ),
         fixed(5, 4),
     )
 
 
 OPS = [
-    "lightning_attention", "gated_linear_attention", "simple_rms_norm", "add_rms_norm", "swish_lrpe",
+    "lightning_attention", "gated_linear_attention", "simple_rms_norm", "add_rms_norm",
+    "swish_lrpe",
     "linear_cross_entropy mean", "linear_cross_entropy none",
 ]  # fmt: skip
 
@@ -262,20 +324,29 @@ def test_a_forward_derivative_is_right_or_refused_by_name(op: str, backend: str)
     named = name.replace("add", "simple")  # they share their kernels
     direction = torch.randn_like(x)
     refused = (
-        backend == "triton" or name == "linear_cross_entropy" or (backend == "torch" and name == "lightning_attention")
+        backend == "triton"
+        or name == "linear_cross_entropy"
+        or (backend == "torch" and name == "lightning_attention")
     )
     if refused:
         with pytest.raises(RuntimeError, match=f"{named}: .*no forward-mode derivative"):
             torch.func.jvp(call, (x,), (direction,))
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{named}: .*no forward-mode"):
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(RuntimeError, match=f"{named}: .*no forward-mode"),
+        ):
             call(torch.autograd.forward_ad.make_dual(x, direction))
         return
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(call(leaf), leaf)
     want = (gradient * direction).sum()
-    torch.testing.assert_close(torch.func.jvp(call, (x,), (direction,))[1], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.func.jvp(call, (x,), (direction,))[1], want, rtol=1e-4, atol=1e-4
+    )
     with torch.autograd.forward_ad.dual_level():
-        found = torch.autograd.forward_ad.unpack_dual(call(torch.autograd.forward_ad.make_dual(x, direction))).tangent
+        found = torch.autograd.forward_ad.unpack_dual(
+            call(torch.autograd.forward_ad.make_dual(x, direction))
+        ).tangent
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
         call(x)  # nothing is asked of it: it runs as ever
 
@@ -291,18 +362,26 @@ def test_a_second_derivative_is_right_or_refused_by_name(op: str, backend: str) 
     leaf = x.clone().requires_grad_()
     gradient = first_order(call, leaf)
     torch.testing.assert_close(gradient, torch.autograd.grad(call(leaf), leaf)[0])
-    right = backend == "reference" or (backend == "torch" and name in ("simple_rms_norm", "add_rms_norm", "swish_lrpe"))
+    right = backend == "reference" or (
+        backend == "torch" and name in ("simple_rms_norm", "add_rms_norm", "swish_lrpe")
+    )
     if not right:
         named = {"add_rms_norm": "simple_rms_norm"}.get(name, name)
         if backend == "torch" and name == "gated_linear_attention":
             named = "lightning_attention"
-        with pytest.raises(RuntimeError, match=f"{named} has no second derivative.*create_graph=True"):
+        with pytest.raises(
+            RuntimeError, match=f"{named} has no second derivative.*create_graph=True"
+        ):
             gradient.square().sum().backward()
         return
     (found,) = torch.autograd.grad(gradient.square().sum(), leaf)
     step = 1e-2 * torch.randn_like(x)
-    ends = [first_order(call, (x + sign * step).requires_grad_()).square().sum() for sign in (1, -1)]
-    torch.testing.assert_close((found * 2 * step).sum(), (ends[0] - ends[1]).detach(), rtol=2e-2, atol=2e-2)
+    ends = [
+        first_order(call, (x + sign * step).requires_grad_()).square().sum() for sign in (1, -1)
+    ]
+    torch.testing.assert_close(
+        (found * 2 * step).sum(), (ends[0] - ends[1]).detach(), rtol=2e-2, atol=2e-2
+    )
 
 
 def test_a_step_in_place_is_refused_where_a_gradient_is_wanted() -> None:
@@ -328,7 +407,11 @@ def test_autocast_changes_nothing_inside_of_attention(length: int, backend: str)
             output, last = lightning_attention(
                 *leaves[:3], case.log_decay, state=leaves[3], return_state=True, backend=on(backend)
             )
-        return [output, last, *torch.autograd.grad((output, last), leaves, (case.d_output, case.d_last))]
+        return [
+            output,
+            last,
+            *torch.autograd.grad((output, last), leaves, (case.d_output, case.d_last)),
+        ]
 
     found, want = results(True), results(False)
     for ours, theirs in zip(found, want, strict=True):

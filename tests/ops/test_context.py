@@ -1,4 +1,5 @@
-"""Context parallelism of Lightning Attention: segments on several processes are the whole row on one."""
+"""Context parallelism of Lightning Attention: segments on several processes are the whole row on
+one."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ GPU = torch.cuda.is_available()
 RANKS = 3
 LENGTHS = (1, 2, 23, 65)  # of a segment
 WIDTHS = [(16, 16), (64, 64), (128, 64), (128, 128), (256, 128), (33, 47), (200, 72)]
-# Borders where segments meet and elsewhere, empty sequences, one over three segments, one that ends with the row.
+# Borders where segments meet and elsewhere, empty sequences, one over three segments, one that ends
+# with the row.
 PACKED = ([0, 9, 0, 3, 0, 20, 37], [23, 0, 23, 23], [69], [1] * 69, [68, 1], [0, 0, 24, 45])
 
 
@@ -34,7 +36,8 @@ def cases() -> dict[str, tuple[Case, str]]:
     found = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for backend in ("torch", "triton"):
-            # Interpreted, for there is no second GPU to run on; and that cuts bfloat16 where a GPU rounds.
+            # Interpreted, for there is no second GPU to run on; and that cuts bfloat16 where a GPU
+            # rounds.
             if backend == "triton" and (GPU or dtype != torch.float32):
                 continue
             for length in LENGTHS if backend == "torch" else (23,):
@@ -42,7 +45,10 @@ def cases() -> dict[str, tuple[Case, str]]:
                 found[f"{backend} {dtype} {length}"] = case, backend
             for lengths in PACKED if backend == "torch" else PACKED[:1]:
                 case = draw(0, 16, 32, dtype=dtype, state=False, lengths=lengths)
-                found[f"{backend} {dtype} packed {lengths if len(lengths) < 60 else 'ones'}"] = case, backend
+                found[f"{backend} {dtype} packed {lengths if len(lengths) < 60 else 'ones'}"] = (
+                    case,
+                    backend,
+                )
     return found
 
 
@@ -50,7 +56,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS
-    )  # fmt: skip
+    )
     context = Context.of(dist.group.WORLD)
     found = {}
     for name, (case, backend) in cases().items():
@@ -59,7 +65,10 @@ def work(rank: int, folder: str) -> None:
         if rank == 0:
             true = exact(dataclasses.replace(case, d_last=torch.zeros_like(case.d_last)))
             theirs = plain(dataclasses.replace(case, d_last=torch.zeros_like(case.d_last)))
-            found[name] = {key: (distance(x, true[key]), distance(theirs[key], true[key])) for key, x in ours.items()}
+            found[name] = {
+                key: (distance(x, true[key]), distance(theirs[key], true[key]))
+                for key, x in ours.items()
+            }
     for lengths in (None, PACKED[0]):  # strides and all that torch.compile takes for granted
         case = draw(12, 16, 32, state=False, lengths=lengths, dtype=torch.float32)
         length = case.q.shape[1] // RANKS
@@ -74,10 +83,15 @@ def work(rank: int, folder: str) -> None:
 
 
 def segment(case: Case, context: Context, backend: str) -> dict[str, Tensor]:
-    """Output and gradients of this process' tokens, and once the state that is left at the row's end."""
-    mine = slice(context.rank * case.q.shape[1] // RANKS, (context.rank + 1) * case.q.shape[1] // RANKS)
+    """Output and gradients of this process' tokens, and once the state that is left at the row's
+    end."""
+    mine = slice(
+        context.rank * case.q.shape[1] // RANKS, (context.rank + 1) * case.q.shape[1] // RANKS
+    )
     leaves = [x[:, mine].clone().requires_grad_() for x in (case.q, case.k, case.v)]
-    output = lightning_attention(*leaves, case.log_decay, cu_seqlens=case.cu_seqlens, context=context, backend=backend)
+    output = lightning_attention(
+        *leaves, case.log_decay, cu_seqlens=case.cu_seqlens, context=context, backend=backend
+    )
     gradients = torch.autograd.grad(output, leaves, case.d_output[:, mine])
     return {"output": output.detach(), **dict(zip(("d_q", "d_k", "d_v"), gradients, strict=True))}
 
@@ -111,7 +125,9 @@ def test_in_lower_precision_they_are_as_exact_as_one_process_must_be(found: dict
 
 @pytest.mark.parametrize("to_end", [True, False])
 @pytest.mark.parametrize("window", [None, (0, 0), (130, 530), (0, 77)])
-def test_the_sum_of_many_tokens_is_cut_in_parts(to_end: bool, window: tuple[int, int] | None) -> None:
+def test_the_sum_of_many_tokens_is_cut_in_parts(
+    to_end: bool, window: tuple[int, int] | None
+) -> None:
     check_sum(40, 70, torch.float32, to_end, window)
 
 
@@ -124,9 +140,20 @@ def test_sums_of_all_widths(K: int, V: int, dtype: torch.dtype) -> None:
             check_sum(K, V, dtype, to_end, window)
 
 
-def check_sum(K: int, V: int, dtype: torch.dtype, to_end: bool, window: tuple[int, int] | None) -> None:
+def check_sum(
+    K: int, V: int, dtype: torch.dtype, to_end: bool, window: tuple[int, int] | None
+) -> None:
     context_triton = pytest.importorskip("transnormer.ops.context_triton")
-    case = draw(530, K, V, rows=1, decays=[0.0, -1.5, -50.0], state=False, dtype=dtype, device="cuda" if GPU else "cpu")
+    case = draw(
+        530,
+        K,
+        V,
+        rows=1,
+        decays=[0.0, -1.5, -50.0],
+        state=False,
+        dtype=dtype,
+        device="cuda" if GPU else "cpu",
+    )
     bounds = None if window is None else torch.tensor(window, device=case.k.device)
     found = context_triton.weighted_sum(case.k, case.v, case.log_decay, bounds, to_end)
     away = torch.arange(530).flip(0) if to_end else torch.arange(1, 531)
@@ -134,13 +161,17 @@ def check_sum(K: int, V: int, dtype: torch.dtype, to_end: bool, window: tuple[in
     tokens = slice(*(window or (0, 530)))
 
     def sums(dtype: torch.dtype) -> Tensor:
-        k, v = case.k[:, tokens].to(dtype), case.v[:, tokens].to(dtype) * weights[:, tokens].to(dtype)
+        k, v = (
+            case.k[:, tokens].to(dtype),
+            case.v[:, tokens].to(dtype) * weights[:, tokens].to(dtype),
+        )
         return torch.einsum("bthk,bthv->bhkv", k, v)
 
     assert_no_further("sum", found, sums(dtype), sums(torch.float64), case.k)
 
 
-# One device plays all ranks of a context, one after the other: what the gathering would bring is noted in a first turn.
+# One device plays all ranks of a context, one after the other: what the gathering would bring is
+# noted in a first turn.
 
 
 def in_turn(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
@@ -167,16 +198,22 @@ def in_turn(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
     went = turn(lambda rank: contexts._forward(*place(rank)))
     d_output = case.d_output.chunk(RANKS, dim=1)
-    back = turn(lambda rank: contexts._backward(*place(rank), *went[rank][2:], d_output[rank].contiguous()))
+    back = turn(
+        lambda rank: contexts._backward(*place(rank), *went[rank][2:], d_output[rank].contiguous())
+    )
     found = {"output": torch.cat([each[0] for each in went], dim=1)}
-    return found | {f"d_{x}": torch.cat([each[n] for each in back], dim=1) for n, x in enumerate("qkv")}
+    return found | {
+        f"d_{x}": torch.cat([each[n] for each in back], dim=1) for n, x in enumerate("qkv")
+    }
 
 
 class Noted(Exception):
     """All that was wanted of the first turn."""
 
 
-def check_turns(K: int, V: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_turns(
+    K: int, V: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, unit = ("cuda", 130) if GPU else ("cpu", 23)
     for lengths in (None, [0, unit - 40 % unit, 0, 40 % unit, unit + 20, unit - 20]):
         case = draw(RANKS * unit, K, V, dtype=dtype, state=False, lengths=lengths, device=device)
@@ -195,13 +232,19 @@ def test_ranks_in_turn(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
-def test_ranks_in_turn_of_all_widths(K: int, V: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_in_turn_of_all_widths(
+    K: int, V: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_turns(K, V, dtype, "triton", monkeypatch)
 
 
 def test_what_does_not_go_together_is_refused() -> None:
     case, context = draw(4), Context(0, 2, "none")
     with pytest.raises(ValueError, match="a state and a context exclude each other"):
-        lightning_attention(case.q, case.k, case.v, case.log_decay, state=case.state, context=context)
+        lightning_attention(
+            case.q, case.k, case.v, case.log_decay, state=case.state, context=context
+        )
     with pytest.raises(RuntimeError, match="segments of a row run on triton or torch"):
-        lightning_attention(case.q, case.k, case.v, case.log_decay, context=context, backend="reference")
+        lightning_attention(
+            case.q, case.k, case.v, case.log_decay, context=context, backend="reference"
+        )

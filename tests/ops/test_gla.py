@@ -1,4 +1,5 @@
-"""Gated Linear Attention as one op, against its parts in float64; the kernels in Triton's interpreter or on a GPU."""
+"""Gated Linear Attention as one op, against its parts in float64; the kernels in Triton's
+interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -33,14 +34,18 @@ def run(op, dtype, state_dtype, tensors, cu_seqlens):
     leaves = [qkvu.to(dtype).requires_grad_()]
     leaves += [] if before is None else [before.to(state_dtype).requires_grad_()]
     log_decay = torch.tensor(DECAYS, device=DEVICE)
-    y, last = op(leaves[0], log_decay, state=leaves[1] if len(leaves) == 2 else None, cu_seqlens=cu_seqlens)
+    y, last = op(
+        leaves[0], log_decay, state=leaves[1] if len(leaves) == 2 else None, cu_seqlens=cu_seqlens
+    )
     gradients = torch.autograd.grad((y, last), leaves, (dy.to(y.dtype), d_last.to(last.dtype)))
     return y.detach(), last.detach(), *gradients
 
 
 def plain(qkvu, log_decay, *, state, cu_seqlens):
     q, k, v, u = qkvu.unbind(3)
-    mixed, last = plain_attention(F.silu(q), F.silu(k), v, log_decay, state=state, cu_seqlens=cu_seqlens)
+    mixed, last = plain_attention(
+        F.silu(q), F.silu(k), v, log_decay, state=state, cu_seqlens=cu_seqlens
+    )
     return simple_rms_norm(mixed.flatten(-2), gate=u, backend="torch"), last
 
 
@@ -49,7 +54,8 @@ def triton(qkvu, log_decay, **options):
 
 
 def check(T, V, dtype, *, B=2, lengths=None, state=True, scale=1.0):
-    """At most twice as far from the parts in float64 as plain torch is (interpreted bfloat16 truncates: four times)."""
+    """At most twice as far from the parts in float64 as plain torch is (interpreted bfloat16
+    truncates: four times)."""
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     qkvu, *others = draw(B, T, V, dtype, B if lengths is None else len(lengths), state)
     tensors = (qkvu * scale, *others)
@@ -57,7 +63,9 @@ def check(T, V, dtype, *, B=2, lengths=None, state=True, scale=1.0):
     yardstick = run(plain, dtype, dtype, tensors, cu_seqlens)
     true = run(plain, torch.float64, torch.float64, tensors, cu_seqlens)
     factor = 4 if not GPU and dtype == torch.bfloat16 else 2
-    for name, found, usual, want in zip(("y", "last", "d_qkvu", "d_state"), ours, yardstick, true, strict=False):
+    for name, found, usual, want in zip(
+        ("y", "last", "d_qkvu", "d_state"), ours, yardstick, true, strict=False
+    ):
         assert_no_further(name, found, usual, want, tensors[0], factor=factor)
 
 
@@ -96,7 +104,8 @@ def test_two_runs_are_equal_to_the_bit_and_all_is_written():
 
 def test_backends_agree_and_compile_passes_through():
     tensors = draw(2, 70, 16, torch.float32, 2, True)
-    want = run(lambda *args, **more: gated_linear_attention(*args, backend="torch", **more), torch.float32,
+    want = run(lambda *args, **more: gated_linear_attention(*args, backend="torch", **more),
+               torch.float32,
                torch.float32, tensors, None)  # fmt: skip
     compiled = torch.compile(triton, fullgraph=True, backend="aot_eager")
     for found in (run(triton, torch.float32, torch.float32, tensors, None),
@@ -109,17 +118,28 @@ def test_registration():
     qkvu, state, *_ = draw(2, 5, 16, torch.float32, 2, True)
     from transnormer.ops import gla_triton  # noqa: F401
 
-    inputs = (qkvu.requires_grad_(), torch.tensor(DECAYS, device=DEVICE), state.requires_grad_(), None, 1e-6)
+    inputs = (
+        qkvu.requires_grad_(),
+        torch.tensor(DECAYS, device=DEVICE),
+        state.requires_grad_(),
+        None,
+        1e-6,
+    )
     torch.library.opcheck(torch.ops.transnormer.gla_triton.default, inputs, atol=1e-4, rtol=1e-4)
 
 
 def test_what_does_not_fit_is_refused():
-    qkvu, log_decay = torch.randn(2, 5, 3, 4, 16, device=DEVICE), torch.tensor(DECAYS, device=DEVICE)
+    qkvu, log_decay = (
+        torch.randn(2, 5, 3, 4, 16, device=DEVICE),
+        torch.tensor(DECAYS, device=DEVICE),
+    )
     for backend in ("auto", "triton"):
         with pytest.raises(ValueError, match=r"log_decay must be \[3\]"):
             gated_linear_attention(qkvu, log_decay[:2], backend=backend)
         with pytest.raises(ValueError, match=r"state must be \[2, 3, 16, 16\]"):
-            gated_linear_attention(qkvu, log_decay, state=torch.zeros(1, 3, 16, 16, device=DEVICE), backend=backend)
+            gated_linear_attention(
+                qkvu, log_decay, state=torch.zeros(1, 3, 16, 16, device=DEVICE), backend=backend
+            )
         with pytest.raises(ValueError, match=r"must be \[B, T, H, 4, V\]"):
             gated_linear_attention(qkvu[:, :, :, :3], log_decay, backend=backend)
 
@@ -128,6 +148,9 @@ def test_one_token_and_strided_input_take_the_parts():
     qkvu = torch.randn(2, 1, 3, 4, 16, device=DEVICE)
     log_decay = torch.tensor(DECAYS, device=DEVICE)
     assert gated_linear_attention(qkvu, log_decay)[0].shape == (2, 1, 48)
-    for x, reason in ((qkvu, "one token"), (torch.randn(2, 5, 3, 16, 4, device=DEVICE).mT, "contiguous")):
+    for x, reason in (
+        (qkvu, "one token"),
+        (torch.randn(2, 5, 3, 16, 4, device=DEVICE).mT, "contiguous"),
+    ):
         with pytest.raises(RuntimeError, match=reason):
             triton(x, log_decay)

@@ -6,10 +6,23 @@ import logging
 
 import pytest
 import torch
-from oracle import DECAYS, assert_within_twice, compiled_and_eager_gradients, distance, draw, exact, run
+from oracle import (
+    DECAYS,
+    assert_within_twice,
+    compiled_and_eager_gradients,
+    distance,
+    draw,
+    exact,
+    run,
+)
 
 from transnormer.ops import dispatch, lightning_attention, lightning_step_
-from transnormer.ops.lightning import check, lightning_chunked, lightning_quadratic, lightning_reference
+from transnormer.ops.lightning import (
+    check,
+    lightning_chunked,
+    lightning_quadratic,
+    lightning_reference,
+)
 
 LENGTHS = [1, 63, 64, 65, 200]
 PACKED = [[5], [0, 70, 0, 1, 64, 0], [64, 64], [0, 0, 3]]
@@ -49,14 +62,19 @@ def test_error_is_at_most_twice_that_of_plain_torch(length, dtype):
 def test_packed_sequences_are_separate_sequences(lengths, state):
     case = draw(0, K=8, V=12, lengths=lengths, state=state, dtype=torch.float64)
     assert_exact(attention, case)
-    output, last = attention(case.q, case.k, case.v, case.log_decay, state=case.state, cu_seqlens=case.cu_seqlens)
+    output, last = attention(
+        case.q, case.k, case.v, case.log_decay, state=case.state, cu_seqlens=case.cu_seqlens
+    )
     start = 0
     for n, length in enumerate(lengths):
         part = slice(start, start + length)
         alone, alone_last = attention(
-            case.q[:, part], case.k[:, part], case.v[:, part], case.log_decay,
+            case.q[:, part],
+            case.k[:, part],
+            case.v[:, part],
+            case.log_decay,
             state=case.state[n : n + 1] if state else None,
-        )  # fmt: skip
+        )
         assert distance(output[:, part], alone) < 1e-12
         assert distance(last[n : n + 1], alone_last) < 1e-12
         start += length
@@ -84,7 +102,9 @@ def test_one_token_at_a_time_is_the_whole():
     state, outputs = case.state, []
     for t in range(20):
         token = slice(t, t + 1)
-        output, state = attention(case.q[:, token], case.k[:, token], case.v[:, token], case.log_decay, state=state)
+        output, state = attention(
+            case.q[:, token], case.k[:, token], case.v[:, token], case.log_decay, state=state
+        )
         outputs.append(output)
     want = exact(case)
     assert distance(torch.cat(outputs, 1), want["output"]) < 1e-12
@@ -113,7 +133,10 @@ def test_no_tokens_keep_the_state_and_pass_its_gradient():
 
 def test_left_padding_is_k_zero():
     case, padding = draw(50, state=False, dtype=torch.float64), 13
-    padded = [torch.cat([torch.randn(2, padding, *x.shape[2:]).to(x), x], 1) for x in (case.q, case.k, case.v)]
+    padded = [
+        torch.cat([torch.randn(2, padding, *x.shape[2:]).to(x), x], 1)
+        for x in (case.q, case.k, case.v)
+    ]
     padded[1][:, :padding] = 0
     output, last = attention(*padded, case.log_decay)
     want, want_last = attention(case.q, case.k, case.v, case.log_decay)
@@ -143,7 +166,10 @@ def test_strides_do_not_matter():
 
 def test_quadratic_form_is_the_recurrence():
     case = draw(90, state=False, dtype=torch.float64)
-    assert distance(lightning_quadratic(case.q, case.k, case.v, case.log_decay), exact(case)["output"]) < 1e-12
+    assert (
+        distance(lightning_quadratic(case.q, case.k, case.v, case.log_decay), exact(case)["output"])
+        < 1e-12
+    )
 
 
 def test_gradcheck():
@@ -171,7 +197,9 @@ def test_gradient_of_the_state_alone_and_of_the_output_alone():
         want = exact(blank)
         for leaf, gradient in zip(("q", "k", "v", "state"), found, strict=True):
             true = want[f"d_{leaf}"]
-            assert distance(torch.zeros_like(true) if gradient is None else gradient, true) < 1e-10, (name, leaf)
+            assert (
+                distance(torch.zeros_like(true) if gradient is None else gradient, true) < 1e-10
+            ), (name, leaf)
 
 
 def test_state_may_be_in_another_dtype_and_gets_its_gradient_in_it():
@@ -184,7 +212,8 @@ def test_state_may_be_in_another_dtype_and_gets_its_gradient_in_it():
 
 
 def test_the_papers_first_inference_overflows_where_this_does_not():
-    """kv_t = kv_(t-1) + k_t lambda^-t v_t, o_t = q_t lambda^t kv_t: the same function, until lambda^-t overflows."""
+    """kv_t = kv_(t-1) + k_t lambda^-t v_t, o_t = q_t lambda^t kv_t: the same function, until
+    lambda^-t overflows."""
     case = draw(400, rows=1, decays=[-0.5], state=False)
     rate = case.log_decay.exp()
     kv, outputs = torch.zeros(16, 16), []
@@ -194,7 +223,9 @@ def test_the_papers_first_inference_overflows_where_this_does_not():
     original, want = torch.stack(outputs), exact(case)["output"][0, :, 0]
     assert distance(original[:100], want[:100]) < 1e-4
     assert not original.isfinite().all()
-    assert distance(lightning_attention(case.q, case.k, case.v, case.log_decay)[0, :, 0], want) < 1e-6
+    assert (
+        distance(lightning_attention(case.q, case.k, case.v, case.log_decay)[0, :, 0], want) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("decay", [0.0, -1e-5, -0.01, -8.0])
@@ -225,7 +256,15 @@ def test_registration(packed):
     leaves = [x.requires_grad_() for x in (case.q, case.k, case.v)]
     arguments = (*leaves, case.log_decay, case.state.requires_grad_(), case.cu_seqlens, 4)
     torch.library.opcheck(torch.ops.transnormer.lightning_chunked, arguments)
-    arguments = (*(x.detach() for x in leaves), case.log_decay, None, case.cu_seqlens, 4, case.d_output, None)
+    arguments = (
+        *(x.detach() for x in leaves),
+        case.log_decay,
+        None,
+        case.cu_seqlens,
+        4,
+        case.d_output,
+        None,
+    )
     torch.library.opcheck(torch.ops.transnormer.lightning_chunked_backward, arguments)
 
 
@@ -241,7 +280,14 @@ def test_reference_backend():
 
 def wrong(**changes):
     case = draw(6)
-    arguments = {"q": case.q, "k": case.k, "v": case.v, "log_decay": case.log_decay, "state": None, "cu_seqlens": None}
+    arguments = {
+        "q": case.q,
+        "k": case.k,
+        "v": case.v,
+        "log_decay": case.log_decay,
+        "state": None,
+        "cu_seqlens": None,
+    }
     return arguments | changes
 
 
@@ -251,13 +297,19 @@ def wrong(**changes):
         ({"k": torch.randn(2, 6, 5, 8)}, r"q and k must be \[B, T, H, K\].*\[2, 6, 5, 8\]"),
         ({"v": torch.randn(2, 7, 5, 16)}, r"v \[B, T, H, V\].*\[2, 7, 5, 16\]"),
         ({"q": torch.randn(6, 5, 16)}, "q and k must be"),
-        ({"v": torch.randn(2, 6, 5, 16).half()}, "share a floating dtype; got torch.float32, torch.float32 and torch.float16"),
+        (
+            {"v": torch.randn(2, 6, 5, 16).half()},
+            "share a floating dtype; got torch.float32, torch.float32 and torch.float16",
+        ),
         ({"log_decay": torch.zeros(3)}, r"log_decay must be \[5\], one number a head; got \[3\]"),
         ({"log_decay": torch.zeros(5, requires_grad=True)}, "gets no gradient; detach it"),
-        ({"state": torch.zeros(2, 5, 16, 8)}, r"state must be \[2, 5, 16, 16\]; got \[2, 5, 16, 8\]"),
+        (
+            {"state": torch.zeros(2, 5, 16, 8)},
+            r"state must be \[2, 5, 16, 16\]; got \[2, 5, 16, 8\]",
+        ),
         ({"cu_seqlens": torch.tensor([0, 6])}, "over one row.*B = 2"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_with_its_shape(changes, message):
     with pytest.raises(ValueError, match=message):
         lightning_attention(**wrong(**changes))
@@ -281,7 +333,9 @@ def test_dispatch_takes_the_first_that_can_and_says_so_once(caplog):
     with caplog.at_level(logging.INFO, logger="transnormer"):
         assert dispatch.choose("an op", "auto", refusals) == "slow"
         assert dispatch.choose("an op", "auto", refusals) == "slow"
-    assert [record.getMessage() for record in caplog.records] == ["an op runs on backend slow; not fast: needs a GPU"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "an op runs on backend slow; not fast: needs a GPU"
+    ]
     assert dispatch.choose("an op", "slower", refusals) == "slower"
     with pytest.raises(RuntimeError, match="backend 'fast' cannot run this call: needs a GPU"):
         dispatch.choose("an op", "fast", refusals)

@@ -1,7 +1,7 @@
 """The Triton kernels: in Triton's interpreter where there is no GPU, and the full matrix on one.
 
-Interpreted, float32 to bfloat16 truncates, which costs up to twice the error of rounding; the rule is widened by that.
-"""
+Interpreted, float32 to bfloat16 truncates, which costs up to twice the error of rounding; the rule
+is widened by that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import sys
 
 import pytest
 import torch
-from oracle import DECAYS, assert_within_twice, compiled_and_eager_gradients, distance, draw, exact, plain, run
+from oracle import (
+    DECAYS,
+    assert_within_twice,
+    compiled_and_eager_gradients,
+    distance,
+    draw,
+    exact,
+    plain,
+    run,
+)
 
 from transnormer.ops import lightning, lightning_attention, lightning_step_
 from transnormer.ops.dispatch import choose
@@ -40,14 +49,20 @@ def with_tiles(tiles=None, segments=None):
         @staticmethod
         def forward(ctx, q, k, v, log_decay, state, cu_seqlens):
             ctx.save_for_backward(q, k, v, log_decay, state, cu_seqlens)
-            return lightning_triton.forward(q, k, v, log_decay, state, cu_seqlens, tiles=tiles, segments=segments)
+            return lightning_triton.forward(
+                q, k, v, log_decay, state, cu_seqlens, tiles=tiles, segments=segments
+            )
 
         @staticmethod
         def backward(ctx, d_output, d_last):
-            gradients = lightning_triton.backward(*ctx.saved_tensors, d_output, d_last, tiles=tiles, segments=segments)
+            gradients = lightning_triton.backward(
+                *ctx.saved_tensors, d_output, d_last, tiles=tiles, segments=segments
+            )
             return *gradients[:3], None, gradients[3] if gradients[3].numel() else None, None
 
-    return lambda q, k, v, log_decay, *, state, cu_seqlens: Op.apply(q, k, v, log_decay, state, cu_seqlens)
+    return lambda q, k, v, log_decay, *, state, cu_seqlens: Op.apply(
+        q, k, v, log_decay, state, cu_seqlens
+    )
 
 
 def check(op, case, note=""):
@@ -58,13 +73,19 @@ def check(op, case, note=""):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 150])
 def test_error_is_at_most_twice_that_of_plain_torch(length, dtype):
-    check(attention, draw(length, decays=[0.0, -0.25, -50.0], dtype=dtype, seed=length, device=DEVICE))
+    check(
+        attention, draw(length, decays=[0.0, -0.25, -50.0], dtype=dtype, seed=length, device=DEVICE)
+    )
 
 
 @pytest.mark.parametrize(("K", "V"), [(40, 16), (100, 70), (17, 33)])
 def test_any_width(K, V):
     for dtype in (torch.float32, torch.float16):
-        check(attention, draw(70, K, V, rows=1, decays=[0.0, -0.1], dtype=dtype, device=DEVICE), f"{K} {V} {dtype}")
+        check(
+            attention,
+            draw(70, K, V, rows=1, decays=[0.0, -0.1], dtype=dtype, device=DEVICE),
+            f"{K} {V} {dtype}",
+        )
 
 
 @pytest.mark.parametrize("state", [True, False], ids=["state", "fresh"])
@@ -78,7 +99,9 @@ def test_time_in_segments(segments, state):
 @pytest.mark.parametrize("state", [True, False], ids=["state", "fresh"])
 @pytest.mark.parametrize("lengths", PACKED, ids=str)
 def test_packed_sequences(lengths, state, segments):
-    case = draw(0, lengths=lengths, state=state, decays=[0.0, -0.5], dtype=torch.float32, device=DEVICE)
+    case = draw(
+        0, lengths=lengths, state=state, decays=[0.0, -0.5], dtype=torch.float32, device=DEVICE
+    )
     check(with_tiles(segments=segments), case)
 
 
@@ -119,7 +142,8 @@ def test_strides_do_not_matter():
     q, k, v = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (case.q, case.k, case.v))
     assert torch.equal(attention(q, k, v, case.log_decay, state=case.state)[0], want["output"])
     leaf = case.q.clone().requires_grad_()
-    attention(leaf, case.k, case.v, case.log_decay)[0].sum().backward()  # the gradient is one number, expanded
+    # the gradient is one number, expanded
+    attention(leaf, case.k, case.v, case.log_decay)[0].sum().backward()
     copied = case.q.clone().requires_grad_()
     attention(copied, case.k, case.v, case.log_decay)[0].backward(torch.ones_like(case.v))
     assert torch.equal(leaf.grad, copied.grad)
@@ -175,7 +199,9 @@ def test_step_in_place():
         true, yardstick = exact(case), plain(case)
         assert output.dtype == dtype
         assert distance(state, true["last"]) < 1e-6
-        assert distance(output, true["output"]) <= 2 * (1 + (not GPU)) * distance(yardstick["output"], true["output"])
+        assert distance(output, true["output"]) <= 2 * (1 + (not GPU)) * distance(
+            yardstick["output"], true["output"]
+        )
 
 
 def test_two_runs_are_equal_to_the_bit():
@@ -187,7 +213,9 @@ def test_two_runs_are_equal_to_the_bit():
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("lengths", [None, [0, 100, 0, 50, 1, 0]], ids=["rows", "packed"])
 def test_every_element_is_written(lengths):
-    case = draw(150, K=17, V=16, rows=1, lengths=lengths, decays=[-0.1], dtype=torch.float32, device=DEVICE)
+    case = draw(
+        150, K=17, V=16, rows=1, lengths=lengths, decays=[-0.1], dtype=torch.float32, device=DEVICE
+    )
     for segments in (1, 2):
         for name, found in run(with_tiles(segments=segments), case).items():
             assert found.isfinite().all(), name
@@ -206,9 +234,13 @@ def test_registration(packed):
     ops = torch.ops.transnormer
     leaves = [x.requires_grad_() for x in (case.q, case.k, case.v)]
     fixed = [x.detach() for x in leaves]
-    torch.library.opcheck(ops.lightning_triton, (*leaves, case.log_decay, case.state.requires_grad_(), case.cu_seqlens))
     torch.library.opcheck(
-        ops.lightning_triton_backward, (*fixed, case.log_decay, None, case.cu_seqlens, case.d_output, None)
+        ops.lightning_triton,
+        (*leaves, case.log_decay, case.state.requires_grad_(), case.cu_seqlens),
+    )
+    torch.library.opcheck(
+        ops.lightning_triton_backward,
+        (*fixed, case.log_decay, None, case.cu_seqlens, case.d_output, None),
     )
     if not packed:
         token = [x[:, :1].clone() for x in fixed]
@@ -233,7 +265,9 @@ def test_what_cannot_run_says_why(K, V, dtype, reason):
 
 def test_on_the_cpu_auto_does_not_interpret(monkeypatch):
     case, chosen = draw(3), []
-    monkeypatch.setattr(lightning, "choose", lambda *call: chosen.append(choose(*call)) or chosen[-1])
+    monkeypatch.setattr(
+        lightning, "choose", lambda *call: chosen.append(choose(*call)) or chosen[-1]
+    )
     lightning_attention(case.q, case.k, case.v, case.log_decay)
     assert chosen == ["torch"]
 
@@ -245,13 +279,21 @@ def test_importing_the_package_does_not_import_triton():
 
 def test_at_most_three_configurations_are_tried_and_one_fits_everywhere():
     for K, V, dtype, shared, paired in itertools.product(
-        (16, 64, 128, 192, 256), (16, 128, 256), (torch.float32, *HALF), (65_536, 101_376, 166_912, 232_448),
+        (16, 64, 128, 192, 256),
+        (16, 128, 256),
+        (torch.float32, *HALF),
+        (65_536, 101_376, 166_912, 232_448),
         (False, True),
-    ):  # fmt: skip
+    ):
         found = lightning_triton.choices(K, V, dtype, shared, paired=paired)
         assert 1 <= len(found) <= 3
         block = lightning_triton._block(K, dtype)
-        assert all(tiles.shared_bytes(block, dtype.itemsize) <= shared for tiles in found), (K, V, dtype, shared)
+        assert all(tiles.shared_bytes(block, dtype.itemsize) <= shared for tiles in found), (
+            K,
+            V,
+            dtype,
+            shared,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
@@ -262,7 +304,8 @@ def test_what_runs_where_shared_memory_is_small(K, V, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("programs", "chunks", "least", "most"), [(1, 1, 1, 1), (256, 128, 1, 1), (64, 2_048, 4, 16), (32, 32, 3, 8)]
+    ("programs", "chunks", "least", "most"),
+    [(1, 1, 1, 1), (256, 128, 1, 1), (64, 2_048, 4, 16), (32, 32, 3, 8)],
 )
 def test_time_is_cut_where_rows_and_heads_do_not_fill_the_gpu(programs, chunks, least, most):
     assert least <= lightning_triton._segmentation(programs, programs, chunks, 132) <= most
@@ -270,7 +313,18 @@ def test_time_is_cut_where_rows_and_heads_do_not_fill_the_gpu(programs, chunks, 
 
 # The full matrix.
 
-WIDTHS = [(16, 16), (64, 64), (128, 128), (256, 128), (128, 256), (256, 256), (96, 160), (80, 64), (33, 47), (200, 72)]
+WIDTHS = [
+    (16, 16),
+    (64, 64),
+    (128, 128),
+    (256, 128),
+    (128, 256),
+    (256, 256),
+    (96, 160),
+    (80, 64),
+    (33, 47),
+    (200, 72),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
@@ -301,19 +355,24 @@ class TestMatrix:
         first, second = run(attention, case), run(attention, case)
         for name in first:
             wrong = ~first[name].isfinite()
-            assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.numel()}, from {wrong.nonzero()[0].tolist()} on"
+            assert not wrong.any(), (
+                f"{name}: {wrong.sum()} of {wrong.numel()}, from {wrong.nonzero()[0].tolist()} on"
+            )
             assert torch.equal(first[name], second[name]), name
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
-    ("K", "V"), [(199, 72), (200, 72), (136, 200), (144, 48), (240, 255), (256, 16), (16, 256), (256, 256)]
+    ("K", "V"),
+    [(199, 72), (200, 72), (136, 200), (144, 48), (240, 255), (256, 16), (16, 256), (256, 256)],
 )
 def test_wide_states_in_half_precision(K, V, dtype):
     """A state in another dtype is another kernel to the compiler, which once spoiled just this."""
     for segments in (1, 2):
-        assert_within_twice(with_tiles(segments=segments), draw(300, K, V, dtype=dtype, device=DEVICE), state=dtype)
+        assert_within_twice(
+            with_tiles(segments=segments), draw(300, K, V, dtype=dtype, device=DEVICE), state=dtype
+        )
     case = draw(0, K, V, lengths=[100, 0, 150], dtype=dtype, device=DEVICE)
     assert_within_twice(attention, case, "packed", state=dtype)
 
@@ -323,35 +382,48 @@ class TestLong:
     pytestmark = gpu
 
     def test_a_million_tokens(self, decay):
-        """The second half, begun anew from the first half's state in float64 sums, equals the second half of the whole."""
+        """The second half, begun anew from the first half's state in float64 sums, equals the
+        second half of the whole."""
         length, half = 1_048_576, 524_288
         case = draw(1, 64, 64, rows=1, decays=[decay] * 40, state=False, dtype=torch.bfloat16)
-        q, k, v = (torch.randn(1, length, 40, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+        q, k, v = (
+            torch.randn(1, length, 40, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)
+        )
         assert q.numel() > 2**31
         log_decay = case.log_decay.to(DEVICE)
         output, last = attention(q, k, v, log_decay)
         _, middle = attention(q[:, :half], k[:, :half], v[:, :half], log_decay)
-        again, last_again = attention(q[:, half:], k[:, half:], v[:, half:], log_decay, state=middle)
+        again, last_again = attention(
+            q[:, half:], k[:, half:], v[:, half:], log_decay, state=middle
+        )
         assert distance(output[:, half:, 39], again[:, :, 39]) < 1e-2
         assert distance(last, last_again) < 1e-4
         tail = slice(length - 100, length)
         before = attention(*(x[:, : length - 100] for x in (q, k, v)), log_decay)[1]
         true = lightning_attention(
-            *(x[:, tail].double() for x in (q, k, v)), log_decay, state=before.double(), backend="reference"
+            *(x[:, tail].double() for x in (q, k, v)),
+            log_decay,
+            state=before.double(),
+            backend="reference",
         )
         assert distance(output[:, tail], true) < 1e-2
 
     def test_gradients_of_a_million_tokens(self, decay):
-        """Those of the last tokens, from the state before them, in tensors of more than 2^31 elements."""
+        """Those of the last tokens, from the state before them, in tensors of more than 2^31
+        elements."""
         length, heads, rest = 1_048_576, 33, 100
-        q, k, v, g = (torch.randn(1, length, heads, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+        q, k, v, g = (
+            torch.randn(1, length, heads, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)
+        )
         assert q.numel() > 2**31
         log_decay = torch.full((heads,), decay, device=DEVICE)
         gradients = lightning_triton.backward(q, k, v, log_decay, None, None, g, None)
         before = lightning_triton.forward(*(x[:, :-rest] for x in (q, k, v)), log_decay)[1]
         leaves = [x[:, -rest:].double().requires_grad_() for x in (q, k, v)]
         output = lightning_attention(*leaves, log_decay, state=before.double(), backend="reference")
-        for found, true in zip(gradients, torch.autograd.grad(output, leaves, g[:, -rest:].double()), strict=False):
+        for found, true in zip(
+            gradients, torch.autograd.grad(output, leaves, g[:, -rest:].double()), strict=False
+        ):
             assert distance(found[:, -rest:], true) < 1e-2
             assert found.isfinite().all()
 
@@ -388,7 +460,13 @@ class TestGraph:
         want = kept
         for _ in range(3):
             want = lightning_attention(
-                case.q, case.k, case.v, case.log_decay, state=want, return_state=True, backend="torch"
+                case.q,
+                case.k,
+                case.v,
+                case.log_decay,
+                state=want,
+                return_state=True,
+                backend="torch",
             )[1]
         assert distance(state, want) < 1e-6
 

@@ -1,4 +1,5 @@
-"""Head and loss in slices equal the head and loss at once; on the GPU, or with Triton's kernel in its interpreter."""
+"""Head and loss in slices equal the head and loss at once; on the GPU, or with Triton's kernel in
+its interpreter."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ def test_value_and_gradients(shape, reduction, backend, exact):
     found = linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend)
     want = whole(x, weight, targets, reduction=reduction)
     same(found, want)
-    for ours, theirs in zip(gradients(found, x, weight, factor=3), gradients(want, x, weight, factor=3), strict=True):
+    for ours, theirs in zip(
+        gradients(found, x, weight, factor=3), gradients(want, x, weight, factor=3), strict=True
+    ):
         same(ours, theirs)
 
 
@@ -91,7 +94,8 @@ def test_one_loss_a_token(backend, exact):
     same(found, want)
     assert found[1, 2] == 0
     factors = torch.randn(3, 4, device=DEVICE, dtype=exact)  # of which each token has its own
-    factors[0, 1], factors[1, 2] = 0, float("nan")  # that of a token that does not count is nobody's
+    # that of a token that does not count is nobody's
+    factors[0, 1], factors[1, 2] = 0, float("nan")
     found, want = ((factors * value).nansum() for value in (found, want))
     for ours, theirs in zip(gradients(found, x, weight), gradients(want, x, weight), strict=True):
         same(ours, theirs)
@@ -103,7 +107,8 @@ def test_the_mean_of_single_losses_has_the_gradients_of_the_mean(dtype, backend)
     x, weight, targets = draw(40, dtype=dtype)
     x.data /= 4  # no soft-max that is all but certain
     each, mean = (
-        linear_cross_entropy(x, weight, targets, reduction=kind, backend=backend) for kind in ("none", "mean")
+        linear_cross_entropy(x, weight, targets, reduction=kind, backend=backend)
+        for kind in ("none", "mean")
     )
     found, want = (gradients(value, x, weight, factor=0.01) for value in (each.sum() / 40, mean))
     for ours, theirs in zip(found, want, strict=True):
@@ -157,7 +162,9 @@ def test_only_the_gradients_that_are_asked_for(backend, exact):
         frozen.requires_grad_(False)
         for reduction in ("mean", "none"):
             options = {"reduction": reduction}
-            (found,) = gradients(linear_cross_entropy(x, weight, targets, backend=backend, **options).sum(), ours)
+            (found,) = gradients(
+                linear_cross_entropy(x, weight, targets, backend=backend, **options).sum(), ours
+            )
             (want,) = gradients(whole(x, weight, targets, **options).sum(), ours)
             same(found, want)
         frozen.requires_grad_(True)
@@ -166,7 +173,8 @@ def test_only_the_gradients_that_are_asked_for(backend, exact):
 
 
 def assert_error_is_at_most_twice_that_of_plain_torch(x, weight, targets, backend):
-    factor = 4 if backend == "triton" and not GPU and x.dtype == torch.bfloat16 else 2  # interpreted: cut, not rounded
+    # interpreted: cut, not rounded
+    factor = 4 if backend == "triton" and not GPU and x.dtype == torch.bfloat16 else 2
     least = torch.finfo(torch.float32).eps  # of what is summed in float32
 
     def plain(**options):
@@ -180,10 +188,19 @@ def assert_error_is_at_most_twice_that_of_plain_torch(x, weight, targets, backen
     )
     assert each.dtype == torch.float32
     assert distance(each, true) <= factor * max(distance(usual, true), least)
-    single = [(torch.linspace(-1, 2, x.shape[0], device=DEVICE) * value).sum() for value in (each, usual, true)]
-    means = linear_cross_entropy(x, weight, targets, backend=backend), plain(), whole(x, weight, targets)
+    single = [
+        (torch.linspace(-1, 2, x.shape[0], device=DEVICE) * value).sum()
+        for value in (each, usual, true)
+    ]
+    means = (
+        linear_cross_entropy(x, weight, targets, backend=backend),
+        plain(),
+        whole(x, weight, targets),
+    )
     for values in (single, means):
-        for ours, theirs, want in zip(*(gradients(value, x, weight) for value in values), strict=True):
+        for ours, theirs, want in zip(
+            *(gradients(value, x, weight) for value in values), strict=True
+        ):
             assert ours.dtype == x.dtype
             assert distance(ours, want) <= factor * max(distance(theirs, want), least)
 
@@ -217,7 +234,9 @@ def test_strides_do_not_matter(backend, exact):
     for some, head, aims in (spread, turned):
         assert not aims.is_contiguous()
         for found, gradient in zip(
-            gradients(linear_cross_entropy(some, head, aims, backend=backend), x, weight), want, strict=True
+            gradients(linear_cross_entropy(some, head, aims, backend=backend), x, weight),
+            want,
+            strict=True,
         ):
             same(found, gradient)
 
@@ -230,7 +249,10 @@ def test_a_weight_in_float32_keeps_a_gradient_in_float32(dtype, backend):
     mixed = linear_cross_entropy(x, master, targets, backend=backend)
     assert torch.equal(value, mixed)
     for ours, theirs, kind in zip(
-        gradients(mixed, x, master), gradients(value, x, weight), (dtype, torch.float32), strict=True
+        gradients(mixed, x, master),
+        gradients(value, x, weight),
+        (dtype, torch.float32),
+        strict=True,
     ):
         assert ours.dtype == kind
         torch.testing.assert_close(ours.to(dtype), theirs)
@@ -256,12 +278,17 @@ def test_autocast_chooses_the_dtype_of_the_products(dtype, compiled, backend):
 
 
 def test_gradients_of_a_mean_are_those_of_the_sum_rounded_once():
-    """1 / 4,080 is no number of bfloat16: rounded to it first, every gradient would be off by 0.4 %."""
+    """1 / 4,080 is no number of bfloat16: rounded to it first, every gradient would be off by 0.4
+    %."""
     x, weight, targets = draw(4_080, dtype=torch.bfloat16)
     head = weight.detach().float().requires_grad_()
-    total, mean = (linear_cross_entropy(x, head, targets, reduction=kind) for kind in ("sum", "mean"))
+    total, mean = (
+        linear_cross_entropy(x, head, targets, reduction=kind) for kind in ("sum", "mean")
+    )
     for whole_sum, found in zip(gradients(total, x, head), gradients(mean, x, head), strict=True):
-        assert torch.equal(found, (whole_sum.float() * torch.tensor(1 / 4_080, device=DEVICE)).to(found.dtype))
+        assert torch.equal(
+            found, (whole_sum.float() * torch.tensor(1 / 4_080, device=DEVICE)).to(found.dtype)
+        )
 
 
 @pytest.mark.usefixtures("slices")
@@ -323,14 +350,18 @@ def test_logits_of_minus_infinity_count_for_nothing(backend):
 
 
 def test_slices_of_the_vocabulary_combine_to_the_whole(backend):
-    logits, targets = torch.randn(4, 96, device=DEVICE), torch.tensor([70, -100, 3, 40], device=DEVICE)
+    logits, targets = (
+        torch.randn(4, 96, device=DEVICE),
+        torch.tensor([70, -100, 3, 40], device=DEVICE),
+    )
     want, true = logits.clone(), torch.empty(4, device=DEVICE)
     softmax_loss_(backend)(want, targets, true, 96, -100, True)
     parts = ((0, 41), (41, 96))
     sums = []
 
     class VocabShard:
-        """Of one part; what the parts found goes into sums until all did, and is combined afterwards."""
+        """Of one part; what the parts found goes into sums until all did, and is combined
+        afterwards."""
 
         def __init__(self, first):
             self.first = first
@@ -344,8 +375,13 @@ def test_slices_of_the_vocabulary_combine_to_the_whole(backend):
 
     for gradient in (False, True):
         for first, stop in parts:
-            part, losses = logits[:, first:stop].contiguous(), torch.full((4,), float("nan"), device=DEVICE)
-            softmax_loss_(backend)(part, targets, losses, stop - first, -100, gradient, VocabShard(first))
+            part, losses = (
+                logits[:, first:stop].contiguous(),
+                torch.full((4,), float("nan"), device=DEVICE),
+            )
+            softmax_loss_(backend)(
+                part, targets, losses, stop - first, -100, gradient, VocabShard(first)
+            )
             if gradient:
                 same(losses, true)
                 same(part, want[:, first:stop])
@@ -385,7 +421,9 @@ def test_every_element_is_written(monkeypatch, backend, exact):
     targets[4] = -100
     value = linear_cross_entropy(x, weight, targets, backend=backend)
     assert all(found.isfinite().all() for found in (value, *gradients(value, x, weight)))
-    assert linear_cross_entropy(x, weight, targets, reduction="none", backend=backend).isfinite().all()
+    assert (
+        linear_cross_entropy(x, weight, targets, reduction="none", backend=backend).isfinite().all()
+    )
 
 
 def test_logits_of_all_tokens_never_exist(monkeypatch, backend, exact):
@@ -414,7 +452,8 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, backend, exact):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compile_passes_through(dtype, backend, monkeypatch):
     monkeypatch.setattr(loss, "SLICE_ELEMENTS", 100)
-    monkeypatch.setattr(dispatch, "_said", set())  # as in a process whose first call is a compiled one
+    # as in a process whose first call is a compiled one
+    monkeypatch.setattr(dispatch, "_said", set())
 
     def function(x, weight, targets, chosen, reduction="mean"):
         return 3 * linear_cross_entropy(2 * x, weight, targets, backend=chosen, reduction=reduction)
@@ -426,7 +465,9 @@ def test_compile_passes_through(dtype, backend, monkeypatch):
     for chosen in (backend, "auto"):
         found, want = (f(x, weight, targets, chosen) for f in (compiled, function))
         assert torch.equal(found, want)
-        for ours, theirs in zip(gradients(found, x, weight), gradients(want, x, weight), strict=True):
+        for ours, theirs in zip(
+            gradients(found, x, weight), gradients(want, x, weight), strict=True
+        ):
             assert torch.equal(ours, theirs)
     factors = torch.randn(12, device=DEVICE)
     found, want = (f(x, weight, targets, backend, "none") for f in (compiled, function))
@@ -440,7 +481,10 @@ def test_registration(backend):
     x, weight, targets = draw(4, dtype=torch.float32)
     op = torch.ops.transnormer.linear_cross_entropy
     for needs in ((True, True), (True, False), (False, True)):
-        leaves = [leaf.detach().requires_grad_(need) for leaf, need in zip((x, weight), needs, strict=True)]
+        leaves = [
+            leaf.detach().requires_grad_(need)
+            for leaf, need in zip((x, weight), needs, strict=True)
+        ]
         for each in (False, True):
             torch.library.opcheck(op, (*leaves, targets, -100, backend, each, *needs))
     fixed = (x.detach(), weight.detach(), targets)
@@ -451,19 +495,49 @@ def test_registration(backend):
         from transnormer.ops import loss_triton
 
         logits, losses = torch.randn(4, 40, device=DEVICE), torch.zeros(4, device=DEVICE)
-        for gradient, sums, shared in ((True, True, False), (False, True, True), (True, False, True)):
+        for gradient, sums, shared in (
+            (True, True, False),
+            (False, True, True),
+            (True, False, True),
+        ):
             norms = torch.zeros(4, device=DEVICE)
-            arguments = (logits.clone(), targets, losses.clone(), norms, 37, -100, gradient, sums, shared)
+            arguments = (
+                logits.clone(),
+                targets,
+                losses.clone(),
+                norms,
+                37,
+                -100,
+                gradient,
+                sums,
+                shared,
+            )
             torch.library.opcheck(loss_triton.op, arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((torch.randn(3, 8), torch.randn(9, 7), torch.zeros(3, dtype=torch.long)), {}, r"\[3, 8\], \[9, 7\], \[3\]"),
-        ((torch.randn(3, 8), torch.randn(9, 8), torch.zeros(4, dtype=torch.long)), {}, "do not fit"),
-        ((torch.randn(3, 8), torch.randn(9, 8), torch.zeros(3, dtype=torch.long)), {"reduction": "max"}, "got 'max'"),
-        ((torch.randn(3, 8), torch.randn(9, 8), torch.zeros(3, dtype=torch.long)), {"backend": "cpu"}, "'cpu'"),
+        (
+            (torch.randn(3, 8), torch.randn(9, 7), torch.zeros(3, dtype=torch.long)),
+            {},
+            r"\[3, 8\], \[9, 7\], \[3\]",
+        ),
+        (
+            (torch.randn(3, 8), torch.randn(9, 8), torch.zeros(4, dtype=torch.long)),
+            {},
+            "do not fit",
+        ),
+        (
+            (torch.randn(3, 8), torch.randn(9, 8), torch.zeros(3, dtype=torch.long)),
+            {"reduction": "max"},
+            "got 'max'",
+        ),
+        (
+            (torch.randn(3, 8), torch.randn(9, 8), torch.zeros(3, dtype=torch.long)),
+            {"backend": "cpu"},
+            "'cpu'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, options, message):
@@ -473,7 +547,9 @@ def test_what_does_not_fit_is_refused(arguments, options, message):
 
 def test_what_cannot_run_says_why():
     x, weight, targets = draw(3)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy: backend 'triton' cannot run this call: float64"):
+    with pytest.raises(
+        RuntimeError, match="linear_cross_entropy: backend 'triton' cannot run this call: float64"
+    ):
         linear_cross_entropy(x, weight, targets, backend="triton")
 
 
@@ -550,7 +626,9 @@ class TestOnTheGpu:
         compiled = torch.compile(lambda *leaves: 2 * linear_cross_entropy(*leaves), fullgraph=True)
         found, want = compiled(x, weight, targets), 2 * linear_cross_entropy(x, weight, targets)
         torch.testing.assert_close(found, want)
-        for ours, theirs in zip(gradients(found, x, weight), gradients(want, x, weight), strict=True):
+        for ours, theirs in zip(
+            gradients(found, x, weight), gradients(want, x, weight), strict=True
+        ):
             torch.testing.assert_close(ours, theirs)
 
     @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -560,6 +638,9 @@ class TestOnTheGpu:
             "x, w = torch.randn(4, 8, device='cuda'), torch.randn(37, 8, device='cuda'); "
             f"f(x, w, torch.full((4,), 37, device='cuda'), backend={backend!r}).item()"
         )
-        found = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+        found = subprocess.run(
+            [sys.executable, "-c", program], check=False, capture_output=True, text=True
+        )
         assert found.returncode != 0
-        assert "_assert_async_cuda_kernel" in found.stderr  # whichever call the failure then surfaces in
+        # whichever call the failure then surfaces in
+        assert "_assert_async_cuda_kernel" in found.stderr

@@ -52,7 +52,8 @@ class TestTriton:
     @pytest.mark.parametrize(("width", "start"), [(16, 0), (20, 3), (128, 1_000_000)])
     def test_error_is_at_most_twice_that_of_plain_torch(self, width, start, dtype, device):
         inputs, positions, gradients = draw(width=width, start=start, dtype=dtype, device=device)
-        factor = 4 if device == "cpu" and dtype == torch.bfloat16 else 2  # interpreted, bfloat16 is cut, not rounded
+        # interpreted, bfloat16 is cut, not rounded
+        factor = 4 if device == "cpu" and dtype == torch.bfloat16 else 2
         found = both(inputs, positions, gradients, backend="triton")
         plain = both(inputs, positions, gradients, backend="torch")
         true = both([x.double() for x in inputs], positions, [x.double() for x in gradients])
@@ -76,20 +77,28 @@ class TestTriton:
         want = both(inputs, positions, gradients, backend="torch")
         inputs[:2] = torch.stack(inputs[:2], -2).unbind(-2)
         gradients = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients]
-        for found, wanted in zip(both(inputs, positions, gradients, backend="triton"), want, strict=True):
+        for found, wanted in zip(
+            both(inputs, positions, gradients, backend="triton"), want, strict=True
+        ):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
     def test_compile_passes_through_and_nothing_gives_nothing(self, device):
         inputs, positions, gradients = draw(length=5, device=device)
         compiled = torch.compile(
-            lambda *x: swish_lrpe(*x, positions, backend="triton"), fullgraph=True, backend="aot_eager"
+            lambda *x: swish_lrpe(*x, positions, backend="triton"),
+            fullgraph=True,
+            backend="aot_eager",
         )
         leaves = [x.clone().requires_grad_() for x in inputs]
         found = torch.autograd.grad(compiled(*leaves), leaves, gradients)
-        for a, b in zip(found, both(inputs, positions, gradients, backend="triton")[2:], strict=True):
+        for a, b in zip(
+            found, both(inputs, positions, gradients, backend="triton")[2:], strict=True
+        ):
             assert torch.equal(a, b)
         inputs, positions, gradients = draw(length=0, device=device)
-        assert torch.equal(both(inputs, positions, gradients, backend="triton")[-1], torch.zeros_like(inputs[2]))
+        assert torch.equal(
+            both(inputs, positions, gradients, backend="triton")[-1], torch.zeros_like(inputs[2])
+        )
 
     def test_registration(self, device):
         from transnormer.ops import lrpe_triton  # noqa: F401
@@ -97,4 +106,6 @@ class TestTriton:
         (q, k, theta), positions, gradients = draw(length=5, width=4, device=device)
         leaves = [x.clone().requires_grad_() for x in (q, k, theta)]
         torch.library.opcheck(torch.ops.transnormer.swish_lrpe, (*leaves, positions))
-        torch.library.opcheck(torch.ops.transnormer.swish_lrpe_backward, (q, k, theta, positions, *gradients))
+        torch.library.opcheck(
+            torch.ops.transnormer.swish_lrpe_backward, (q, k, theta, positions, *gradients)
+        )

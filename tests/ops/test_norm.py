@@ -33,7 +33,9 @@ def test_error_is_a_rounding_or_two(dtype):
     x = (30 * torch.randn(64, 300)).to(dtype)
     found = simple_rms_norm(x)
     assert found.dtype == dtype
-    assert ((found.double() - formula(x)).abs() <= 2 * torch.finfo(dtype).eps * formula(x).abs()).all()
+    assert (
+        (found.double() - formula(x)).abs() <= 2 * torch.finfo(dtype).eps * formula(x).abs()
+    ).all()
 
 
 def test_large_values_in_half_precision_do_not_overflow():

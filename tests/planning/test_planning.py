@@ -45,10 +45,12 @@ from ..train.processes import TINY
 ROOT = Path(__file__).parents[2]
 MEASURED = json.loads((ROOT / "benchmarks/results/train_h100_2026-11-25.json").read_text())
 ROWS = [row for row in MEASURED["rows"] if row["model"] in ("transnormer", "softmax")]
-TRILLION = ["model.num_hidden_layers=128", "model.hidden_size=25600", "model.num_attention_heads=200",
+TRILLION = ["model.num_hidden_layers=128", "model.hidden_size=25600",
+            "model.num_attention_heads=200",
             "model.intermediate_size=68096"]  # fmt: skip
 EVERYTHING = {
-    "num_attention_heads": 6, "hidden_size": 36, "norm": "rmsnorm", "bias": True, "position_layers": "all",
+    "num_attention_heads": 6, "hidden_size": 36, "norm": "rmsnorm", "bias": True,
+    "position_layers": "all",
     "gate_rank": 3, "tie_word_embeddings": False,
 }  # fmt: skip
 OTHER = {"norm": "layernorm", "position": "ape", "glu": "mlp", "vocab_size": 44}
@@ -70,12 +72,19 @@ def test_one_gpu_as_measured(row: dict[str, Any]) -> None:
 
 
 def test_shares_are_those_measured() -> None:
-    assert pytest.approx(MEASURED["matmul_tflop_per_second"], rel=1e-4) == hardware.MATMUL_SHARE * 989.4
+    assert (
+        pytest.approx(MEASURED["matmul_tflop_per_second"], rel=1e-4)
+        == hardware.MATMUL_SHARE * 989.4
+    )
     assert pytest.approx(MEASURED["copy_tb_per_second"], rel=1e-3) == hardware.COPY_SHARE * 3.35
     for mixer, shares in hardware.PASSES_SHARE.items():
         for width, share in shares.items():
             if width < 4_096:  # which is of several GPUs
-                rows = [row for row in ROWS if (named(row).mixer, named(row).hidden_size) == (mixer, width)]
+                rows = [
+                    row
+                    for row in ROWS
+                    if (named(row).mixer, named(row).hidden_size) == (mixer, width)
+                ]
                 assert share == pytest.approx(sum(map(of_the_passes, rows)) / len(rows), abs=6e-4)
 
 
@@ -87,15 +96,23 @@ def of_the_passes(row: dict[str, Any]) -> float:
 
 
 def meshes() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Steps for which no GPU waited for its host, and was not filled by what ran before in the same process."""
+    """Steps for which no GPU waited for its host, and was not filled by what ran before in the same
+    process."""
     for name in (
-        "meshes_h100x2_2026-11-26", "meshes_385m_h100x4_2026-11-27", "meshes_7b_alone_h100x4_2026-11-27",
-        "meshes_7b_graph_h100x4_2026-11-27", "meshes_7b_d_h100x4_2026-11-27", "meshes_7b_tensor_h100x4_2026-11-27",
-    ):  # fmt: skip
+        "meshes_h100x2_2026-11-26",
+        "meshes_385m_h100x4_2026-11-27",
+        "meshes_7b_alone_h100x4_2026-11-27",
+        "meshes_7b_graph_h100x4_2026-11-27",
+        "meshes_7b_d_h100x4_2026-11-27",
+        "meshes_7b_tensor_h100x4_2026-11-27",
+    ):
         for row in json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]:
             mesh = row["mesh"].split()[0]
             if mesh in ("shard", "replicate") or (row.get("graph") and mesh != "one"):
-                yield f"{row['size']} {row['mesh']} {row['rows']} {name[:17]} {row.get('graph', '')}", row
+                yield (
+                    f"{row['size']} {row['mesh']} {row['rows']} {name[:17]} {row.get('graph', '')}",
+                    row,
+                )
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in meshes()])
@@ -106,15 +123,26 @@ def test_meshes_as_measured(row: dict[str, Any]) -> None:
         memory = find_memory(shape, layout, row["rows"], row["seq_len"])
         assert memory.allocated == pytest.approx(row["peak_bytes"], rel=0.01)
     speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
-    small = row["size"] == "385m" and max(layout.tensor, layout.context) > 1  # its kernels are short
+    # its kernels are short
+    small = row["size"] == "385m" and max(layout.tensor, layout.context) > 1
     assert speed == pytest.approx(
-        row["tokens_per_second"], rel=0.16 if small else 0.06 if layout.tensor * layout.context > 1 else 0.04
+        row["tokens_per_second"],
+        rel=0.16 if small else 0.06 if layout.tensor * layout.context > 1 else 0.04,
     )
 
 
-BLOCKS: list[dict[str, Any]] = [{}, {"position_layers": "all"}, {"gate_rank": 8}, {"gate": False}, TRANSFORMER]
+BLOCKS: list[dict[str, Any]] = [
+    {},
+    {"position_layers": "all"},
+    {"gate_rank": 8},
+    {"gate": False},
+    TRANSFORMER,
+]
 KEPT = [(words, 1) for words in BLOCKS]
-KEPT += [(words, 2) for words in ({}, {"gate_rank": 8}, {"norm": "rmsnorm"}, {"norm": "layernorm"}, TRANSFORMER)]
+KEPT += [
+    (words, 2)
+    for words in ({}, {"gate_rank": 8}, {"norm": "rmsnorm"}, {"norm": "layernorm"}, TRANSFORMER)
+]
 KEPT += [({}, 4)]
 
 
@@ -126,7 +154,9 @@ def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
 
     def pack(x: Tensor) -> Tensor:
         part = held(x)
-        of_tokens = {length, length // tensor, rows * length} & set(part.shape[:3]) and part.numel() >= rows * length
+        of_tokens = {length, length // tensor, rows * length} & set(
+            part.shape[:3]
+        ) and part.numel() >= rows * length
         if of_tokens:  # and not of weights
             kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
         return x
@@ -143,14 +173,20 @@ def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
         x = torch.randn(rows, length // tensor, 64, requires_grad=True)
         positions = torch.arange(length)
         place = TokenPositions(positions, rotation=rotation(config, positions, x.dtype))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             block(x, None, place)
-    planned = saved_bytes(config, tensor, lrpe=config.position == "lrpe" and config.has_position(layer))
+    planned = saved_bytes(
+        config, tensor, lrpe=config.position == "lrpe" and config.has_position(layer)
+    )
     assert sum(kept.values()) / (rows * length) == pytest.approx(planned, rel=0.03)
 
 
 class Trace(TorchDispatchMode):
-    """Bytes of all tensors at their most, and of what collectives gathered or scattered, by their namespace."""
+    """Bytes of all tensors at their most, and of what collectives gathered or scattered, by their
+    namespace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,24 +198,30 @@ class Trace(TorchDispatchMode):
         for x in tensors:
             storage = held(x).untyped_storage()
             self._there[storage._cdata] = weakref.ref(storage)
-        storages = {key: storage for key, ref in self._there.items() if (storage := ref()) is not None}
+        storages = {
+            key: storage for key, ref in self._there.items() if (storage := ref()) is not None
+        }
         self._there = {key: self._there[key] for key in storages}
         self.most = max(self.most, sum(storage.nbytes() for storage in storages.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         self.see(*(x for x in tree_leaves(found) if isinstance(x, Tensor)))
-        if re.match("_?c10d.*(gather|scatter)", str(func)):  # the whole is on one side; all but the own part is sent
-            self.sent[func.namespace] += max(x.nbytes for x in tree_leaves((args, found)) if isinstance(x, Tensor))
+        # the whole is on one side; all but the own part is sent
+        if re.match("_?c10d.*(gather|scatter)", str(func)):
+            self.sent[func.namespace] += max(
+                x.nbytes for x in tree_leaves((args, found)) if isinstance(x, Tensor)
+            )
         return found
 
 
-def trace(config: ModelConfig, layout: Layout, rows: int, seq_len: int, patch: pytest.MonkeyPatch) -> Trace:
+def trace(
+    config: ModelConfig, layout: Layout, rows: int, seq_len: int, patch: pytest.MonkeyPatch
+) -> Trace:
     """A step of the real sharded model, every tensor of which only says how large it is.
 
-    As on a GPU: kernels where Triton has them, logits of a slice in bfloat16, AdamW's state. As compiled: no cache of
-    weights that autocast has cast.
-    """
+    As on a GPU: kernels where Triton has them, logits of a slice in bfloat16, AdamW's state. As
+    compiled: no cache of weights that autocast has cast."""
     for module in (gla, lightning, lrpe, norm):
         patch.setattr(module, "choose", lambda *_: "triton")
     patch.setattr(loss, "SLICE_ELEMENTS", loss.CUDA_SLICE_BYTES // 2)
@@ -205,20 +247,29 @@ SMALL = ModelConfig(vocab_size=2_048, hidden_size=512, num_hidden_layers=8, num_
                     intermediate_size=1_408)  # fmt: skip
 WIDE = {"position_layers": "all"}
 MANY = [Layout(), Layout(shard=8), Layout(tensor=2), Layout(shard=4, tensor=2), Layout(context=2)]
-TRACED: list[tuple[Layout, dict[str, Any], int, int, bool]] = [  # rows, tokens a row, whether blocks are gathered apart
+# rows, tokens a row, whether blocks are gathered apart
+TRACED: list[tuple[Layout, dict[str, Any], int, int, bool]] = [
     *((replace(layout, recompute=True), {}, 4, 1_024, layout.tensor == 2) for layout in MANY),
-    (replace(MANY[1], recompute=True), {}, 4, 1_024, True), (replace(MANY[1], recompute=True), WIDE, 4, 1_024, False),
-    (MANY[1], WIDE, 1, 256, True), (MANY[3], WIDE, 1, 256, False), (MANY[1], {"norm": "layernorm"}, 1, 256, True),
+    (replace(MANY[1], recompute=True), {}, 4, 1_024, True),
+    (replace(MANY[1], recompute=True), WIDE, 4, 1_024, False),
+    (MANY[1], WIDE, 1, 256, True), (MANY[3], WIDE, 1, 256, False),
+    (MANY[1], {"norm": "layernorm"}, 1, 256, True),
     (MANY[0], {"vocab_size": 2**16}, 1, 256, False),  # fullest at the embedding
     (MANY[4], {"num_attention_heads": 2}, 32, 64, False),  # large states
-    (MANY[1], {}, 1, 256, False), (MANY[2], {}, 1, 256, False), (MANY[2], {}, 1, 256, True),  # hardly more than weights
+    # hardly more than weights
+    (MANY[1], {}, 1, 256, False), (MANY[2], {}, 1, 256, False), (MANY[2], {}, 1, 256, True),
     (Layout(replicate=2), {}, 1, 256, True), (Layout(replicate=2), {}, 4, 1_024, False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "words", "rows", "seq_len", "apart"), TRACED)
 def test_memory_and_collectives_as_traced(
-    layout: Layout, words: dict[str, Any], rows: int, seq_len: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+    layout: Layout,
+    words: dict[str, Any],
+    rows: int,
+    seq_len: int,
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton")
     if apart:
@@ -240,7 +291,9 @@ def test_which_blocks_are_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert memory.gathered_at_once([], "") == []
 
 
-@pytest.mark.parametrize("words", [{}, {"position_layers": (1, 2)}, EVERYTHING, OTHER, BASELINE], ids=str)
+@pytest.mark.parametrize(
+    "words", [{}, {"position_layers": (1, 2)}, EVERYTHING, OTHER, BASELINE], ids=str
+)
 def test_one_block_of_each_kind_stands_for_all(words: dict[str, Any]) -> None:
     config = ModelConfig.from_dict(TINY).replace(num_hidden_layers=5, **words)
     with torch.device("meta"):
@@ -257,9 +310,14 @@ def test_one_block_of_each_kind_stands_for_all(words: dict[str, Any]) -> None:
             model = LanguageModel(config)
 
 
-MESHES = [Layout(shard=4), Layout(replicate=2, shard=2), Layout(shard=2, tensor=2), Layout(context=2, tensor=2),
+MESHES = [Layout(shard=4), Layout(replicate=2, shard=2), Layout(shard=2, tensor=2),
+          Layout(context=2, tensor=2),
           Layout(tensor=2, replicate=2), Layout(replicate=2, context=2)]  # fmt: skip
-CASES = [(layout, words) for layout in MESHES for words in (EVERYTHING, OTHER if layout.context > 1 else BASELINE)]
+CASES = [
+    (layout, words)
+    for layout in MESHES
+    for words in (EVERYTHING, OTHER if layout.context > 1 else BASELINE)
+]
 CASES += [(MESHES[0], {}), (MESHES[2], OTHER), (MESHES[3], {})]
 
 
@@ -271,7 +329,11 @@ def test_shards_of_four_processes(tmp_path: Path) -> None:
             shape = measure(ModelConfig.from_dict(TINY).replace(**words), 16)
             place = rank // layout.tensor % (layout.shard * layout.context)
             numbers, tensors = shape.share(layout, place)
-            assert found == [4 * numbers, 4 * numbers, 8 * numbers + 4 * tensors], (layout, words, rank)
+            assert found == [4 * numbers, 4 * numbers, 8 * numbers + 4 * tensors], (
+                layout,
+                words,
+                rank,
+            )
             if place == 0:
                 memory = find_memory(shape, replace(layout, accumulate=2), 4, 16)
                 assert [memory.weights, memory.gradients, memory.optimizer] == found
@@ -280,7 +342,9 @@ def test_shards_of_four_processes(tmp_path: Path) -> None:
 def _hold(rank: int, folder: str) -> None:
     """Bytes of weights, gradients and optimizer after a step of this process."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), 4), rank=rank, world_size=4)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(os.path.join(folder, "store"), 4), rank=rank, world_size=4
+    )
     found = []
     meshes = {layout: make_mesh(layout.parallel, torch.device("cpu")) for layout in MESHES}
     for layout, words in CASES:
@@ -328,17 +392,26 @@ def test_tensor_parallelism_saves_what_the_page_says() -> None:
     ours, theirs = (compare_tensor(config) for config in models)
     assert saving(ours) > 0.623  # the paper's, from 1 to 8
     assert saving(ours) > saving(theirs)
-    rows = json.loads((ROOT / "benchmarks/results/plan_tensor_h100_2026-11-27.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks/results/plan_tensor_h100_2026-11-27.json").read_text())[
+        "rows"
+    ]
     found = {(row["model"], row["tensor"]): row["measured_bytes"] for row in rows}
     line = ["saved"]
     for plans, model in ((ours, "transnormer"), (theirs, "softmax")):
         for each in plans:
-            assert each.memory.allocated == pytest.approx(found[model, each.layout.tensor], rel=0.01)
+            assert each.memory.allocated == pytest.approx(
+                found[model, each.layout.tensor], rel=0.01
+            )
         line += [f"{saving(plans):.1%}", f"{1 - found[model, 8] / found[model, 1]:.1%}"]
     assert f"| {' | '.join(line)} |".replace("%", " %") in page
     for a, b in zip(ours, theirs, strict=True):
         each = a.layout.tensor
-        cells = (a.memory.allocated, found["transnormer", each], b.memory.allocated, found["softmax", each])
+        cells = (
+            a.memory.allocated,
+            found["transnormer", each],
+            b.memory.allocated,
+            found["softmax", each],
+        )
         assert f"| {each} | {' | '.join(f'{x / 1e9:.1f}' for x in cells)} |" in page
 
 
@@ -366,19 +439,32 @@ def test_more_of_everything_costs_what_it_must() -> None:
             "nothing fits 8 x h100: at best .* of which optimizer .*; --gpus 64 would fit",
             "--gpus 64",
         ),
-        ("--size 7b --gpus 8 --no-recompute --tensor 1 --accumulate 1", "of which activations .* would fit", None),
+        (
+            "--size 7b --gpus 8 --no-recompute --tensor 1 --accumulate 1",
+            "of which activations .* would fit",
+            None,
+        ),
         (
             "--size 175b --gpus 2 --replicate 2",
             "; --gpus 64 without --replicate 2 would fit",
             "--gpus 64 --replicate 1",
         ),
         (
-            "--size 10m --gpus 8 --batch-tokens 16K --seq 16384 --tensor 1 --context 1 --replicate 8",
+            "--size 10m --gpus 8 --batch-tokens 16K --seq 16384 --tensor 1 --context 1 "
+            "--replicate 8",
             "; --batch-tokens 128K",
             "--batch-tokens 128K",
         ),
-        ("--size 7b --gpus 8 --tensor 3", "--tensor 3 does not divide --gpus 8; 1, 2, 4 or 8 would", "--tensor 4"),
-        ("--size 7b --gpus 64 --replicate 3", "--replicate 3 does not divide --gpus 64; 1, 2, 4,", "--replicate 2"),
+        (
+            "--size 7b --gpus 8 --tensor 3",
+            "--tensor 3 does not divide --gpus 8; 1, 2, 4 or 8 would",
+            "--tensor 4",
+        ),
+        (
+            "--size 7b --gpus 64 --replicate 3",
+            "--replicate 3 does not divide --gpus 64; 1, 2, 4,",
+            "--replicate 2",
+        ),
         (
             "--size 7b --gpus 8 --tensor 4 --context 4",
             "--context 4 does not divide the 2 GPUs that are left for it; 1 or 2 would",
@@ -394,7 +480,11 @@ def test_more_of_everything_costs_what_it_must() -> None:
             "--context 2 needs linear attention, model.mixer=gla",
             "--context 1",
         ),
-        ("--size 10m --gpus 3 --context 3", "--context 3 does not divide rows of --seq 2048", "--context 1"),
+        (
+            "--size 10m --gpus 3 --context 3",
+            "--context 3 does not divide rows of --seq 2048",
+            "--context 1",
+        ),
         (
             "--size 45m --gpus 7 --batch-tokens 4M",
             "2,048 rows of 2,048 tokens cannot be shared by 7 GPUs; --batch-tokens 3.9375M",
@@ -460,8 +550,16 @@ def run(*arguments: str) -> str:
 
 
 def test_the_verb() -> None:
-    found = json.loads(run("--size", "385m", "--gpus", "2", "--tokens", "2B", "--json", "model.num_hidden_layers=4"))
-    assert (found["tokens"], found["batch_tokens"], found["model"]["num_hidden_layers"]) == (2e9, 2**22, 4)
+    found = json.loads(
+        run(
+            "--size", "385m", "--gpus", "2", "--tokens", "2B", "--json", "model.num_hidden_layers=4"
+        )
+    )
+    assert (found["tokens"], found["batch_tokens"], found["model"]["num_hidden_layers"]) == (
+        2e9,
+        2**22,
+        4,
+    )
     memory = found["plans"][0]["memory"]
     assert memory.pop("total") == sum(memory.values())
     shown = run("--size", "45m", "--gpus", "2")
@@ -473,6 +571,10 @@ def test_the_verb() -> None:
     recipe = Recipe.load(ROOT / "recipes/385m.toml", overrides)
     assert recipe.rows * recipe.train.accumulate * recipe.train.seq_len == BATCH_TOKENS
     assert "saved" in run("--size", "1b", "--gpus", "8", "--compare-tensor")
-    assert "saved" in run("--size", "10m", "--gpus", "4", "--compare-tensor")  # five heads: tensor 2 and 4 are left out
-    with pytest.raises(ValueError, match=r"'optim.lr=1' is no field of the model; write e.g. model.hidden_size=4096"):
+    # five heads: tensor 2 and 4 are left out
+    assert "saved" in run("--size", "10m", "--gpus", "4", "--compare-tensor")
+    with pytest.raises(
+        ValueError,
+        match=r"'optim.lr=1' is no field of the model; write e.g. model.hidden_size=4096",
+    ):
         run("optim.lr=1")

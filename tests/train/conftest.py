@@ -1,4 +1,5 @@
-"""A folder with a recipe for a tiny model, one thread for what must not depend on their number, steps that go wrong."""
+"""A folder with a recipe for a tiny model, one thread for what must not depend on their number,
+steps that go wrong."""
 
 from __future__ import annotations
 
@@ -45,17 +46,23 @@ def single_thread() -> Iterator[None]:
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that makes loss and gradients of the steps that read the given samples NaN, or a multiple."""
+    """A function that makes loss and gradients of the steps that read the given samples NaN, or a
+    multiple."""
     gradients = loop.gradients
 
     def choose(
-        *samples: int, factor: float = float("nan"), stop_at: int = -1, error: type[Exception] | None = None
+        *samples: int,
+        factor: float = float("nan"),
+        stop_at: int = -1,
+        error: type[Exception] | None = None,
     ) -> None:
         def damage(model: Any, loss: Tensor) -> Tensor:
             for p in model.parameters():
                 p.grad *= factor
             return loss * factor
 
-        monkeypatch.setattr(loop, "gradients", spoiling(gradients, damage, *samples, stop_at=stop_at, error=error))
+        monkeypatch.setattr(
+            loop, "gradients", spoiling(gradients, damage, *samples, stop_at=stop_at, error=error)
+        )
 
     return choose

@@ -1,4 +1,5 @@
-"""Training steps on several processes, which are started once for many of them, and how far they are from one's."""
+"""Training steps on several processes, which are started once for many of them, and how far they
+are from one's."""
 
 from __future__ import annotations
 
@@ -36,11 +37,13 @@ from ..children import run_processes
 from ..interpreter import language_replaced_once
 
 TINY = {
-    "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+    "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 24,
     "initializer_range": 0.2,
 }  # fmt: skip
 ROWS, LENGTH = 4, 16
-PACKED = [0, 3, 3, 20, 37, 41, 64]  # borders of the sequences in ROWS x LENGTH tokens, none where these are cut
+# borders of the sequences in ROWS x LENGTH tokens, none where these are cut
+PACKED = [0, 3, 3, 20, 37, 41, 64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +64,23 @@ class Case:
     seed: int = 2  # of the tokens
 
     def __str__(self) -> str:
-        sizes = "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v > 1) or "shard"
+        sizes = (
+            "x".join(f"{k}{v}" for k, v in dataclasses.asdict(self.parallel).items() if v > 1)
+            or "shard"
+        )
         flags = [self.dtype, *(f"{k}={v}" for k, v in self.model.items())]
         changed = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self)[3:] if getattr(self, f.name) != f.default
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)[3:]
+            if getattr(self, f.name) != f.default
         }
         flags += [f"{name}={value}" for name, value in changed.items()]
         return f"{sizes} {' '.join(flags)}"
 
 
 def run(cases: Sequence[Case], world: int, folder: Path) -> list[dict[str, Any]]:
-    """What each case found (`compare`), from processes on gloo; or of the one that raised alone, its traceback as "error"."""
+    """What each case found (`compare`), from processes on gloo; or of the one that raised alone,
+    its traceback as "error"."""
     with suppress(mp.ProcessExitedException):
         run_processes(_work, world, list(cases), str(folder), count=world)
     return json.loads((folder / "found.json").read_text())
@@ -103,10 +112,9 @@ def _work(rank: int, world: int, cases: list[Case], folder: str) -> None:
 def compare(case: Case) -> dict[str, Any]:
     """The largest relative differences from one process, by kind of what `step` finds.
 
-    Of bfloat16 each is divided by that of one process in bfloat16, both from float64: for tensors of many numbers,
-    because the error of one may be anything from zero (of the loss and the norm a rounding is allowed); and not of
-    Adam's first step, which depends on signs alone.
-    """
+    Of bfloat16 each is divided by that of one process in bfloat16, both from float64: for tensors
+    of many numbers, because the error of one may be anything from zero (of the loss and the norm a
+    rounding is allowed); and not of Adam's first step, which depends on signs alone."""
     if case.kernels:
         return _with_kernels(dataclasses.replace(case, kernels=False)) | {"case": str(case)}
     mesh = make_mesh(case.parallel, torch.device("cpu"))
@@ -119,16 +127,29 @@ def compare(case: Case) -> dict[str, Any]:
     errors = distances(ours, true)
     if case.dtype != "float64":
         theirs = distances(step(plain, alone), true)
-        few = {name for name, x in true.items() if 1 < x.numel() < 100 or name.startswith("stepped/")}
+        few = {
+            name for name, x in true.items() if 1 < x.numel() < 100 or name.startswith("stepped/")
+        }
         least = {name: 2**-9 if x.numel() == 1 else 1e-30 for name, x in true.items()}
-        errors = {name: error / max(theirs[name], least[name]) for name, error in errors.items() if name not in few}
-    return {"case": str(case), "worst": max(errors, key=lambda name: errors[name]), "error": "", **summary(errors)}
+        errors = {
+            name: error / max(theirs[name], least[name])
+            for name, error in errors.items()
+            if name not in few
+        }
+    return {
+        "case": str(case),
+        "worst": max(errors, key=lambda name: errors[name]),
+        "error": "",
+        **summary(errors),
+    }
 
 
 def _with_kernels(case: Case) -> dict[str, Any]:
     with language_replaced_once(), pytest.MonkeyPatch.context() as patch:
         for module in (lightning, loss, lrpe, norm):
-            patch.setattr(module, "triton_refusal", lambda *x, named: dispatch.triton_refusal(*x, named=True))
+            patch.setattr(
+                module, "triton_refusal", lambda *x, named: dispatch.triton_refusal(*x, named=True)
+            )
         return compare(case)
 
 
@@ -143,7 +164,10 @@ def summary(errors: dict[str, float]) -> dict[str, float]:
 def distances(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
     assert found.keys() == true.keys()
     return {
-        name: ((found[name].double() - true[name].double()).norm() / true[name].double().norm().clamp(min=1e-30)).item()
+        name: (
+            (found[name].double() - true[name].double()).norm()
+            / true[name].double().norm().clamp(min=1e-30)
+        ).item()
         for name in true
     }
 
@@ -159,7 +183,11 @@ def build(case: Case, mesh: Mesh) -> LanguageModel:
     if case.compile:
         torch.compile = partial(original, backend=case.compile)  # type: ignore[assignment]
     dtype = case.dtype if case.dtype == "bfloat16" else "float32"
-    settings: dict[str, Any] = {"recompute": case.recompute, "compile": bool(case.compile), "float8": case.float8}
+    settings: dict[str, Any] = {
+        "recompute": case.recompute,
+        "compile": bool(case.compile),
+        "float8": case.float8,
+    }
     parallelize(model, mesh, dtype=dtype, **settings)
     torch.compile, memory.GATHERED_BYTES = original, most
     model.to_empty(device="cpu")
@@ -176,12 +204,17 @@ def batches(case: Case) -> list[Batch]:
         ids = torch.randint(vocab, (ROWS, LENGTH + 1), generator=generator)
         targets = ids[:, 1:].where(torch.rand(ROWS, LENGTH, generator=generator) > 0.2, -100)
         batch = Batch(ids[:, :-1], targets)
-        found.append(batch if not case.packed else Batch(*(x.reshape(1, -1) for x in batch[:2]), torch.tensor(PACKED)))
+        found.append(
+            batch
+            if not case.packed
+            else Batch(*(x.reshape(1, -1) for x in batch[:2]), torch.tensor(PACKED))
+        )
     return found
 
 
 def step(case: Case, mesh: Mesh, exact: bool = False) -> dict[str, Tensor]:
-    """Loss, gradient norm and, whole, by name: weights, gradients, the same clipped to half their norm, new weights.
+    """Loss, gradient norm and, whole, by name: weights, gradients, the same clipped to half their
+    norm, new weights.
 
     exact: the same weights, but all in float64.
     """
@@ -191,7 +224,9 @@ def step(case: Case, mesh: Mesh, exact: bool = False) -> dict[str, Tensor]:
     every = batches(case)
     rows = ROWS // mesh.data_ranks
     mine = [
-        mesh.split(batch if case.packed else Batch(*(x[mesh.data_rank * rows :][:rows] for x in batch[:2])))
+        mesh.split(
+            batch if case.packed else Batch(*(x[mesh.data_rank * rows :][:rows] for x in batch[:2]))
+        )
         for batch in every
     ]
     learned = mesh.total(torch.tensor(sum(batch.learned for batch in mine)))
@@ -200,14 +235,25 @@ def step(case: Case, mesh: Mesh, exact: bool = False) -> dict[str, Tensor]:
     for batch in mine:
         with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16" and not exact):
             if case.segment:
-                loss += segments.backward(model, batch.ids, batch.targets, case.segment, 1 / learned.double())
+                loss += segments.backward(
+                    model, batch.ids, batch.targets, case.segment, 1 / learned.double()
+                )
                 continue
-            part = model.loss(batch.ids, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum") / learned
+            part = (
+                model.loss(batch.ids, batch.targets, cu_seqlens=batch.cu_seqlens, reduction="sum")
+                / learned
+            )
         part.backward()
         loss += part.detach()
-    found = {"loss": mesh.total(loss)} | {f"weight/{name}": x for name, x in full_tensors(model).items()}
+    found = {"loss": mesh.total(loss)} | {
+        f"weight/{name}": x for name, x in full_tensors(model).items()
+    }
     found |= {f"gradient/{name}": whole(p.grad).clone() for name, p in model.named_parameters()}
-    total = torch.stack([x.double().square().sum() for name, x in found.items() if "gradient/" in name]).sum().sqrt()
+    total = (
+        torch.stack([x.double().square().sum() for name, x in found.items() if "gradient/" in name])
+        .sum()
+        .sqrt()
+    )
     found["norm"] = clip(model, mesh, total.item() / 2)
     found |= {f"clipped/{name}": whole(p.grad).clone() for name, p in model.named_parameters()}
     new_optimizer(model, Optim()).step()

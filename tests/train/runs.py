@@ -59,13 +59,20 @@ def tiny(*overrides: str) -> Recipe:
 
 
 def load(path: str | Path, *overrides: str) -> Recipe:
-    """A recipe with overrides, of which later ones stand for earlier ones: shared settings may be changed in a test."""
-    return Recipe.load(path, list({override.partition("=")[0]: override for override in overrides}.values()))
+    """A recipe with overrides, of which later ones stand for earlier ones: shared settings may be
+    changed in a test."""
+    return Recipe.load(
+        path, list({override.partition("=")[0]: override for override in overrides}.values())
+    )
 
 
 def environment() -> dict[str, str]:
     """For training processes that a test starts: one thread, and they heed `held`."""
-    paths = [str(Path(__file__).parent / "held"), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [
+        str(Path(__file__).parent / "held"),
+        str(REPOSITORY),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -88,8 +95,17 @@ def _train(rank: int, store: str, folder: Path, recipe: str, overrides: tuple[st
 def start(*overrides: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
     """`transnormer train`, by torchrun where there are several processes."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "transnormer", "train", "tiny.toml"]
-    return subprocess.Popen([*command, *overrides], stderr=subprocess.PIPE, text=True, env=environment(), **options)
+    command = [
+        sys.executable,
+        "-m",
+        *(torchrun if processes > 1 else []),
+        "transnormer",
+        "train",
+        "tiny.toml",
+    ]
+    return subprocess.Popen(
+        [*command, *overrides], stderr=subprocess.PIPE, text=True, env=environment(), **options
+    )
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -101,7 +117,8 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 @contextmanager
 def held(sample: int, folder: Path = Path()) -> Iterator[None]:
-    """Within, the step that reads this sample waits, in all processes that are started in the folder."""
+    """Within, the step that reads this sample waits, in all processes that are started in the
+    folder."""
     hold = folder / "hold"
     hold.write_text(str(sample))
     try:
@@ -111,20 +128,27 @@ def held(sample: int, folder: Path = Path()) -> Iterator[None]:
 
 
 def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
-    """Until something has happened that these processes, none of which may end before, are to bring about."""
+    """Until something has happened that these processes, none of which may end before, are to bring
+    about."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
         for process in processes:
-            assert process.poll() is None, process.stderr.read() if process.stderr else "a process ended too early"
+            assert process.poll() is None, (
+                process.stderr.read() if process.stderr else "a process ended too early"
+            )
         assert time.monotonic() < deadline, "nothing happens"
         time.sleep(0.01)
 
 
 def spoiling(
-    gradients: Callable[..., Tensor], damage: Callable[[Any, Tensor], Tensor], *samples: int, stop_at: int = -1,
+    gradients: Callable[..., Tensor],
+    damage: Callable[[Any, Tensor], Tensor],
+    *samples: int,
+    stop_at: int = -1,
     error: type[Exception] | None = None,
-) -> Callable[..., Tensor]:  # fmt: skip
-    """`loop.gradients`, but the step that reads sample `stop_at` stops, and damage(model, loss) is done to those of `samples`."""
+) -> Callable[..., Tensor]:
+    """`loop.gradients`, but the step that reads sample `stop_at` stops, and damage(model, loss) is
+    done to those of `samples`."""
 
     def spoiled(runner: Any, batches: Any, *rest: Any) -> Tensor:
         loss = gradients(runner, batches, *rest)
@@ -132,7 +156,11 @@ def spoiling(
             if error is not None:
                 raise error("as if it had been killed")
             os.kill(os.getpid(), signal.SIGTERM)
-        return damage(runner.model, loss) if any(sample in range(*batches.samples) for sample in samples) else loss
+        return (
+            damage(runner.model, loss)
+            if any(sample in range(*batches.samples) for sample in samples)
+            else loss
+        )
 
     return spoiled
 

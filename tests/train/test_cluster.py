@@ -1,4 +1,5 @@
-"""Two torchrun agents on two hosts, as on a cluster: they meet, survive a lost process and go on after a stop."""
+"""Two torchrun agents on two hosts, as on a cluster: they meet, survive a lost process and go on
+after a stop."""
 
 from __future__ import annotations
 
@@ -24,12 +25,17 @@ from .runs import PATIENCE, environment, held, train_on_two, wait_until, write_r
 
 STEPS = 40
 SETTINGS = (
-    f"train.steps={STEPS}", "optim.name=muon", "eval.every=10", "eval.tokens=256", "checkpoint.every=5",
-)  # fmt: skip
+    f"train.steps={STEPS}",
+    "optim.name=muon",
+    "eval.every=10",
+    "eval.tokens=256",
+    "checkpoint.every=5",
+)
 
 
 class Hosts:
-    """Two hosts with names, addresses and a wire between them, in network namespaces; this machine twice where it may not."""
+    """Two hosts with names, addresses and a wire between them, in network namespaces; this machine
+    twice where it may not."""
 
     def __init__(self, folder: Path):
         self._names = [f"tn{os.getpid()}{end}" for end in "ab"]
@@ -38,7 +44,9 @@ class Hosts:
         self._agents: list[subprocess.Popen[str]] = []
         self.real = self._try("ip", "netns", "add", self._names[0])
         if not self.real:
-            warnings.warn("no network namespaces here: both hosts are this machine, on loopback", stacklevel=2)
+            warnings.warn(
+                "no network namespaces here: both hosts are this machine, on loopback", stacklevel=2
+            )
             return
         try:
             self._ip("netns", "add", self._names[1])
@@ -70,17 +78,21 @@ class Hosts:
     def start(self, number: int, port: int, *overrides: str) -> subprocess.Popen[str]:
         """launch/torchrun.sh on one of them, one process a host."""
         command = [
-            str(REPOSITORY / "launch" / "torchrun.sh"), "2", f"{'host0' if self.real else 'localhost'}:{port}",
+            str(REPOSITORY / "launch" / "torchrun.sh"), "2",
+            f"{'host0' if self.real else 'localhost'}:{port}",
             "tiny.toml", *SETTINGS, *overrides,
         ]  # fmt: skip
         if self.real:
             inside = ["unshare", "--uts", "sh", "-c", f'hostname host{number}; exec "$@"', "sh"]
             command = ["ip", "netns", "exec", self._names[number], *inside, *command]
         variables = {
-            **environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PET_NPROC_PER_NODE": "1",
+            **environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PET_NPROC_PER_NODE": "1",
         }  # fmt: skip
         log = (self._folder / f"host{number}.log").open("a")
-        agent = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables, cwd=self._folder)
+        agent = subprocess.Popen(
+            command, stdout=log, stderr=log, text=True, env=variables, cwd=self._folder
+        )
         self._agents.append(agent)
         return agent
 
@@ -105,7 +117,8 @@ def hosts(tmp_path: Path, prepared: Path) -> Iterator[Hosts]:
 
 
 def free_port() -> int:
-    """A port that no process is given unasked, as those are that the system chooses: tests run side by side."""
+    """A port that no process is given unasked, as those are that the system chooses: tests run side
+    by side."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
@@ -137,7 +150,10 @@ def lines(folder: Path, run: str) -> int:
 
 def curve(folder: Path, run: str) -> list[tuple[int, float, float, float | None]]:
     found = read_metrics(folder / "runs" / run / "metrics.jsonl")
-    return [(line["step"], line["loss"], line["gradient_norm"], line.get("valid_loss")) for line in found]
+    return [
+        (line["step"], line["loss"], line["gradient_norm"], line.get("valid_loss"))
+        for line in found
+    ]
 
 
 def end(agents: list[subprocess.Popen[str]], folder: Path) -> list[int]:
@@ -151,20 +167,25 @@ def logs(folder: Path) -> str:
     return "\n".join((folder / f"host{number}.log").read_text()[-3_000:] for number in range(2))
 
 
-def wait_for(happened: Callable[[], bool], agents: list[subprocess.Popen[str]], folder: Path) -> None:
+def wait_for(
+    happened: Callable[[], bool], agents: list[subprocess.Popen[str]], folder: Path
+) -> None:
     try:
         wait_until(happened, *agents)
     except AssertionError as error:
         pytest.fail(f"{error}:\n{logs(folder)}")
 
 
-def test_a_lost_process_and_a_stop_leave_no_trace_in_the_curve(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_lost_process_and_a_stop_leave_no_trace_in_the_curve(
+    hosts: Hosts, tmp_path: Path
+) -> None:
     train_on_two(*SETTINGS, "run=whole", folder=tmp_path)
     whole = curve(tmp_path, "whole")
     assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
 
     port = free_port()
-    with held(4 * (STEPS - 2), tmp_path):  # the last step but one: it does not end before it is stopped
+    # the last step but one: it does not end before it is stopped
+    with held(4 * (STEPS - 2), tmp_path):
         agents = [hosts.start(number, port, "run=hurt") for number in range(2)]
         wait_for(lambda: lines(tmp_path, "hurt") > 12, agents, tmp_path)
         first = workers(agents)
@@ -173,7 +194,8 @@ def test_a_lost_process_and_a_stop_leave_no_trace_in_the_curve(hosts: Hosts, tmp
         wait_for(lambda: len({*workers(agents)} - {*first}) == 2, agents, tmp_path)
         wait_for(lambda: lines(tmp_path, "hurt") > 25, agents, tmp_path)
         for each in itertools.chain.from_iterable(family(agent) for agent in agents):
-            each.send_signal(signal.SIGTERM)  # to all as Slurm does; the agents hand it on once more
+            # to all as Slurm does; the agents hand it on once more
+            each.send_signal(signal.SIGTERM)
     assert 0 not in end(agents, tmp_path)
     stopped = lines(tmp_path, "hurt")
     assert stopped < STEPS

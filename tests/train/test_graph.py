@@ -1,4 +1,5 @@
-"""Steps recorded as one CUDA graph: what the same steps are without it, to the bit, whatever happens to the run."""
+"""Steps recorded as one CUDA graph: what the same steps are without it, to the bit, whatever
+happens to the run."""
 
 from __future__ import annotations
 
@@ -29,20 +30,36 @@ SHORT = ("train.steps=12", "eval.every=5", "checkpoint.every=4")
 @pytest.mark.parametrize(
     "overrides",
     [
-        (), ("train.accumulate=2",), ("train.recompute=true",), ("train.segment=16",),
-        ("train.compile=true", "train.dtype=bfloat16"), ("train.compile=true", "train.recompute=true"),
+        (),
+        ("train.accumulate=2",),
+        ("train.recompute=true",),
+        ("train.segment=16",),
+        ("train.compile=true", "train.dtype=bfloat16"),
+        ("train.compile=true", "train.recompute=true"),
         ("model.mixer=softmax", "model.position=rope", "model.position_layers=all"),
         ("model.position=ape", "model.decay=none", "model.max_position_embeddings=32"),
     ],
-    ids=["plain", "accumulated", "recomputed", "segments", "compiled", "compiled and recomputed", "softmax", "learned"],
-)  # fmt: skip
+    ids=[
+        "plain",
+        "accumulated",
+        "recomputed",
+        "segments",
+        "compiled",
+        "compiled and recomputed",
+        "softmax",
+        "learned",
+    ],
+)
 def test_a_recorded_run_is_the_same_run(
     work: Path, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of three is not looked at: the compiler tries its kernels there, and may take others afterwards."""
+    """The first of three is not looked at: the compiler tries its kernels there, and may take
+    others afterwards."""
     replays: list[str] = []
     replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(name), replay(graph))[1])
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(name), replay(graph))[1]
+    )
     for name, graph in (("tried", "false"), ("plain", "false"), ("recorded", "true")):
         if name != "tried" or "train.compile=true" in overrides:
             train(tiny(f"run={name}", f"train.graph={graph}", *SHORT, *overrides))
@@ -52,11 +69,15 @@ def test_a_recorded_run_is_the_same_run(
 
 def timeless(run: str) -> list[dict[str, object]]:
     lines = read_metrics(Path("runs") / run / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines
+    ]
 
 
 def test_every_replay_draws_anew() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 1)).cuda()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 1)
+    ).cuda()
     x = torch.randn(16, 64, device="cuda")
 
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +97,9 @@ def test_every_replay_draws_anew() -> None:
     graph.close()
 
 
-def test_a_recorded_run_goes_back_past_refused_steps(work: Path, spoil: Callable[..., None]) -> None:
+def test_a_recorded_run_goes_back_past_refused_steps(
+    work: Path, spoil: Callable[..., None]
+) -> None:
     spoil(*BAD)
     for graph in ("false", "true"):
         train(tiny(f"run=graph-{graph}", f"train.graph={graph}", *OFTEN))
@@ -122,7 +145,9 @@ def test_other_shapes_are_refused() -> None:
 
     graph = Graph(model, compute, adds=False)
     graph(torch.ones(4, 8, device="cuda"))
-    with pytest.raises(ValueError, match=r"an input of shape \(1, 8\), where \(4, 8\) was recorded"):
+    with pytest.raises(
+        ValueError, match=r"an input of shape \(1, 8\), where \(4, 8\) was recorded"
+    ):
         graph(torch.ones(1, 8, device="cuda"))
     graph.close()
 
@@ -130,7 +155,11 @@ def test_other_shapes_are_refused() -> None:
 def test_the_memory_is_let_go_of() -> None:
     device = torch.device("cuda")
     config = ModelConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
     )
     ids = torch.randint(config.vocab_size, (2, 65), device=device)
 

@@ -1,4 +1,5 @@
-"""SIGKILL at random moments, saves included, on one process and on two; the same command again each time."""
+"""SIGKILL at random moments, saves included, on one process and on two; the same command again each
+time."""
 
 from __future__ import annotations
 
@@ -44,17 +45,23 @@ def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) 
             time.sleep(draw.random() * 0.1)
             struck = strike(process, draw, alone=processes > 1 and number % 2 == 1)
             assert process.wait(PATIENCE) != 0
-            assert not psutil.wait_procs(struck, PATIENCE)[1]  # the run's lock is held until the last has ended
+            # the run's lock is held until the last has ended
+            assert not psutil.wait_procs(struck, PATIENCE)[1]
             saves += any(Path("runs/killed/checkpoints").glob(".step-*.partial"))
     undisturbed("run=killed", *settings, processes=processes)
     assert curve("killed") == curve("whole")
     assert len(curve("whole")) == steps
-    resumed = [each["after_step"] for each in json.loads(Path("runs/killed/run.json").read_text())["starts"]]
+    resumed = [
+        each["after_step"]
+        for each in json.loads(Path("runs/killed/run.json").read_text())["starts"]
+    ]
     assert sum(map(bool, resumed)) >= kills // 2, resumed
     assert saves or kills < 10, "none of so many kills fell into a save"
     one, other = (transnormer.load(f"runs/{run}").state_dict() for run in ("killed", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in other)
-    assert [path.name for path in Path("runs/killed/checkpoints").iterdir()] == [f"step-{steps:07d}"]
+    assert [path.name for path in Path("runs/killed/checkpoints").iterdir()] == [
+        f"step-{steps:07d}"
+    ]
 
 
 def undisturbed(*settings: str, processes: int) -> None:
@@ -67,17 +74,22 @@ def undisturbed(*settings: str, processes: int) -> None:
 def wait_for_work(process: subprocess.Popen[str], steps: int, most: int) -> None:
     """Until it has opened its metrics and done so many steps more, but not beyond step `most`."""
     path = Path("runs/killed/metrics.jsonl")
-    before = path.stat().st_ino if path.exists() else 0  # which is another when the lines are cut back
+    # which is another when the lines are cut back
+    before = path.stat().st_ino if path.exists() else 0
     wait_until(lambda: path.exists() and path.stat().st_ino != before, process)
     wanted = min(path.read_bytes().count(b"\n") + steps, most)
     wait_until(lambda: path.read_bytes().count(b"\n") >= wanted, process)
 
 
-def strike(process: subprocess.Popen[str], draw: random.Random, alone: bool) -> list[psutil.Process]:
-    """SIGKILL to all of it at once, or to one worker alone, whose torchrun then ends the others. Returns them all."""
+def strike(
+    process: subprocess.Popen[str], draw: random.Random, alone: bool
+) -> list[psutil.Process]:
+    """SIGKILL to all of it at once, or to one worker alone, whose torchrun then ends the others.
+    Returns them all."""
     agent = psutil.Process(process.pid)
     workers = agent.children()
-    for each in [draw.choice(workers)] if alone else [agent, *workers]:  # the workers are no group with their agent
+    # the workers are no group with their agent
+    for each in [draw.choice(workers)] if alone else [agent, *workers]:
         with suppress(psutil.NoSuchProcess):
             each.kill()
     return [agent, *workers]

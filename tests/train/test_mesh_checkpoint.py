@@ -1,4 +1,5 @@
-"""Runs on two processes, in turn on one pair of them: every mesh, what is exact, and what goes wrong on one alone."""
+"""Runs on two processes, in turn on one pair of them: every mesh, what is exact, and what goes
+wrong on one alone."""
 
 from __future__ import annotations
 
@@ -38,7 +39,13 @@ from ..children import run_processes
 from .runs import curve, spoiling, tiny, write_recipe
 
 MESHES = ("shard", "replicate", "context", "tensor")
-OFTEN = ("train.steps=12", "checkpoint.every=3", "checkpoint.keep=9", "eval.every=6", "eval.tokens=500")
+OFTEN = (
+    "train.steps=12",
+    "checkpoint.every=3",
+    "checkpoint.keep=9",
+    "eval.every=6",
+    "eval.tokens=500",
+)
 
 
 # What both processes do. Each returns what can be told as JSON.
@@ -64,8 +71,11 @@ def from_a_model(rank: int) -> None:
 
 
 def after_shard(*overrides: str) -> Recipe:
-    """A run that begins with what the run "shard" left, slowly: at the rate of a new one a rounding doubles every step."""
-    return dataclasses.replace(tiny(*OFTEN, "optim.lr=1e-3", *overrides), model={"from": "runs/shard"})
+    """A run that begins with what the run "shard" left, slowly: at the rate of a new one a rounding
+    doubles every step."""
+    return dataclasses.replace(
+        tiny(*OFTEN, "optim.lr=1e-3", *overrides), model={"from": "runs/shard"}
+    )
 
 
 PARTS = {name: (f"parallel.{name}=2",) for name in MESHES} | {
@@ -78,7 +88,11 @@ def in_two_parts(rank: int) -> None:
     for name, settings in PARTS.items():
         if name not in MESHES:
             train(tiny(f"run={name}", *settings, *OFTEN))
-        with spoiled(stop_at=20, error=RuntimeError), written_at_once(), pytest.raises(RuntimeError):
+        with (
+            spoiled(stop_at=20, error=RuntimeError),
+            written_at_once(),
+            pytest.raises(RuntimeError),
+        ):
             train(tiny(f"run={name}-again", *settings, *OFTEN))
         train(tiny(f"run={name}-again", *settings, *OFTEN))
 
@@ -145,16 +159,24 @@ def wrong_data_on_the_second(rank: int) -> str:
 
 
 REFUSED = {
-    ("parallel.tensor=2", "train.segment=9"): "parallel.tensor = 2 does not divide train.segment = 9",
+    (
+        "parallel.tensor=2",
+        "train.segment=9",
+    ): "parallel.tensor = 2 does not divide train.segment = 9",
     ("parallel.context=2", "train.segment=8"): "train.segment = 8 needs linear attention",
     ("parallel.tensor=2", "lora.rank=2"): "parallel.tensor = 2 cannot cut adapted maps",
 }
 
 
 def evaluated(rank: int) -> list[float]:
-    """Before and after half of every weight is gone, as after a recorded step, which runs none of FSDP's hooks; and anew."""
+    """Before and after half of every weight is gone, as after a recorded step, which runs none of
+    FSDP's hooks; and anew."""
     config = ModelConfig(
-        vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        vocab_size=48,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
     )
     ids = torch.arange(65).remainder(48).unsqueeze(0)
     mesh = make_mesh(Parallel(), torch.device("cpu"))
@@ -188,9 +210,19 @@ def refused(rank: int) -> list[str]:
 
 
 TASKS: tuple[Callable[[int], Any], ...] = (
-    on_every_mesh, on_another_mesh, from_a_model, in_two_parts, not_finite_on_the_second, again_and_again_on_the_second,
-    full_disk_of_the_second, signal_to_the_second, damage_to_the_second, wrong_data_on_the_second, evaluated, refused,
-)  # fmt: skip
+    on_every_mesh,
+    on_another_mesh,
+    from_a_model,
+    in_two_parts,
+    not_finite_on_the_second,
+    again_and_again_on_the_second,
+    full_disk_of_the_second,
+    signal_to_the_second,
+    damage_to_the_second,
+    wrong_data_on_the_second,
+    evaluated,
+    refused,
+)
 
 
 def train_copy(run: str, copy: str) -> None:
@@ -210,7 +242,8 @@ def back_to_step_6(run: str, copy: str) -> None:
 def spoiled(
     *samples: int, only: str = "nothing", stop_at: int = -1, error: type[Exception] | None = None
 ) -> Iterator[None]:
-    """The step that reads sample `stop_at` stops; those that read any of `samples` have a NaN in loss or gradients."""
+    """The step that reads sample `stop_at` stops; those that read any of `samples` have a NaN in
+    loss or gradients."""
     gradients = loop.gradients
 
     def damage(model: Any, loss: torch.Tensor) -> torch.Tensor:
@@ -227,7 +260,8 @@ def spoiled(
 
 @contextmanager
 def written_at_once() -> Iterator[None]:
-    """Every step waits for what the threads are writing: the checkpoint of step 3 is sealed at the end of step 5."""
+    """Every step waits for what the threads are writing: the checkpoint of step 3 is sealed at the
+    end of step 5."""
     flags = checkpoints.Checkpoints.flags
 
     def waited(saves: checkpoints.Checkpoints) -> tuple[int, int]:
@@ -269,14 +303,18 @@ def place(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], Any]], list[Any]]:
+def told(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[int], Any]], list[Any]]:
     """What the two processes found in a task."""
     monkeypatch.chdir(place)
     torch.set_num_threads(1)
 
     def results(task: Callable[[int], Any]) -> list[Any]:
         found = [json.loads(Path(f"{task.__name__}-{rank}.json").read_text()) for rank in (0, 1)]
-        assert not any("error" in each for each in found), next(each["error"] for each in found if "error" in each)
+        assert not any("error" in each for each in found), next(
+            each["error"] for each in found if "error" in each
+        )
         return [each["result"] for each in found]
 
     return results
@@ -285,11 +323,15 @@ def told(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[in
 def close(run: str, other: str = "one") -> bool:
     """Whether two runs' curves, validation included, differ by rounding alone."""
     one, two = ([[x or 0.0 for x in line] for line in curve(each)] for each in (run, other))
-    return len(one) == 12 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(one, two, strict=True))
+    return len(one) == 12 and all(
+        a == pytest.approx(b, rel=1e-4) for a, b in zip(one, two, strict=True)
+    )
 
 
 def hashes(run: str, step: int, what: str) -> set[str]:
-    return {sha256(path) for path in Path(f"runs/{run}/checkpoints/step-{step:07d}").glob(f"{what}-*")}
+    return {
+        sha256(path) for path in Path(f"runs/{run}/checkpoints/step-{step:07d}").glob(f"{what}-*")
+    }
 
 
 def test_every_mesh_does_what_one_process_does(told: Any) -> None:
@@ -343,13 +385,17 @@ def test_pieces_become_one_folder_in_our_format(told: Any, tmp_path: Path) -> No
         assert all(torch.equal(whole[key], assembled[key]) for key in whole)
     shutil.copytree(folder, tmp_path / "lost")
     (tmp_path / "lost/weights-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"weights-00002-of-00002\.safetensors: no such file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"weights-00002-of-00002\.safetensors: no such file"
+    ):
         transnormer.load(tmp_path / "lost")
 
 
 def test_what_is_not_finite_on_one_process_reaches_no_weight_on_any(told: Any) -> None:
     told(not_finite_on_the_second)
-    for run in (f"bad-{name}-{kind}" for name in ("shard", "tensor") for kind in ("loss", "gradients")):
+    for run in (
+        f"bad-{name}-{kind}" for name in ("shard", "tensor") for kind in ("loss", "gradients")
+    ):
         lines = read_metrics(Path(f"runs/{run}/metrics.jsonl"))
         assert [line["step"] for line in lines if "refused" in line] == [5]
         assert lines[4]["samples"] == [16, 20]
@@ -372,7 +418,8 @@ def test_a_failed_write_on_one_process_stops_all_and_says_so_once(told: Any) -> 
     first, second = told(full_disk_of_the_second)
     assert first == "FailedOnOtherRank "
     assert second.startswith(
-        "OSError runs/full/checkpoints/.step-0000006.partial/weights-00002-of-00002.safetensors: cannot"
+        "OSError runs/full/checkpoints/.step-0000006.partial/weights-00002-of-00002.safetensors: "
+        "cannot"
     )
     assert [path.name for path in Path("runs/full/checkpoints").glob("step-*")] == ["step-0000003"]
 

@@ -10,11 +10,23 @@ import pytest
 
 from transnormer.train.metrics import Metrics, plot, read_metrics
 
-DAMAGES = ["", "{", "[1]", "7", "null", '{"step": 6}', '{"step": "6", "tokens": 1, "loss": 1.0}', "\udcff\x00"]
+DAMAGES = [
+    "",
+    "{",
+    "[1]",
+    "7",
+    "null",
+    '{"step": 6}',
+    '{"step": "6", "tokens": 1, "loss": 1.0}',
+    "\udcff\x00",
+]
 
 
 def write(path: Path, steps: int, **changes: Any) -> list[str]:
-    lines = [json.dumps({"step": n, "tokens": 64 * n, "loss": 5 / n, **changes}) for n in range(1, steps + 1)]
+    lines = [
+        json.dumps({"step": n, "tokens": 64 * n, "loss": 5 / n, **changes})
+        for n in range(1, steps + 1)
+    ]
     path.write_text("".join(f"{line}\n" for line in lines))
     return lines
 
@@ -55,7 +67,9 @@ def test_the_picture_takes_losses_that_are_not_finite(tmp_path: Path) -> None:
 
     drawn: list[Figure] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure) or Path(_[0]).touch())
+        patch.setattr(
+            Figure, "savefig", lambda figure, *_, **__: drawn.append(figure) or Path(_[0]).touch()
+        )
         write(tmp_path / "one.jsonl", 1, loss=None, refused="loss nan", valid_loss=None)
         plot(tmp_path / "one.jsonl", tmp_path / "one.png", "one")
         write(tmp_path / "more.jsonl", 5, valid_loss=4.25)
@@ -64,4 +78,6 @@ def test_the_picture_takes_losses_that_are_not_finite(tmp_path: Path) -> None:
     assert texts == [["training", "refused steps"], ["training", "validation, last 4.250"]]
     for figure in drawn:
         figure.canvas.draw()
-        assert not figure.legends[0].get_window_extent().overlaps(figure.axes[0].get_window_extent())
+        assert (
+            not figure.legends[0].get_window_extent().overlaps(figure.axes[0].get_window_extent())
+        )

@@ -1,4 +1,5 @@
-"""Optimizers: what they decay, what they remember, and that sharded parameters move as whole ones do."""
+"""Optimizers: what they decay, what they remember, and that sharded parameters move as whole ones
+do."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train.loop import train
 from transnormer.train.mesh import Mesh, make_mesh
 from transnormer.train.muon import Muon
-from transnormer.train.optim import load_optimizer_tensors, new_optimizer, optimizer_tensors, step_unless
+from transnormer.train.optim import (
+    load_optimizer_tensors,
+    new_optimizer,
+    optimizer_tensors,
+    step_unless,
+)
 from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import OPTIMIZERS, Optim
 
@@ -28,8 +34,16 @@ from ..children import run_processes
 from .processes import ROWS, Case, batches, build
 from .runs import curve, tiny
 
-WIDE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "norm": "rmsnorm", "bias": True}
-EVERY = [Optim(name=name, lr=1e-2) for name in OPTIMIZERS] + [Optim(name=name, bits=8) for name in ("adamw", "adam")]
+WIDE = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "norm": "rmsnorm",
+    "bias": True,
+}
+EVERY = [Optim(name=name, lr=1e-2) for name in OPTIMIZERS] + [
+    Optim(name=name, bits=8) for name in ("adamw", "adam")
+]
 
 
 def model_and_step(optim: Optim, steps: int = 0) -> tuple[LanguageModel, torch.optim.Optimizer]:
@@ -52,7 +66,9 @@ def move(model: LanguageModel, optimizer: torch.optim.Optimizer, number: int) ->
 def test_matrices_and_embeddings_are_decayed_and_nothing_else(optim: Optim) -> None:
     model, optimizer = model_and_step(optim)
     names = {p: name for name, p in model.named_parameters()}
-    decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {
+        names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert decay.keys() == set(names.values())
     for name, value in decay.items():
         spared = name.endswith(("theta", "bias")) or "norm" in name
@@ -71,10 +87,14 @@ def test_what_it_remembers_goes_on_bit_for_bit(optim: Optim) -> None:
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
     found = optimizer_tensors(again, fresh)
     assert found.keys() == state.keys()
-    assert all(torch.equal(x, found[name]) for name, x in optimizer_tensors(model, optimizer).items())
+    assert all(
+        torch.equal(x, found[name]) for name, x in optimizer_tensors(model, optimizer).items()
+    )
     lost = next(name for name in state if "out_proj.weight" in name)
     del state[lost]
-    with pytest.raises(ValueError, match=r"the optimizer state of layers\.0\.mixer\.out_proj\.weight is missing"):
+    with pytest.raises(
+        ValueError, match=r"the optimizer state of layers\.0\.mixer\.out_proj\.weight is missing"
+    ):
         load_optimizer_tensors(again, fresh, state)
 
 
@@ -83,12 +103,16 @@ def test_eight_bits_need_bitsandbytes_and_one_process(monkeypatch: pytest.Monkey
     state = optimizer_tensors(model, optimizer)
     assert state["state1/layers.0.mixer.qkvu_proj.weight"].dtype == torch.uint8
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match=r"optim\.bits = 8 needs bitsandbytes: pip install 'transnormer\[bits\]'"):
+    with pytest.raises(
+        ValueError, match=r"optim\.bits = 8 needs bitsandbytes: pip install 'transnormer\[bits\]'"
+    ):
         model_and_step(Optim(bits=8))
     monkeypatch.undo()
     with pretended(Layout(shard=2), torch.device("cpu")) as mesh:
         parallelize(model, mesh)
-        with pytest.raises(ValueError, match=r"optim\.bits = 8 is for one process; .* write optim\.bits = 32"):
+        with pytest.raises(
+            ValueError, match=r"optim\.bits = 8 is for one process; .* write optim\.bits = 32"
+        ):
             new_optimizer(model, Optim(bits=8))
 
 
@@ -120,8 +144,12 @@ def test_a_step_that_nobody_has_read_is_taken_or_changes_nothing(name: str) -> N
 
 
 def test_adam_adds_its_decay_to_the_gradient_and_adamw_does_not() -> None:
-    """With weight decay alone AdamW shrinks weights by lr x decay; Adam moves them by lr, whatever their size."""
-    for name, wanted in (("adamw", lambda p: p * (1 - 1e-2 * 0.1)), ("adam", lambda p: p - 1e-2 * p.sign())):
+    """With weight decay alone AdamW shrinks weights by lr x decay; Adam moves them by lr, whatever
+    their size."""
+    for name, wanted in (
+        ("adamw", lambda p: p * (1 - 1e-2 * 0.1)),
+        ("adam", lambda p: p - 1e-2 * p.sign()),
+    ):
         model, optimizer = model_and_step(Optim(name=name, lr=1e-2, eps=1e-12))
         weight = model.layers[0].glu.up_proj.weight
         before = weight.detach().clone()
@@ -142,7 +170,8 @@ def test_muon_is_torchs_on_plain_matrices() -> None:
         weights[1].grad = weights[0].grad.clone()
         ours.step()
         theirs.step()
-    assert (weights[0] - weights[1]).norm() < 2e-2 * (weights[1] - start).norm()  # both iterate in bfloat16
+    # both iterate in bfloat16
+    assert (weights[0] - weights[1]).norm() < 2e-2 * (weights[1] - start).norm()
 
 
 def test_muon_moves_q_k_v_and_the_gate_of_every_layer_each_by_itself() -> None:
@@ -160,7 +189,8 @@ def test_muon_moves_q_k_v_and_the_gate_of_every_layer_each_by_itself() -> None:
         moved = (old - weight).detach().view(heads).transpose(0, 1).reshape(4, 64, 64)
         gradient = weight.grad.view(heads).transpose(0, 1).reshape(4, 64, 64)
         for part, of in zip(moved, gradient, strict=True):
-            # square: singular values all about 0.2 sqrt(64), however small its gradient was, and its own directions
+            # square: singular values all about 0.2 sqrt(64), however small its gradient was, and
+            # its own directions
             left, _, right = torch.linalg.svd(of)
             turned = left.T @ part @ right.T / (0.2 * 64**0.5)
             assert turned.diagonal().median() == pytest.approx(0.95, abs=0.2)
@@ -186,14 +216,17 @@ def check_shared(parallel: Parallel, world: int, folder: Path) -> None:
         found = load_file(folder / f"{name}.safetensors")
         assert found.keys() == alone.keys()
         for key, wanted in alone.items():
-            # Muon rounds to bfloat16, where a last bit's difference in a gradient may round otherwise
+            # Muon rounds to bfloat16, where a last bit's difference in a gradient may round
+            # otherwise
             most = (1e-2 if name == "muon" else 1e-6) * (wanted - start[key]).norm() + 1e-12
             assert (found[key] - wanted).norm() <= most, f"{name}: {key}"
 
 
 def _steps(rank: int, world: int, parallel: Parallel, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world
+    )
     mesh = make_mesh(parallel, torch.device("cpu"))
     for name in OPTIMIZERS:
         _, found = steps(name, parallel, mesh)
@@ -203,7 +236,9 @@ def _steps(rank: int, world: int, parallel: Parallel, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def steps(name: str, parallel: Parallel, mesh: Mesh) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def steps(
+    name: str, parallel: Parallel, mesh: Mesh
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Whole weights before and after two steps."""
     case = Case(parallel, model={"norm": "rmsnorm", "position_layers": "all"})
     model = build(case, mesh)
@@ -222,7 +257,8 @@ def steps(name: str, parallel: Parallel, mesh: Mesh) -> tuple[dict[str, torch.Te
 
 @pytest.mark.parametrize("setting", ["optim.name=muon", "optim.name=adam", "optim.bits=8"])
 def test_a_run_goes_on_with_what_its_optimizer_remembered(work: Path, setting: str) -> None:
-    recipe = tiny("run=kept", "train.steps=6", "model.hidden_size=64", setting)  # wide enough for 8 bits
+    # wide enough for 8 bits
+    recipe = tiny("run=kept", "train.steps=6", "model.hidden_size=64", setting)
     run = train(recipe).folder
     whole = curve("kept")
     shutil.rmtree(run / "checkpoints" / "step-0000006")

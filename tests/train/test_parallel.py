@@ -1,4 +1,5 @@
-"""A run on many processes is the run on one: loss, gradients and weights after a step, on every mesh."""
+"""A run on many processes is the run on one: loss, gradients and weights after a step, on every
+mesh."""
 
 from __future__ import annotations
 
@@ -24,10 +25,17 @@ from .runs import PATIENCE
 
 FSDP, HSDP, TP, CP = Parallel(), Parallel(replicate=2), Parallel(tensor=2), Parallel(context=2)
 EVERYTHING = {  # that a model of ours may have beside the defaults
-    "num_attention_heads": 6, "hidden_size": 36, "norm": "rmsnorm", "bias": True, "position_layers": "all",
+    "num_attention_heads": 6, "hidden_size": 36, "norm": "rmsnorm", "bias": True,
+    "position_layers": "all",
     "gate_rank": 3, "tie_word_embeddings": False, "pad_token_id": 30, "embed_scale": True,
 }  # fmt: skip
-OTHER = {"norm": "layernorm", "position": "ape", "decay": "paper", "glu": "mlp", "activation": "1+elu"}
+OTHER = {
+    "norm": "layernorm",
+    "position": "ape",
+    "decay": "paper",
+    "glu": "mlp",
+    "activation": "1+elu",
+}
 BASELINE = {**TRANSFORMER, "num_attention_heads": 6, "hidden_size": 36}
 DECAYED_BASELINE = {**TRANSFORMER, "position": "none", "decay": "alibi"}
 
@@ -37,7 +45,14 @@ def check_equals_one_process(cases: Sequence[Case], world: int, folder: Path) ->
     for result in found:
         assert not result["error"], f"{result['case']}:\n{result['error']}"
         narrow = "float64" not in result["case"]
-        for kind in ("loss", "norm", "weight", "gradient", "clipped", *(() if narrow else ("stepped",))):
+        for kind in (
+            "loss",
+            "norm",
+            "weight",
+            "gradient",
+            "clipped",
+            *(() if narrow else ("stepped",)),
+        ):
             most = 2.0 if narrow else 0.0 if kind == "weight" else 1e-9
             assert result[kind] <= most, f"{result['case']}: {kind}, {result['worst']}"
     assert [result["case"] for result in found] == [str(case) for case in cases]
@@ -47,18 +62,24 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     cases = [
         Case(FSDP, accumulate=2), Case(HSDP, EVERYTHING), Case(FSDP, EVERYTHING, dtype="bfloat16"),
         Case(FSDP, BASELINE, recompute=True), Case(FSDP, compile="aot_eager"),
-        Case(FSDP, {"num_hidden_layers": 4}, dtype="bfloat16", accumulate=2), Case(FSDP, recompute=True, apart=True),
+        Case(FSDP, {"num_hidden_layers": 4}, dtype="bfloat16", accumulate=2),
+        Case(FSDP, recompute=True, apart=True),
         Case(FSDP, {"intermediate_size": 48}, "bfloat16", recompute=True, float8="rowwise"),
         Case(CP, {"intermediate_size": 48}, "bfloat16", float8="rowwise"),
         Case(FSDP, {"num_hidden_layers": 4}, compile="aot_eager", recompute=True, apart=True),
-        Case(TP, EVERYTHING), Case(TP, OTHER, recompute=True), Case(TP, BASELINE), Case(TP, DECAYED_BASELINE),
-        Case(TP, dtype="bfloat16"), Case(TP, EVERYTHING, compile="aot_eager", recompute=True), Case(TP, packed=True),
+        Case(TP, EVERYTHING), Case(TP, OTHER, recompute=True), Case(TP, BASELINE),
+        Case(TP, DECAYED_BASELINE),
+        Case(TP, dtype="bfloat16"), Case(TP, EVERYTHING, compile="aot_eager", recompute=True),
+        Case(TP, packed=True),
         Case(TP, BASELINE, compile="aot_eager", recompute=True),
-        Case(CP, EVERYTHING, accumulate=2), Case(CP, OTHER, recompute=True), Case(CP, dtype="bfloat16", apart=True),
+        Case(CP, EVERYTHING, accumulate=2), Case(CP, OTHER, recompute=True),
+        Case(CP, dtype="bfloat16", apart=True),
         Case(CP, EVERYTHING, packed=True), Case(CP, compile="aot_eager", recompute=True),
         Case(FSDP, segment=6), Case(HSDP, EVERYTHING, accumulate=2, segment=5, apart=True),
-        Case(FSDP, dtype="bfloat16", compile="aot_eager", segment=8), Case(TP, EVERYTHING, recompute=True, segment=6),
-        Case(FSDP, dtype="bfloat16", segment=6), Case(FSDP, dtype="bfloat16", recompute=True, segment=6),
+        Case(FSDP, dtype="bfloat16", compile="aot_eager", segment=8),
+        Case(TP, EVERYTHING, recompute=True, segment=6),
+        Case(FSDP, dtype="bfloat16", segment=6),
+        Case(FSDP, dtype="bfloat16", recompute=True, segment=6),
     ]  # fmt: skip
     check_equals_one_process(cases, 2, tmp_path)
 
@@ -66,16 +87,23 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_two_processes_equal_one_on_the_kernels(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     cases = [Case(mesh, dtype="float32", kernels=True) for mesh in (FSDP, TP, CP)]
-    check_equals_one_process([*cases, Case(CP, packed=True, dtype="float32", kernels=True)], 2, tmp_path)
+    check_equals_one_process(
+        [*cases, Case(CP, packed=True, dtype="float32", kernels=True)], 2, tmp_path
+    )
 
 
 def test_four_processes_equal_one(tmp_path: Path) -> None:
     both = Parallel(tensor=2, context=2)
     cases = [
-        Case(TP, recompute=True), Case(TP, EVERYTHING), Case(TP, BASELINE, accumulate=2), Case(CP, recompute=True),
-        Case(CP, EVERYTHING, dtype="bfloat16"), Case(both, recompute=True, packed=True), Case(both, EVERYTHING),
-        Case(both, OTHER), Case(Parallel(replicate=2, tensor=2), EVERYTHING), Case(Parallel(replicate=2, context=2)),
-        Case(HSDP, accumulate=2, apart=True), Case(FSDP, BASELINE), Case(TP, accumulate=2, segment=6), Case(Parallel(tensor=4)), Case(Parallel(context=4), packed=True),
+        Case(TP, recompute=True), Case(TP, EVERYTHING), Case(TP, BASELINE, accumulate=2),
+        Case(CP, recompute=True),
+        Case(CP, EVERYTHING, dtype="bfloat16"), Case(both, recompute=True, packed=True),
+        Case(both, EVERYTHING),
+        Case(both, OTHER), Case(Parallel(replicate=2, tensor=2), EVERYTHING),
+        Case(Parallel(replicate=2, context=2)),
+        Case(HSDP, accumulate=2, apart=True), Case(FSDP, BASELINE),
+        Case(TP, accumulate=2, segment=6), Case(Parallel(tensor=4)),
+        Case(Parallel(context=4), packed=True),
     ]  # fmt: skip
     check_equals_one_process(cases, 4, tmp_path)
 
@@ -95,16 +123,23 @@ MESHES = [
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("world", "mesh"), MESHES, ids=[f"{world}-{Case(mesh)}" for world, mesh in MESHES])
+@pytest.mark.parametrize(
+    ("world", "mesh"), MESHES, ids=[f"{world}-{Case(mesh)}" for world, mesh in MESHES]
+)
 def test_every_mesh_equals_one_process(world: int, mesh: Parallel, tmp_path: Path) -> None:
     cases = []
     for model in ({}, EVERYTHING, OTHER, BASELINE, DECAYED_BASELINE):
         config = ModelConfig.from_dict(TINY).replace(**model)
-        if config.num_attention_heads % mesh.tensor or (mesh.context > 1 and config.mixer == "softmax"):
+        if config.num_attention_heads % mesh.tensor or (
+            mesh.context > 1 and config.mixer == "softmax"
+        ):
             continue
         cases += [Case(mesh, model, *way, apart=number % 2 == 0) for number, way in enumerate(WAYS)]
         if mesh.context == 1 and config.mixer == "gla":
-            cases += [Case(mesh, model, dtype, accumulate=2, segment=12) for dtype in ("float64", "bfloat16")]
+            cases += [
+                Case(mesh, model, dtype, accumulate=2, segment=12)
+                for dtype in ("float64", "bfloat16")
+            ]
         if mesh.context * mesh.tensor == world:
             cases += [Case(mesh, model, packed=True), Case(mesh, model, "bfloat16", packed=True)]
     check_equals_one_process(cases, world, tmp_path)
@@ -126,7 +161,13 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with start(Parallel(), "cpu") as mesh:
         assert not torch.distributed.is_initialized()
-        assert (mesh.world, mesh.rank, mesh.data_rank, mesh.data_ranks, mesh.context_rank) == (1, 0, 0, 1, 0)
+        assert (mesh.world, mesh.rank, mesh.data_rank, mesh.data_ranks, mesh.context_rank) == (
+            1,
+            0,
+            0,
+            1,
+            0,
+        )
         assert mesh.first
         model = build(Case(FSDP), mesh)
         before = [type(module) for module in model.modules()]
@@ -136,10 +177,14 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         assert mesh.split(batch).ids.shape == (2, 6)
         assert mesh.total(torch.tensor(3.0)) == 3
         model.loss(*batch[:2]).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
         assert clip(model, mesh, 0) == norm
         clip(model, mesh, norm.item() / 4)
-        clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        clipped = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
         torch.testing.assert_close(clipped, norm / 4)
         assert full_tensors(model).keys() == model.state_dict().keys()
 
@@ -159,13 +204,37 @@ def test_segments_are_cut_by_context_rank() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "message"),
     [
-        (Parallel(tensor=3), 8, r"parallel.tensor = 3 does not divide the 8 processes; 1, 2, 4 or 8 would"),
-        (Parallel(tensor=2, context=3), 8, r"parallel.context = 3 does not divide what is left of 8 processes, 4; 1, 2 or 4 would"),
-        (Parallel(replicate=4), 2, r"parallel.replicate = 4 does not divide the 2 processes; 1 or 2 would"),
-        (Parallel(shard=2, tensor=2), 8, r"parallel.shard = 2, but of 8 processes 4 are left for it; write 4, or 0 for all"),
-        (Parallel(tensor=2), 1, "parallel.tensor = 2 needs that many processes, and there is one; launch/torchrun.sh starts several"),
+        (
+            Parallel(tensor=3),
+            8,
+            r"parallel.tensor = 3 does not divide the 8 processes; 1, 2, 4 or 8 would",
+        ),
+        (
+            Parallel(tensor=2, context=3),
+            8,
+            r"parallel.context = 3 does not divide what is left of 8 processes, 4; 1, 2 or 4 would",
+        ),
+        (
+            Parallel(replicate=4),
+            2,
+            r"parallel.replicate = 4 does not divide the 2 processes; 1 or 2 would",
+        ),
+        (
+            Parallel(shard=2, tensor=2),
+            8,
+            r"parallel.shard = 2, but of 8 processes 4 are left for it; write 4, or 0 for all",
+        ),
+        (
+            Parallel(tensor=2),
+            1,
+            (
+                "parallel.tensor = 2 needs that many processes, and there is one; "
+                "launch/torchrun.sh "
+                "starts several"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mesh_must_fit_the_processes(parallel: Parallel, world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sizes(parallel, world)
@@ -174,15 +243,44 @@ def test_a_mesh_must_fit_the_processes(parallel: Parallel, world: int, message: 
 @pytest.mark.parametrize(
     ("parallel", "model", "message"),
     [
-        (Parallel(tensor=4), {"num_attention_heads": 6, "hidden_size": 36}, "parallel.tensor = 4 does not divide model.num_attention_heads = 6; 1, 2, 3 or 6 would fit the model"),
-        (Parallel(tensor=4), {"vocab_size": 50}, "parallel.tensor = 4 does not divide model.vocab_size = 50; 1 or 2 would"),
-        (Parallel(tensor=4), {"intermediate_size": 26}, "parallel.tensor = 4 does not divide model.intermediate_size = 26"),
+        (
+            Parallel(tensor=4),
+            {"num_attention_heads": 6, "hidden_size": 36},
+            (
+                "parallel.tensor = 4 does not divide model.num_attention_heads = 6; 1, 2, 3 or 6 "
+                "would fit the model"
+            ),
+        ),
+        (
+            Parallel(tensor=4),
+            {"vocab_size": 50},
+            "parallel.tensor = 4 does not divide model.vocab_size = 50; 1 or 2 would",
+        ),
+        (
+            Parallel(tensor=4),
+            {"intermediate_size": 26},
+            "parallel.tensor = 4 does not divide model.intermediate_size = 26",
+        ),
         (Parallel(context=2), TRANSFORMER, "parallel.context = 2 needs linear attention"),
-        (Parallel(context=8, tensor=2), {}, "parallel.context x tensor = 16 does not divide train.seq_len = 24; with tensor = 2, context may be 1, 2, 3, 4, 6 or 12"),
-        (Parallel(), {}, "parallel.replicate x shard = 16 does not divide the 8 rows of a micro-batch"),
+        (
+            Parallel(context=8, tensor=2),
+            {},
+            (
+                "parallel.context x tensor = 16 does not divide train.seq_len = 24; with tensor = "
+                "2, "
+                "context may be 1, 2, 3, 4, 6 or 12"
+            ),
+        ),
+        (
+            Parallel(),
+            {},
+            "parallel.replicate x shard = 16 does not divide the 8 rows of a micro-batch",
+        ),
     ],
-)  # fmt: skip
-def test_a_mesh_must_fit_the_model_and_the_batch(parallel: Parallel, model: dict[str, object], message: str) -> None:
+)
+def test_a_mesh_must_fit_the_model_and_the_batch(
+    parallel: Parallel, model: dict[str, object], message: str
+) -> None:
     config = ModelConfig.from_dict(TINY).replace(**model)
     with pytest.raises(ValueError, match=message):
         check_mesh(config, parallel, 16, seq_len=24, rows=8)
@@ -192,7 +290,9 @@ def test_a_mesh_must_fit_the_model_and_the_batch(parallel: Parallel, model: dict
 def test_the_recipe_names_the_mesh() -> None:
     recipe = {"run": "wide", "data": {"path": "somewhere"}}
     assert Recipe.from_dict(recipe).parallel == Parallel()
-    assert Recipe.from_dict({**recipe, "parallel": {"tensor": 2, "shard": 4}}).parallel == Parallel(tensor=2, shard=4)
+    assert Recipe.from_dict({**recipe, "parallel": {"tensor": 2, "shard": 4}}).parallel == Parallel(
+        tensor=2, shard=4
+    )
     for table, message in (
         ({"tensor": 0}, "parallel.tensor = 0, but must be positive"),
         ({"shard": -1}, "parallel.shard = -1, but must be 0 or more"),
@@ -217,10 +317,20 @@ if mesh.first:
 
 
 def test_torchrun_starts_and_ends_it() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+    ]
     done = subprocess.run(
-        [*command, sys.executable, "-W", "error", "-c", SCRIPT], capture_output=True, text=True, timeout=PATIENCE,
+        [*command, sys.executable, "-W", "error", "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("well") == 1

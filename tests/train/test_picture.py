@@ -18,10 +18,14 @@ def line(step: int, loss: float | None, **more: Any) -> dict[str, Any]:
 CURVES = {
     "one step": [line(1, 5.0)],
     "validation after one step": [line(1, 5.0, valid_loss=4.9)],
-    "refused steps": [line(step, None if step in (1, 30, 60) else 5 - step / 60) for step in range(1, 61)],
-    "refused steps alone": [line(step, None, refused="the loss is not finite") for step in (1, 2, 3)],
+    "refused steps": [line(step,
+                           None if step in (1, 30, 60) else 5 - step / 60) for step in range(1,
+                           61)],
+    "refused steps alone": [line(step, None, refused="the loss is not finite") for step in (1, 2,
+        3)],
     "refused, validated and gone back": [
-        line(1, 5.0), line(2, None, went_back={"after_step": 1}), line(3, 4.0, valid_loss=4.5), line(4, 3.0),
+        line(1, 5.0), line(2, None, went_back={"after_step": 1}), line(3, 4.0, valid_loss=4.5),
+        line(4, 3.0),
     ],
     "from a later step on": [line(step, 3.0, valid_loss=3.5) for step in range(7_000, 7_120)],
 }  # fmt: skip
@@ -29,7 +33,9 @@ CURVES = {
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_a_curve_is_drawn(curve: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in CURVES[curve]))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(each) + "\n" for each in CURVES[curve])
+    )
     plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png", curve)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not recwarn.list

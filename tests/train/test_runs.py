@@ -20,7 +20,12 @@ from transnormer.train.runs import RunReport, compare, describe_run, read_run, s
 def write_run(folder: Path, *lines: dict[str, Any], **settings: dict[str, Any]) -> Path:
     """A run's folder without checkpoints: steps of 100 tokens at 50 tokens/s."""
     values = {"run": folder.name, "data": {"path": "data/mine", "text": ["book.txt"]}, **settings}
-    values["train"] = {"batch_tokens": 100, "seq_len": 10, "steps": 200, **settings.get("train", {})}
+    values["train"] = {
+        "batch_tokens": 100,
+        "seq_len": 10,
+        "steps": 200,
+        **settings.get("train", {}),
+    }
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text(Recipe.from_dict(values).to_toml())
     start = {"time": "2026-11-27T20:00:00+00:00", "device": "cpu"}
@@ -32,7 +37,8 @@ def write_run(folder: Path, *lines: dict[str, Any], **settings: dict[str, Any]) 
 
 
 def losses(count: int, first: float) -> list[dict[str, Any]]:
-    """Losses that fall by 0.01 a step, the last but ninth refused, and two validations of which the first is lower."""
+    """Losses that fall by 0.01 a step, the last but ninth refused, and two validations of which the
+    first is lower."""
     lines: list[dict[str, Any]] = [{"loss": first - 0.01 * n} for n in range(count)]
     lines[count // 2] |= {"valid_loss": first - 0.5, "valid_bits_per_byte": 2.0}
     lines[-1] |= {"valid_loss": first - 0.25, "valid_bits_per_byte": 2.5}
@@ -57,11 +63,21 @@ def test_info_says_steps_losses_data_and_time(runs: list[Path]) -> None:
     steps, training, valid, data, time = describe_run(read_run(runs[0]))
     assert steps.endswith("runs/first: 200 of 200 steps, 1 of them refused")
     assert re.search(r"training loss   3\.0200 nats", training)  # the mean of the last three
-    assert valid == "validation loss 4.7500 (2.5000 bits per byte) at step 200; lowest 4.5000 at step 101"
+    assert (
+        valid
+        == "validation loss 4.7500 (2.5000 bits per byte) at step 200; lowest 4.5000 at step 101"
+    )
     assert data == "data            data/mine, from book.txt; 20,000 tokens read"
     assert "6 min 40 s of training at 50 tokens/s; started 2026-11-27T20:00:00+00:00 on cpu" in time
     shown = CliRunner().invoke(app, ["info", str(runs[0])], catch_exceptions=False).stdout
-    assert shown.splitlines() == [steps, training, valid, data, time, "model           no checkpoint yet"]
+    assert shown.splitlines() == [
+        steps,
+        training,
+        valid,
+        data,
+        time,
+        "model           no checkpoint yet",
+    ]
 
 
 def test_runs_side_by_side(runs: list[Path], tmp_path: Path) -> None:
@@ -70,9 +86,12 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     figures, settings = shown.split("settings that differ")
     for row in (
-        "steps │ 200 of 200 (1 refused) │ 100 of 200 (1 refused)", "lowest validation loss │ 4.5000 │ 4.0000",
-        "bits per byte │ 2.5000 │ 2.5000", "tokens/s │ 50 │ 50", "training time │ 6 min 40 s │ 3 min 20 s",
-    ):  # fmt: skip
+        "steps │ 200 of 200 (1 refused) │ 100 of 200 (1 refused)",
+        "lowest validation loss │ 4.5000 │ 4.0000",
+        "bits per byte │ 2.5000 │ 2.5000",
+        "tokens/s │ 50 │ 50",
+        "training time │ 6 min 40 s │ 3 min 20 s",
+    ):
         assert row in re.sub(" +", " ", figures)
     assert re.sub(" +", " ", settings).count("│") == 4
     assert "optim.lr │ 0.0003 │ 0.01" in re.sub(" +", " ", settings)
@@ -103,19 +122,31 @@ def test_runs_without_a_step_and_runs_of_one_name(runs: list[Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("nothing", "nothing: no such run; runs are folders that `transnormer train` makes, such as runs/demo"),
+        (
+            "nothing",
+            (
+                "nothing: no such run; runs are folders that `transnormer train` makes, such as "
+                "runs/demo"
+            ),
+        ),
         (".", "not a run, because it has no recipe.toml"),
         ("runs/first", r"recipe.toml: damaged"),
     ],
 )
-def test_what_is_no_run_is_one_line(folder: str, message: str, runs: list[Path], tmp_path: Path) -> None:
+def test_what_is_no_run_is_one_line(
+    folder: str, message: str, runs: list[Path], tmp_path: Path
+) -> None:
     (runs[0] / "recipe.toml").write_text("run = [")
     with pytest.raises((OSError, ValueError), match=message):
         read_run(tmp_path / folder)
 
 
-def test_a_picture_that_cannot_be_is_refused_before_the_work(runs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"curves.pdf: the picture is a PNG; name it so, e.g. .*curves.png"):
+def test_a_picture_that_cannot_be_is_refused_before_the_work(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"curves.pdf: the picture is a PNG; name it so, e.g. .*curves.png"
+    ):
         compare(runs, tmp_path / "curves.pdf")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"both.png: cannot be written: Not a directory"):

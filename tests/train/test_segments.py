@@ -8,7 +8,13 @@ import torch
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig
 from transnormer.train import segments
 
-SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 
 
 def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -19,7 +25,9 @@ def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("segment", [7, 16, 40, 64])
 @pytest.mark.parametrize(
-    "kind", [{}, {"position_layers": "all", "gate_rank": 4, "norm": "rmsnorm"}], ids=["plain", "other"]
+    "kind",
+    [{}, {"position_layers": "all", "gate_rank": 4, "norm": "rmsnorm"}],
+    ids=["plain", "other"],
 )
 def test_gradients_are_those_of_the_whole_row(kind: dict, segment: int) -> None:
     model = LanguageModel(ModelConfig(**SMALL, **kind)).double()
@@ -44,12 +52,24 @@ def test_they_are_not_those_of_a_cut_gradient() -> None:
     state = None
     for part in (slice(0, 20), slice(20, 40)):
         x, state = model.hidden(ids[:, part], None if state is None else state.clone())
-        torch.nn.functional.cross_entropy((x @ model.head_weight.T)[0], ids[0, 1:][part], reduction="sum").backward()
-        state = type(state)([tuple(p.detach() for p in layer) for layer in state.layers], state.seen)
-    assert (gradients(model)["layers.0.mixer.qkvu_proj.weight"] - exact).norm() > 1e-3 * exact.norm()
+        torch.nn.functional.cross_entropy(
+            (x @ model.head_weight.T)[0], ids[0, 1:][part], reduction="sum"
+        ).backward()
+        state = type(state)(
+            [tuple(p.detach() for p in layer) for layer in state.layers], state.seen
+        )
+    assert (
+        gradients(model)["layers.0.mixer.qkvu_proj.weight"] - exact
+    ).norm() > 1e-3 * exact.norm()
 
 
 def test_softmax_attention_is_refused() -> None:
     model = LanguageModel(ModelConfig(**SMALL, **TRANSFORMER))
     with pytest.raises(ValueError, match="needs linear attention"):
-        segments.backward(model, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), 2, 1.0)
+        segments.backward(
+            model,
+            torch.zeros(1, 4, dtype=torch.int64),
+            torch.zeros(1, 4, dtype=torch.int64),
+            2,
+            1.0,
+        )

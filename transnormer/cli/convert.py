@@ -18,10 +18,14 @@ MaxShard = Annotated[str, typer.Option(help="Bytes a weight file at most, e.g. 5
 
 @app.command(epilog=see("transnormer convert TransNormerLLM-1B tnl-1b", "docs/published.md"))
 def convert(
-    source: Annotated[Path, typer.Argument(help="A published TransNormerLLM or TransNormerLLM2 folder.")],
+    source: Annotated[
+        Path, typer.Argument(help="A published TransNormerLLM or TransNormerLLM2 folder.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     max_shard: MaxShard = "5GB",
-    tokenizer: Annotated[bool, typer.Option(help="Convert the folder's tokenizer, where it has one.")] = True,
+    tokenizer: Annotated[
+        bool, typer.Option(help="Convert the folder's tokenizer, where it has one.")
+    ] = True,
 ) -> None:
     """Turn a published checkpoint into our format, every tensor checked, in little memory."""
     from rich.console import Console
@@ -31,7 +35,9 @@ def convert(
 
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
     shard_bytes = _bytes(max_shard)
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task("")
 
         def show(done: int, total: int) -> None:
@@ -41,14 +47,20 @@ def convert(
     _tell(written)
 
 
-@app.command(epilog=see("transnormer export --model runs/demo --out demo --dtype bfloat16", "docs/published.md"))
+@app.command(
+    epilog=see(
+        "transnormer export --model runs/demo --out demo --dtype bfloat16", "docs/published.md"
+    )
+)
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     format: Annotated[
         str, typer.Option(help="transnormer, or published: as the published code reads it.")
     ] = "transnormer",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")
+    ] = None,
     max_shard: MaxShard = "5GB",
 ) -> None:
     """Write a model and its tokenizer, without what only training needs."""

@@ -14,23 +14,31 @@ if TYPE_CHECKING:
     from ..evaluation.perplexity import Score
 
 
-@evaluation.command(epilog=see("transnormer eval perplexity --model runs/demo --text book.txt", "docs/inference.md"))
+@evaluation.command(
+    epilog=see("transnormer eval perplexity --model runs/demo --text book.txt", "docs/inference.md")
+)
 def perplexity(
     model: Model,
     text: Annotated[
         list[Path],
-        typer.Option(help="A text, jsonl or parquet file; may be given several times, more may follow it."),
+        typer.Option(
+            help="A text, jsonl or parquet file; may be given several times, more may follow it."
+        ),
     ],
     more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
     text_field: TextField = "text",
     window: Annotated[
         int | None,
-        typer.Option(min=1, help="Read so many tokens at most from a fresh state; by default a text is read whole."),
+        typer.Option(
+            min=1,
+            help="Read so many tokens at most from a fresh state; by default a text is read whole.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Loss, perplexity and bits per byte of texts of any length, each read from its first token to its last."""
+    """Loss, perplexity and bits per byte of texts of any length, each read from its first token to
+    its last."""
     import json
 
     from rich.markup import escape
@@ -42,7 +50,10 @@ def perplexity(
     from ..evaluation.perplexity import score_documents
 
     files = [*text, *(more or [])]
-    sizes = [sum(len(each.encode()) for each in read_texts(file, text_field=text_field)) for file in files]
+    sizes = [
+        sum(len(each.encode()) for each in read_texts(file, text_field=text_field))
+        for file in files
+    ]
     loaded = load_model(model, device)
     scores = []
     with progress_bar() as report:
@@ -65,7 +76,15 @@ def perplexity(
         record = {"model": str(model), "window": window, "files": each, "together": total.record()}
         print(json.dumps(record, indent=2, ensure_ascii=False))
         return
-    table = Table("text", "tokens", "bytes", "loss (nats/token)", "perplexity", "bits per byte", "perplexity per word")
+    table = Table(
+        "text",
+        "tokens",
+        "bytes",
+        "loss (nats/token)",
+        "perplexity",
+        "bits per byte",
+        "perplexity per word",
+    )
     for file, (score, _) in zip(files, scores, strict=True):
         table.add_row(Text(str(file)), *_cells(score))
     if len(files) > 1:
@@ -74,23 +93,39 @@ def perplexity(
 
 
 @evaluation.command(
-    epilog=see("transnormer eval harness --model runs/demo --tasks boolq,piqa --data documents", "docs/evaluation.md")
+    epilog=see(
+        "transnormer eval harness --model runs/demo --tasks boolq,piqa --data documents",
+        "docs/evaluation.md",
+    )
 )
 def harness(
     model: Model,
     tasks: Annotated[
-        str, typer.Option(help="Names, commas between; the harness' own, too. By default those of the paper's table.")
+        str,
+        typer.Option(
+            help=(
+                "Names, commas between; the harness' own, too. By default those of the paper's "
+                "table."
+            )
+        ),
     ] = "",
-    data: Annotated[Path | None, typer.Option(help="A folder with the tasks' documents: no network is needed.")] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question; by default the task's own.")
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with the tasks' documents: no network is needed.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of each task.")] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples before each question; by default the task's own."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many documents of each task.")
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read at a time.")] = 8_192,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Of longer prompts, read the last so many tokens.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file to write, with all results and settings.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A JSON file to write, with all results and settings.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """The paper's benchmarks, and all of lm-evaluation-harness, on our own forward."""
@@ -111,12 +146,20 @@ def harness(
         check_can_write(out)
     names = [name.strip() for name in tasks.split(",") if name.strip()] or PAPER
     loaded = load_model(model, device)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task("tasks", total=None)
         result = evaluate(
-            loaded, names, data=data, shots=shots, limit=limit, batch_tokens=batch_tokens, max_length=max_length,
+            loaded,
+            names,
+            data=data,
+            shots=shots,
+            limit=limit,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+        )
     result["transnormer"] |= {"model": str(model), "command": ["transnormer", *sys.argv[1:]]}
     shown = Table("task", "version", "split", "documents", "shots", "metric", "value")
     for row in table(result):
@@ -132,6 +175,10 @@ def harness(
 
 def _cells(score: Score) -> list[str]:
     return [
-        f"{score.tokens:,}", f"{score.bytes:,}", f"{score.loss:.4f}", f"{score.perplexity:,.2f}",
-        f"{score.bits_per_byte:.4f}", f"{score.word_perplexity:,.2f}",
-    ]  # fmt: skip
+        f"{score.tokens:,}",
+        f"{score.bytes:,}",
+        f"{score.loss:.4f}",
+        f"{score.perplexity:,.2f}",
+        f"{score.bits_per_byte:.4f}",
+        f"{score.word_perplexity:,.2f}",
+    ]

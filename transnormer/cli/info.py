@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @app.command(epilog=see("transnormer info runs/demo", "docs/training.md"))
 def info(
     model: Annotated[
-        str | None, typer.Argument(help="A run, another model's folder, or the name of a size, e.g. 385m.")
+        str | None,
+        typer.Argument(help="A run, another model's folder, or the name of a size, e.g. 385m."),
     ] = None,
     model_option: Annotated[str | None, typer.Option("--model", help="The same.")] = None,
 ) -> None:
@@ -35,7 +36,10 @@ def info(
     wanted = model or model_option
     if wanted is None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-        print(f"transnormer {__version__}, Python {platform.python_version()}, torch {torch.__version__}, GPU: {gpu}")
+        print(
+            f"transnormer {__version__}, Python {platform.python_version()}, torch "
+            f"{torch.__version__}, GPU: {gpu}"
+        )
         for size in SIZES:
             print(f"  {size:>5}  {ModelConfig.named(size).parameter_count():>15,} parameters")
         return
@@ -62,20 +66,31 @@ def _say_model(model: LanguageModel) -> None:
     weights = sum(p.nbytes for p in model.parameters())
     print(f"parameters      {model.parameter_count():,} ({weights / 2**20:,.1f} MiB in memory)")
     print(
-        f"training        {model.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and backward, 2,048 tokens)"
+        f"training        {model.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and "
+        "backward, 2,048 tokens)"
     )
     grows = " and grows with every token" if not config.fixed_state else ", whatever the length"
     print(f"state           {State.new(model).nbytes / 2**20:,.2f} MiB per sequence{grows}")
-    print(f"tokenizer       {f'{model.tokenizer.get_vocab_size():,} words' if model.tokenizer else 'none'}")
+    print(
+        "tokenizer       "
+        f"{f'{model.tokenizer.get_vocab_size():,} words' if model.tokenizer else 'none'}"
+    )
     print(config.to_json(), end="")
 
 
-@app.command(epilog=see("transnormer compare runs/demo runs/second --out curves.png", "docs/training.md"))
+@app.command(
+    epilog=see("transnormer compare runs/demo runs/second --out curves.png", "docs/training.md")
+)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, e.g. runs/first runs/second.")],
-    out: Annotated[Path | None, typer.Option(help="A PNG to draw the loss curves into, one over the other.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, e.g. runs/first runs/second.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="A PNG to draw the loss curves into, one over the other.")
+    ] = None,
 ) -> None:
-    """Runs side by side: their losses and speed, the settings in which they differ, their curves in one picture."""
+    """Runs side by side: their losses and speed, the settings in which they differ, their curves in
+    one picture."""
     from ..train.runs import compare as read
 
     figures, settings = read(runs, out)

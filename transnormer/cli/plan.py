@@ -9,10 +9,13 @@ import typer
 from .app import app, see, stdout_console
 
 
-@app.command(epilog=see("transnormer plan --size 7b --gpus 64 --gpu h100 --tokens 1T", "docs/planning.md"))
+@app.command(
+    epilog=see("transnormer plan --size 7b --gpus 64 --gpu h100 --tokens 1T", "docs/planning.md")
+)
 def plan(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields of the model to change, e.g. model.hidden_size=25600.")
+        list[str] | None,
+        typer.Argument(help="Fields of the model to change, e.g. model.hidden_size=25600."),
     ] = None,
     size: Annotated[str, typer.Option(help="The model: a named size, e.g. 175b.")] = "385m",
     gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
@@ -20,23 +23,39 @@ def plan(
     tokens: Annotated[str, typer.Option(help="To train on, e.g. 300B, 2T.")] = "1T",
     seq: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 2_048,
     batch_tokens: Annotated[
-        str, typer.Option(help="Tokens a step; K is 2^10, M 2^20. By default about 4M that the GPUs can share.")
+        str,
+        typer.Option(
+            help="Tokens a step; K is 2^10, M 2^20. By default about 4M that the GPUs can share."
+        ),
     ] = "",
-    replicate: Annotated[int | None, typer.Option(min=1, help="Hold this many copies of the model.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Hold this many GPUs that share each row.")] = None,
+    replicate: Annotated[
+        int | None, typer.Option(min=1, help="Hold this many copies of the model.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Hold this many GPUs that share each row.")
+    ] = None,
     tensor: Annotated[
         int | None, typer.Option(min=1, help="Hold this many GPUs that share each matrix product.")
     ] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Hold this many micro-batches a step.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Hold this many micro-batches a step.")
+    ] = None,
     recompute: Annotated[
-        bool | None, typer.Option("--recompute/--no-recompute", help="Hold whether activations are computed twice.")
+        bool | None,
+        typer.Option(
+            "--recompute/--no-recompute", help="Hold whether activations are computed twice."
+        ),
     ] = None,
     compare_tensor: Annotated[
-        bool, typer.Option("--compare-tensor", help="Instead: --tensor 1, 2, 4, 8, beside the Transformer's.")
+        bool,
+        typer.Option(
+            "--compare-tensor", help="Instead: --tensor 1, 2, 4, 8, beside the Transformer's."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
-    """Find the meshes of GPUs on which a training run fits, what they need, and how long it takes."""
+    """Find the meshes of GPUs on which a training run fits, what they need, and how long it
+    takes."""
     import json
 
     from rich.console import Console
@@ -50,17 +69,33 @@ def plan(
     console = stdout_console(100)
     if compare_tensor:
         models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
-        found = {name: search.compare_tensor(each, gpus, seq, gpu.lower()) for name, each in models.items()}
+        found = {
+            name: search.compare_tensor(each, gpus, seq, gpu.lower())
+            for name, each in models.items()
+        }
         if as_json:
-            print(json.dumps({name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}, indent=2))
+            print(
+                json.dumps(
+                    {name: [vars(plan.memory) for plan in plans] for name, plans in found.items()},
+                    indent=2,
+                )
+            )
         else:
             console.print(compared(found))
         return
     job = search.Job(
-        config=config, gpus=gpus, kind=gpu.lower(), tokens=_count(tokens, 1_000), seq_len=seq,
-        batch_tokens=_count(batch_tokens, 1_024) if batch_tokens else 0, replicate=replicate, context=context,
-        tensor=tensor, accumulate=accumulate, recompute=recompute,
-    )  # fmt: skip
+        config=config,
+        gpus=gpus,
+        kind=gpu.lower(),
+        tokens=_count(tokens, 1_000),
+        seq_len=seq,
+        batch_tokens=_count(batch_tokens, 1_024) if batch_tokens else 0,
+        replicate=replicate,
+        context=context,
+        tensor=tensor,
+        accumulate=accumulate,
+        recompute=recompute,
+    )
     with Console(stderr=True).status("looking for meshes") as status:
         plans, checked = job.best(), True
         for number, each in enumerate(plans):
@@ -71,11 +106,20 @@ def plan(
         return
     console.print(table(job, plans))
     if checked:
-        print("Shares of weights, and so of gradients and optimizer, are checked against the real sharding code.")
+        print(
+            "Shares of weights, and so of gradients and optimizer, are checked against the real "
+            "sharding code."
+        )
     else:
-        print("So many processes take too long to pretend: shares are not checked against the real sharding code.")
+        print(
+            "So many processes take too long to pretend: shares are not checked against the real "
+            "sharding code."
+        )
     if any(each.layout.tensor * each.layout.context > 1 for each in plans):
-        print("Speeds are those of GPUs that wait for no host: under tensor and context with train.graph = true.")
+        print(
+            "Speeds are those of GPUs that wait for no host: under tensor and context with "
+            "train.graph = true."
+        )
     print("The best as settings of `transnormer train`:", *as_settings(job, plans[0]))
 
 

@@ -22,17 +22,26 @@ class TrainCommand(TyperCommand):
 
         tables = ["Settings, any of which may be given as key=value, by table:"]
         for name, kind in typing.get_type_hints(Recipe).items():
-            keys = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
+            keys = next(
+                (part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)),
+                None,
+            )
             if keys is not None:
-                tables.append(f"{name}: {', '.join(field.name for field in dataclasses.fields(keys))}")
+                tables.append(
+                    f"{name}: {', '.join(field.name for field in dataclasses.fields(keys))}"
+                )
             elif name == "model":
-                tables.append("model: size, kind and any field of ModelConfig, e.g. hidden_size, or from alone")
+                tables.append(
+                    "model: size, kind and any field of ModelConfig, e.g. hidden_size, or from "
+                    "alone"
+                )
         self.epilog = "\n\n".join([*tables, self.epilog or ""])
         super().format_help(ctx, formatter)
 
 
 @app.command(
-    cls=TrainCommand, epilog=see("transnormer train recipes/demo.toml optim.lr=1e-3 run=second", "docs/training.md")
+    cls=TrainCommand,
+    epilog=see("transnormer train recipes/demo.toml optim.lr=1e-3 run=second", "docs/training.md"),
 )
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/demo.toml.")],
@@ -40,7 +49,8 @@ def train(
         list[str] | None, typer.Argument(help="Settings to change: key=value, e.g. optim.lr=1e-3.")
     ] = None,
 ) -> None:
-    """Train a model from a recipe into runs/<run>; the same command again goes on where it stopped."""
+    """Train a model from a recipe into runs/<run>; the same command again goes on where it
+    stopped."""
     import time
 
     from ..train.loop import Interrupted

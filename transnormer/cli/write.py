@@ -18,18 +18,30 @@ if TYPE_CHECKING:
     from ..model.language_model import LanguageModel
 
 
-@app.command(epilog=see("transnormer generate --model runs/demo --prompt ROMEO: --max-tokens 100", "docs/inference.md"))
+@app.command(
+    epilog=see(
+        "transnormer generate --model runs/demo --prompt ROMEO: --max-tokens 100",
+        "docs/inference.md",
+    )
+)
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="The text to go on from; '-' reads it from standard input.")] = "",
+    prompt: Annotated[
+        str, typer.Option(help="The text to go on from; '-' reads it from standard input.")
+    ] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
     temperature: Temperature = 0.8,
     top_k: TopK = 0,
     top_p: TopP = 0.95,
     seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Take the prompt for the user's turn, by the model's chat template.")
+        bool,
+        typer.Option(
+            "--chat", help="Take the prompt for the user's turn, by the model's chat template."
+        ),
     ] = False,
     system: Annotated[str, typer.Option(help="What the model is told first, with --chat.")] = "",
     device: Device = "auto",
@@ -53,8 +65,11 @@ def generate(
     text = require_unicode(_standard_input() if prompt == "-" else prompt, "--prompt")
     if not chat:
         with reading_bar() as progress:
-            pieces = generate_text(loaded, text, max_tokens=max_tokens, sampling=sampling, stop=ends, progress=progress)
-            begun = text + next(pieces, "")  # once there is something to write on with, or nothing came
+            pieces = generate_text(
+                loaded, text, max_tokens=max_tokens, sampling=sampling, stop=ends, progress=progress
+            )
+            # once there is something to write on with, or nothing came
+            begun = text + next(pieces, "")
         _stream(chain([begun], pieces))
         return
     with _chat_template(model, loaded) as template:
@@ -77,12 +92,18 @@ def chat(
     top_p: TopP = 0.95,
     seed: Seed = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Where a turn ends, without a chat template; by default at an empty line.")
+        list[str] | None,
+        typer.Option(
+            help="Where a turn ends, without a chat template; by default at an empty line."
+        ),
     ] = None,
-    system: Annotated[str, typer.Option(help="What the model is told first, where it has a chat template.")] = "",
+    system: Annotated[
+        str, typer.Option(help="What the model is told first, where it has a chat template.")
+    ] = "",
     device: Device = "auto",
 ) -> None:
-    """Take turns with a model on one state, whose size does not grow. /help lists what else there is."""
+    """Take turns with a model on one state, whose size does not grow. /help lists what else there
+    is."""
     from ..inference.chat import Conversation, talk
     from ..inference.sampling import Sampling
     from ..inference.text import check_stop
@@ -92,7 +113,9 @@ def chat(
     loaded = load_model(model, device)
     with _chat_template(model, loaded) as template:
         if template is not None and ends:
-            raise ValueError("--stop is for models without a chat template; this one's says where a turn ends")
+            raise ValueError(
+                "--stop is for models without a chat template; this one's says where a turn ends"
+            )
         if template is None and system:
             raise ValueError(f"--system needs a chat template, and {model} has none")
         conversation = Conversation(

@@ -1,4 +1,5 @@
-"""The documents of benchmarks from files of a folder, within limits: nothing in them is run or becomes a path."""
+"""The documents of benchmarks from files of a folder, within limits: nothing in them is run or
+becomes a path."""
 
 from __future__ import annotations
 
@@ -18,8 +19,16 @@ from typing import Any
 TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "boolq": ("boolq", "super_glue/boolq", ("question", "passage", "label")),
     "piqa": ("piqa", "piqa", ("goal", "sol1", "sol2", "label")),
-    "siqa": ("social_iqa", "siqa", ("context", "question", "answerA", "answerB", "answerC", "label")),
-    "hellaswag": ("hellaswag", "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "siqa": (
+        "social_iqa",
+        "siqa",
+        ("context", "question", "answerA", "answerB", "answerC", "label"),
+    ),
+    "hellaswag": (
+        "hellaswag",
+        "hellaswag",
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    ),
     "winogrande": ("winogrande", "winogrande", ("sentence", "option1", "option2", "answer")),
     "arc_easy": ("arc_easy", "arc", ("question", "choices", "answerKey")),
     "arc_challenge": ("arc_challenge", "arc", ("question", "choices", "answerKey")),
@@ -27,19 +36,25 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "mmlu": ("mmlu", "mmlu/default", ("question", "subject", "choices", "answer")),
     "cmmlu": ("cmmlu", "cmmlu", ("Question", "A", "B", "C", "D", "Answer")),
     "lambada_openai": ("lambada_openai", "lambada", ("text",)),
-    "sciq": ("sciq", "sciq", ("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer")),
-}  # fmt: skip
+    "sciq": (
+        "sciq",
+        "sciq",
+        ("question", "support", "distractor1", "distractor2", "distractor3", "correct_answer"),
+    ),
+}
 PAPER = tuple(task for task in TASKS if task not in ("lambada_openai", "sciq"))  # the paper's table
 SPLITS = ("train", "validation", "test", "dev")
 FILE_BYTES = 2**28  # of one file of a data folder, decompressed
 MEMBERS = 1_000  # of an archive
 
-Splits = dict[str, dict[str, list[dict[str, Any]]]]  # split -> subject ("" where a task has none) -> documents
+# split -> subject ("" where a task has none) -> documents
+Splits = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 @functools.cache
 def read_documents(data: Path, task: str) -> Splits:
-    """Split -> subject ("" where the task has none) -> documents, of what the folder has of a task: maybe nothing.
+    """Split -> subject ("" where the task has none) -> documents, of what the folder has of a task:
+    maybe nothing.
 
     Raises ValueError naming the file and line that cannot be used.
     """
@@ -54,8 +69,13 @@ def read_documents(data: Path, task: str) -> Splits:
         if documents:
             raise ValueError(f"{path}: a second file of the same split")
         for where, document in _json_lines(path):
-            if task == "boolq" and "label" not in document and isinstance(document.get("answer"), bool):
-                document["label"] = int(document["answer"])  # SuperGLUE's field, made of BoolQ's own
+            if (
+                task == "boolq"
+                and "label" not in document
+                and isinstance(document.get("answer"), bool)
+            ):
+                # SuperGLUE's field, made of BoolQ's own
+                document["label"] = int(document["answer"])
             _require_fields(document, TASKS[task][2], where)
             documents.setdefault(document["subject"] if task == "mmlu" else "", []).append(document)
         if not documents:
@@ -80,12 +100,15 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number}: not JSON: {error}") from None
         if not isinstance(document, dict):
-            raise ValueError(f"{path} line {number}: not a JSON object but {type(document).__name__}")
+            raise ValueError(
+                f"{path} line {number}: not a JSON object but {type(document).__name__}"
+            )
         yield f"{path} line {number}", document
 
 
 def _archive(path: Path) -> Splits:
-    """CMMLU's tables, <split>/<subject>.csv in a tar.gz. They are read in memory: no name in it becomes a path."""
+    """CMMLU's tables, <split>/<subject>.csv in a tar.gz. They are read in memory: no name in it
+    becomes a path."""
     splits: Splits = {}
     size, fields = 0, TASKS["cmmlu"][2]
     try:
@@ -93,9 +116,16 @@ def _archive(path: Path) -> Splits:
             for number, member in enumerate(archive):
                 size += member.size
                 if size > FILE_BYTES or number >= MEMBERS:
-                    raise ValueError(f"{path}: holds more than {FILE_BYTES:,} bytes or {MEMBERS:,} files")
+                    raise ValueError(
+                        f"{path}: holds more than {FILE_BYTES:,} bytes or {MEMBERS:,} files"
+                    )
                 *_, split, name = "", *member.name.split("/")
-                if not member.isfile() or split not in SPLITS or not name.endswith(".csv") or name.startswith("."):
+                if (
+                    not member.isfile()
+                    or split not in SPLITS
+                    or not name.endswith(".csv")
+                    or name.startswith(".")
+                ):
                     continue
                 table = archive.extractfile(member)
                 assert table is not None  # it is a file
@@ -104,7 +134,14 @@ def _archive(path: Path) -> Splits:
                 for line, document in enumerate(documents, start=1):
                     _require_fields(document, fields, f"{path}: {member.name} document {line}")
                 splits.setdefault(split, {})[name.removesuffix(".csv")] = documents
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+    except (
+        tarfile.TarError,
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+        csv.Error,
+        UnicodeDecodeError,
+    ) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     return splits
 

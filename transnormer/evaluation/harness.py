@@ -1,9 +1,9 @@
 """lm-evaluation-harness over our own forward: the one door to `lm_eval`.
 
-Prompts, tokens and metrics are the harness' own. Ours is the reading: requests are packed without padding, and what
-several of them begin with (a question before its answers, examples before the questions) is read once; each goes on
-from its state. Tasks come from the network as usual, or over the files of a folder.
-"""
+Prompts, tokens and metrics are the harness' own. Ours is the reading: requests are packed without
+padding, and what several of them begin with (a question before its answers, examples before the
+questions) is read once; each goes on from its state. Tasks come from the network as usual, or over
+the files of a folder."""
 
 from __future__ import annotations
 
@@ -48,9 +48,15 @@ try:
     from lm_eval.evaluator import evaluate as run_harness
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+    from lm_eval.utils import (
+        get_rolling_token_windows,
+        handle_non_serializable,
+        make_disjoint_window,
+    )
 except ImportError as error:
-    raise ImportError(f"the harness needs lm-eval ({error}): pip install 'transnormer[eval]'") from error
+    raise ImportError(
+        f"the harness needs lm-eval ({error}): pip install 'transnormer[eval]'"
+    ) from error
 
 BATCH_TOKENS = 8_192
 SHARED = 16  # tokens that requests must begin with alike for it to be worth a stop and a state
@@ -77,9 +83,9 @@ class _Request:
 class _Piece:
     """Tokens to read in one go, the same in one or more requests, and what goes on after them.
 
-    start: how many tokens of the requests come before. spans: (request, from, to): the places in its tokens, all in
-    this piece, that predict a scored token, the next one. state: after what comes before; None at the start.
-    """
+    start: how many tokens of the requests come before. spans: (request, from, to): the places in
+    its tokens, all in this piece, that predict a scored token, the next one. state: after what
+    comes before; None at the start."""
 
     start: int
     tokens: np.ndarray
@@ -95,8 +101,9 @@ class _Piece:
 class HarnessLM(TemplateLM):
     """A LanguageModel with its tokenizer, as the harness wants models.
 
-    batch_tokens: how many are read at a time. max_length: of a longer prompt only the last so many tokens are read, as
-    the harness' `hf` backend does at 2,048; None reads all of it (learned positions end where their table does).
+    batch_tokens: how many are read at a time. max_length: of a longer prompt only the last so many
+    tokens are read, as the harness' `hf` backend does at 2,048; None reads all of it (learned
+    positions end where their table does).
     progress: called with (tokens read, tokens in all), or texts where texts are written.
     Raises ValueError where the model has no tokenizer.
     """
@@ -121,31 +128,45 @@ class HarnessLM(TemplateLM):
         self.model, self.tokenizer = model, model.tokenizer
         self.batch_tokens, self.max_length, self.progress = batch_tokens, max_length, progress
         parts = [part for layer in State.new(model).layers for part in layer]
-        self._state_bytes = sum(part.nbytes for part in parts)  # of one row; and what it grows by with each token:
-        self._token_bytes = sum(part.element_size() * part.shape[2:].numel() for part in parts if not part.shape[1])
+        # of one row; and what it grows by with each token:
+        self._state_bytes = sum(part.nbytes for part in parts)
+        self._token_bytes = sum(
+            part.element_size() * part.shape[2:].numel() for part in parts if not part.shape[1]
+        )
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without a prompt: the end of the text before it, as in training."""
+        """What stands before a text without a prompt: the end of the text before it, as in
+        training."""
         end = end_of_text_id(self.tokenizer)
         end = self.model.config.eos_token_id if end is None else end
         if end is None:
-            raise ValueError("the tokenizer has no end-of-text token, which stands before a text without a prompt")
+            raise ValueError(
+                "the tokenizer has no end-of-text token, which stands before a text without a "
+                "prompt"
+            )
         return end
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         return encode(self.tokenizer, string)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Per (context, continuation): log-probability of the continuation in nats, and whether greedy writes it.
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Per (context, continuation): log-probability of the continuation in nats, and whether
+        greedy writes it.
 
-        The continuation's tokens are those by which the whole text is longer than its context, blanks at whose end
-        belong to the continuation: the harness' own rule, with many texts encoded at a time.
-        """
+        The continuation's tokens are those by which the whole text is longer than its context,
+        blanks at whose end belong to the continuation: the harness' own rule, with many texts
+        encoded at a time."""
         asked = []
         for start in range(0, len(requests), TEXTS):
             pairs = [request.args for request in requests[start : start + TEXTS]]
-            texts = list({text for context, more in pairs for text in (context.rstrip(), context + more)})
+            texts = list(
+                {text for context, more in pairs for text in (context.rstrip(), context + more)}
+            )
             encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids = {text: encoding.ids for text, encoding in zip(texts, encoded, strict=True)}
             for context, more in pairs:
@@ -156,17 +177,20 @@ class HarnessLM(TemplateLM):
                 asked.append(((context, more), before, whole[len(before) :]))
         return self._loglikelihood_tokens(asked)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
         """Per (text,): its log-probability in nats, after the prefix token.
 
-        The state is carried from the first token to the last; with max_length, a longer text is read in windows, as
-        the `hf` backend does.
-        """
+        The state is carried from the first token to the last; with max_length, a longer text is
+        read in windows, as the `hf` backend does."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             length = self.max_length or max(len(ids), 1)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, length, context_len=1):
+            for window in get_rolling_token_windows(
+                ids, self.prefix_token_id, length, context_len=1
+            ):
                 windows.append((("", ""), *make_disjoint_window(window)))
                 owners.append(number)
         scores = [0.0] * len(requests)
@@ -182,23 +206,38 @@ class HarnessLM(TemplateLM):
             settings = normalize_gen_kwargs(settings, NEW_TOKENS)
             stop, max_tokens = settings.pop("until", None) or (), settings.pop("max_gen_toks")
             sampling = Sampling(
-                temperature=settings.pop("temperature", 1.0) if settings.pop("do_sample", False) else 0.0,
+                temperature=settings.pop("temperature", 1.0)
+                if settings.pop("do_sample", False)
+                else 0.0,
                 top_k=settings.pop("top_k", 0),
                 top_p=settings.pop("top_p", 1.0),
                 seed=SEED,
             )
             if unknown := settings.keys() - {"temperature"}:
-                raise ValueError(f"a task sets {', '.join(sorted(unknown))} for generation, which is not known here")
+                raise ValueError(
+                    f"a task sets {', '.join(sorted(unknown))} for generation, which is not known "
+                    "here"
+                )
             ids = self.tok_encode(context) or [self.prefix_token_id]
             if self.max_length is not None:
                 if max_tokens >= self.max_length:
-                    raise ValueError(f"max_length {self.max_length} leaves no prompt before {max_tokens} new tokens")
+                    raise ValueError(
+                        f"max_length {self.max_length} leaves no prompt before {max_tokens} new "
+                        "tokens"
+                    )
                 ids = ids[max_tokens - self.max_length :]
             session = Session(self.model)
             session.read(ids)
             texts.append(
                 "".join(
-                    generate_text(self.model, "", max_tokens=max_tokens, sampling=sampling, stop=stop, session=session)
+                    generate_text(
+                        self.model,
+                        "",
+                        max_tokens=max_tokens,
+                        sampling=sampling,
+                        stop=stop,
+                        session=session,
+                    )
                 )
             )
             if self.progress is not None:
@@ -211,7 +250,8 @@ class HarnessLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         asked = [self._request(number, *request) for number, request in enumerate(requests)]
         scores, greedy = np.zeros(len(asked)), np.ones(len(asked), dtype=bool)
-        waiting = _tree(asked, self.batch_tokens)[::-1]  # the last is next, so that few states wait at a time
+        # the last is next, so that few states wait at a time
+        waiting = _tree(asked, self.batch_tokens)[::-1]
         done, total = 0, _size(waiting)
         while waiting:
             batch = self._take(waiting)
@@ -233,15 +273,22 @@ class HarnessLM(TemplateLM):
             if self.progress is not None:
                 self.progress(done, total)
         if not np.isfinite(scores).all():
-            raise ValueError("a score is not a finite number: the model's weights may be damaged or diverged")
+            raise ValueError(
+                "a score is not a finite number: the model's weights may be damaged or diverged"
+            )
         return list(zip(scores.tolist(), greedy.tolist(), strict=True))
 
-    def _request(self, number: int, texts: tuple[str, str], context: list[int], continuation: list[int]) -> _Request:
+    def _request(
+        self, number: int, texts: tuple[str, str], context: list[int], continuation: list[int]
+    ) -> _Request:
         tokens = [*context, *continuation]
         if self.max_length is not None:
             tokens = tokens[-self.max_length - 1 :]
         if not 0 < len(continuation) < len(tokens):
-            raise ValueError(f"{texts[1]!r} makes {len(continuation)} tokens of {len(tokens)}: it cannot be scored")
+            raise ValueError(
+                f"{texts[1]!r} makes {len(continuation)} tokens of {len(tokens)}: it cannot be "
+                "scored"
+            )
         return _Request(number, np.array(tokens, dtype=np.int64), len(tokens) - len(continuation))
 
     def _take(self, waiting: list[_Piece]) -> list[_Piece]:
@@ -257,9 +304,15 @@ class HarnessLM(TemplateLM):
         return batch
 
     def _score(
-        self, x: torch.Tensor, batch: list[_Piece], bounds: np.ndarray, scores: np.ndarray, greedy: np.ndarray
+        self,
+        x: torch.Tensor,
+        batch: list[_Piece],
+        bounds: np.ndarray,
+        scores: np.ndarray,
+        greedy: np.ndarray,
     ) -> None:
-        """Add to scores and greedy [requests] what x [T, D] says; there are logits only where a token is scored."""
+        """Add to scores and greedy [requests] what x [T, D] says; there are logits only where a
+        token is scored."""
         places, targets, owners = [], [], []
         for piece, offset in zip(batch, bounds, strict=False):
             for request, start, stop in piece.spans:
@@ -268,18 +321,26 @@ class HarnessLM(TemplateLM):
                 owners.append(np.full(stop - start, request.number))
         if not places:
             return
-        place, target, owner = (torch.from_numpy(np.concatenate(parts)) for parts in (places, targets, owners))
-        wide, size = torch.promote_types(x.dtype, torch.float32), max(1, SLICE_ELEMENTS // len(self.model.head_weight))
+        place, target, owner = (
+            torch.from_numpy(np.concatenate(parts)) for parts in (places, targets, owners)
+        )
+        wide, size = (
+            torch.promote_types(x.dtype, torch.float32),
+            max(1, SLICE_ELEMENTS // len(self.model.head_weight)),
+        )
         for part in torch.arange(len(place)).split(size):
             wanted = target[part].to(x.device)
             logits = F.linear(x[place[part].to(x.device)], self.model.head_weight).to(wide)
             found = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
             np.add.at(scores, owner[part].numpy(), found.double().cpu().numpy())
-            np.logical_and.at(greedy, owner[part].numpy(), (logits.argmax(1) == wanted).cpu().numpy())
+            np.logical_and.at(
+                greedy, owner[part].numpy(), (logits.argmax(1) == wanted).cpu().numpy()
+            )
 
 
 def _tree(requests: list[_Request], longest: int) -> list[_Piece]:
-    """What there is to read, in pieces of at most `longest` tokens; the last token of a request is only a target."""
+    """What there is to read, in pieces of at most `longest` tokens; the last token of a request is
+    only a target."""
     requests = sorted(requests, key=lambda request: request.tokens[:-1].astype(">u4").tobytes())
     lengths = [len(request.tokens) - 1 for request in requests]
     alike = [0, *(_alike(a.tokens[:-1], b.tokens[:-1]) for a, b in itertools.pairwise(requests))]
@@ -290,7 +351,9 @@ def _tree(requests: list[_Request], longest: int) -> list[_Piece]:
         while low < high and lengths[low] == start:  # these end here
             low += 1
         for n in range(low + 1, high + 1):
-            if n < high and (alike[n] - start >= SHARED or alike[n] == lengths[n - 1] == lengths[n]):
+            if n < high and (
+                alike[n] - start >= SHARED or alike[n] == lengths[n - 1] == lengths[n]
+            ):
                 continue
             stop = min([start + longest, lengths[low], *alike[low + 1 : n]])
             spans = [(r, max(start, r.first - 1), stop) for r in requests[low:n] if r.first <= stop]
@@ -331,7 +394,11 @@ def _stack(model: LanguageModel, states: Sequence[State | None]) -> State | None
         parts = []
         for tensors in zip(*layer, strict=True):
             most = max(t.shape[1] for t in tensors)
-            parts.append(torch.cat([F.pad(t, (0, 0) * (t.dim() - 2) + (most - t.shape[1], 0)) for t in tensors]))
+            parts.append(
+                torch.cat(
+                    [F.pad(t, (0, 0) * (t.dim() - 2) + (most - t.shape[1], 0)) for t in tensors]
+                )
+            )
         layers.append(tuple(parts))
     return State(layers, torch.cat([state.seen for state in some]))
 
@@ -339,21 +406,27 @@ def _stack(model: LanguageModel, states: Sequence[State | None]) -> State | None
 # Tasks over a data folder.
 
 
-def write_tasks(folder: str | Path, data: str | Path, tasks: Sequence[str] = tuple(TASKS)) -> list[str]:
+def write_tasks(
+    folder: str | Path, data: str | Path, tasks: Sequence[str] = tuple(TASKS)
+) -> list[str]:
     """Write task files into `folder`: the harness' own, with documents from the folder `data`.
 
-    data: <task>.jsonl.gz or <task>.<split>.jsonl.gz (or .jsonl; without a split: validation), where task is a word of
-        TASKS and the fields are those of the Hugging Face data sets; CMMLU as cmmlu.tar.gz of <split>/<subject>.csv.
-    tasks: words of TASKS; those that `data` has nothing of get no file.
-    Returns what differs from the harness' own tasks, in words. `lm_eval --include_path` reads the files, too.
-    Raises ValueError or OSError that names the file and what is wrong with it.
-    """
+    data: <task>.jsonl.gz or <task>.<split>.jsonl.gz (or .jsonl; without a split: validation), where
+        task is a word of TASKS and the fields are those of the Hugging Face data sets; CMMLU as
+        cmmlu.tar.gz of <split>/<subject>.csv.
+    tasks: words of TASKS; those that `data` has nothing of get no file. Returns what differs from
+    the harness' own tasks, in words. `lm_eval --include_path` reads the files, too. Raises
+    ValueError or OSError that names the file and what is wrong with it."""
     if not Path(data).is_dir():
         what = "a file, not a folder with documents" if Path(data).exists() else "no such folder"
         raise FileNotFoundError(f"{data}: {what}")
     data, folder = Path(data).resolve(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return [note for task in tasks for note in _write_task(folder, data, task, read_documents(data, task))]
+    return [
+        note
+        for task in tasks
+        for note in _write_task(folder, data, task, read_documents(data, task))
+    ]
 
 
 def _write_task(folder: Path, data: Path, task: str, splits: Splits) -> list[str]:
@@ -366,10 +439,15 @@ def _write_task(folder: Path, data: Path, task: str, splits: Splits) -> list[str
     children |= {name: config["task"] for name, config in configs.items() if "group" in config}
     subjects = {TASKS[task][0]: ""}
     if TASKS[task][0] in children:
-        subjects = {name: config["dataset_name"] for name, config in configs.items() if name not in children}
+        subjects = {
+            name: config["dataset_name"] for name, config in configs.items() if name not in children
+        }
     there = {subject for documents in splits.values() for subject in documents}
     written = [name for name, subject in subjects.items() if subject in there]
-    notes = [f"{task}: the harness knows no subject {subject}" for subject in sorted(there - set(subjects.values()))]
+    notes = [
+        f"{task}: the harness knows no subject {subject}"
+        for subject in sorted(there - set(subjects.values()))
+    ]
     if len(written) < len(subjects):
         notes.append(f"{task}: {len(written)} of {len(subjects)} subjects are in the data")
     for name in written:
@@ -378,7 +456,11 @@ def _write_task(folder: Path, data: Path, task: str, splits: Splits) -> list[str
         split = next((split for split in (own, "validation", "test") if split in has), None)
         if split is None:
             raise ValueError(f"{data}: {name} has no {own} split, only {', '.join(has)}")
-        if split != own and (note := f"{task}: {split} stands for {own}, which the data does not have") not in notes:
+        if (
+            split != own
+            and (note := f"{task}: {split} stands for {own}, which the data does not have")
+            not in notes
+        ):
             notes.append(note)
         examples = (configs[name].get("fewshot_split"), configs[name].get("training_split"), split)
         changes = {
@@ -390,14 +472,20 @@ def _write_task(folder: Path, data: Path, task: str, splits: Splits) -> list[str
             # of the split under test, the harness leaves the question itself out of the examples
             "fewshot_split": next(split for split in examples if split in has),
         }
-        _write_yaml(folder / f"{name}.yaml", changes, f"custom_dataset: !function {__name__}.{read_splits.__name__}")
+        _write_yaml(
+            folder / f"{name}.yaml",
+            changes,
+            f"custom_dataset: !function {__name__}.{read_splits.__name__}",
+        )
 
     def exists(name: str) -> bool:
         return name in written or any(map(exists, children.get(name, ())))
 
     for name in children.keys() & configs.keys():
         if kept := [child for child in children[name] if exists(child)]:
-            _write_yaml(folder / f"{name}.yaml", {"include": str(index[name].yaml_path), "task": kept})
+            _write_yaml(
+                folder / f"{name}.yaml", {"include": str(index[name].yaml_path), "task": kept}
+            )
     return notes
 
 
@@ -407,9 +495,14 @@ def _write_yaml(path: Path, values: dict[str, Any], *more: str) -> None:
 
 
 def read_splits(*, data: str, task: str, subject: str, **_: Any) -> dict[str, datasets.Dataset]:
-    """The documents of one task, as its file asks for them; the harness hands in the task's metadata as well."""
+    """The documents of one task, as its file asks for them; the harness hands in the task's
+    metadata as well."""
     splits = read_documents(Path(data), task)
-    return {split: datasets.Dataset.from_list(found[subject]) for split, found in splits.items() if found.get(subject)}
+    return {
+        split: datasets.Dataset.from_list(found[subject])
+        for split, found in splits.items()
+        if found.get(subject)
+    }
 
 
 # Running.
@@ -428,12 +521,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model on tasks: words of TASKS, or any task, group or tag of the harness.
 
-    data: a folder with the documents, as in `write_tasks`; None lets the harness fetch them from the Hugging Face Hub.
-    shots: examples before each question; None leaves it to the task. limit: the first so many documents of each task.
-    batch_tokens, max_length, progress: as in `HarnessLM`.
-    Returns the harness' results as plain values, and under "transnormer" what ran: versions, settings, notes.
-    Raises ValueError or OSError, in one line, for what the caller can mend.
-    """
+    data: a folder with the documents, as in `write_tasks`; None lets the harness fetch them from
+        the Hugging Face Hub.
+    shots: examples before each question; None leaves it to the task. limit: the first so many
+        documents of each task.
+    batch_tokens, max_length, progress: as in `HarnessLM`. Returns the harness' results as plain
+    values, and under "transnormer" what ran: versions, settings, notes. Raises ValueError or
+    OSError, in one line, for what the caller can mend."""
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be {least} or more; got {value}")
@@ -442,7 +536,11 @@ def evaluate(
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         read_documents.cache_clear()
         notes = [] if data is None else write_tasks(folder, data, _words(tasks))
-        manager = _manager(tasks) if data is None else TaskManager(include_defaults=False, include_path=folder)
+        manager = (
+            _manager(tasks)
+            if data is None
+            else TaskManager(include_defaults=False, include_path=folder)
+        )
         names = [name for task in tasks for name in _find(task, manager, data)]
         loaded = _load(list(dict.fromkeys(names)), manager, shots)
         found = run_harness(lm, loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
@@ -470,7 +568,8 @@ def evaluate(
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What `evaluate` returned, in rows of (task, version, split, documents, shots, metric, value)."""
+    """What `evaluate` returned, in rows of (task, version, split, documents, shots, metric,
+    value)."""
     groups = result["group_subtasks"]
     lines: list[tuple[str, ...]] = []
     waiting = result["transnormer"]["tasks"][::-1]
@@ -506,15 +605,22 @@ def _rounded(value: float | str | None) -> str:
 
 
 def _manager(tasks: Sequence[str]) -> TaskManager:
-    """The harness' tasks: those of our words quickly, or everything it has, which takes some ten seconds."""
+    """The harness' tasks: those of our words quickly, or everything it has, which takes some ten
+    seconds."""
     root = Path(lm_eval.tasks.__path__[0])
-    quick = TaskManager(include_defaults=False, include_path=[root / TASKS[word][1] for word in _words(tasks)])
+    quick = TaskManager(
+        include_defaults=False, include_path=[root / TASKS[word][1] for word in _words(tasks)]
+    )
     return quick if all(_name(task) in quick.task_index for task in tasks) else TaskManager()
 
 
 def _words(tasks: Sequence[str]) -> list[str]:
     """The words of TASKS that these tasks seem to belong to."""
-    return [word for word in TASKS if any(_name(t) == TASKS[word][0] or t.startswith(f"{word}_") for t in tasks)]
+    return [
+        word
+        for word in TASKS
+        if any(_name(t) == TASKS[word][0] or t.startswith(f"{word}_") for t in tasks)
+    ]
 
 
 def _name(task: str) -> str:
@@ -532,7 +638,9 @@ def _find(task: str, manager: TaskManager, data: str | Path | None) -> list[str]
         raise FileNotFoundError(f"{data}: nothing of task {task}; wanted is {file}")
     known = [*TASKS, *manager.all_tasks]
     where = "" if data is None else f" over {data}"
-    raise ValueError(f"no task {task!r}{where}{nearest(task, known) or '; there are ' + ', '.join(TASKS)}")
+    raise ValueError(
+        f"no task {task!r}{where}{nearest(task, known) or '; there are ' + ', '.join(TASKS)}"
+    )
 
 
 def _load(names: list[str], manager: TaskManager, shots: int | None) -> Any:
@@ -541,7 +649,9 @@ def _load(names: list[str], manager: TaskManager, shots: int | None) -> Any:
         loaded = manager.load(names)
     except OSError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"documents cannot be fetched ({reason}); --data names a folder with them") from error
+        raise OSError(
+            f"documents cannot be fetched ({reason}); --data names a folder with them"
+        ) from error
     for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
         count = own or 0 if shots is None or own == 0 else shots  # a task that says 0 means it
@@ -556,7 +666,8 @@ def _load(names: list[str], manager: TaskManager, shots: int | None) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness draws a bar a task, prints, starts a process a core, and compiles a template anew for each document.
+    """The harness draws a bar a task, prints, starts a process a core, and compiles a template anew
+    for each document.
 
     It has no other switch for that.
     """
@@ -569,7 +680,9 @@ def _quiet() -> Iterator[None]:
         with (
             patch.object(tqdm, "tqdm", silent),
             patch.object(harness_task, "tqdm", silent),
-            patch.object(templates, "from_string", functools.lru_cache(1_024)(templates.from_string)),
+            patch.object(
+                templates, "from_string", functools.lru_cache(1_024)(templates.from_string)
+            ),
             patch.object(harness_metrics, "print", lambda *_: None, create=True),
             patch.dict(os.environ, DISABLE_MULTIPROC="1"),
         ):

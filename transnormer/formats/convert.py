@@ -1,4 +1,5 @@
-"""Published checkpoints into our format, and models out of it: a folder is written whole or not at all."""
+"""Published checkpoints into our format, and models out of it: a folder is written whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. files: the weights' names; dtypes: bytes of each; tokenizer: what it was read from."""
+    """What was written. files: the weights' names; dtypes: bytes of each; tokenizer: what it was
+    read from."""
 
     folder: Path
     config: ModelConfig
@@ -75,15 +77,18 @@ def convert(
 ) -> Written:
     """Write the model of a published folder in our format, every number and dtype as it was.
 
-    Memory: a few pieces of PIECE_BYTES, whatever the model's size; for pickles of torch before 1.6, one shard.
-    tokenizer: read the folder's (`tokenizers.read_tokenizer`), where it has one; False leaves it out.
-    Raises ValueError or OSError naming the key, tensor or file that is wrong; `out` is then not there.
-    """
+    Memory: a few pieces of PIECE_BYTES, whatever the model's size; for pickles of torch before 1.6,
+    one shard.
+    tokenizer: read the folder's (`tokenizers.read_tokenizer`), where it has one; False leaves it
+    out. Raises ValueError or OSError naming the key, tensor or file that is wrong; `out` is then
+    not there."""
     source, out = Path(source), Path(out)
     with new_folder(out) as folder, _one_thread():
         values = read_config(source)
         if not is_published(values):
-            raise ValueError(f"{source}: not a published TransNormerLLM (config.json has no decoder_embed_dim)")
+            raise ValueError(
+                f"{source}: not a published TransNormerLLM (config.json has no decoder_embed_dim)"
+            )
         try:
             config = config_from_published(values)
             checkpoint = PublishedReader(source, config, progress)
@@ -92,7 +97,9 @@ def convert(
             files = write_shards(folder, layout, checkpoint.own_pieces, shard_bytes)
             checkpoint.check_head()
             Fingerprint.take(
-                files, config.vocab_size, lambda *asked: published_logits(checkpoint.pieces, config, *asked)
+                files,
+                config.vocab_size,
+                lambda *asked: published_logits(checkpoint.pieces, config, *asked),
             ).write(folder)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
@@ -119,12 +126,12 @@ def export(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Written:
-    """Write the model of any folder that `transnormer.load` reads, with its tokenizer, in our or the published format.
+    """Write the model of any folder that `transnormer.load` reads, with its tokenizer, in our or
+    the published format.
 
-    dtype: of the weights; None keeps the stored one. Memory: the model, for our format once more in float32.
-    Raises ValueError or OSError, for "published" also where that format has no word for the model; `out` is then not
-    there.
-    """
+    dtype: of the weights; None keeps the stored one. Memory: the model, for our format once more in
+    float32. Raises ValueError or OSError, for "published" also where that format has no word for
+    the model; `out` is then not there."""
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; there are {', '.join(FORMATS)}")
     with new_folder(Path(out)) as folder:
@@ -151,17 +158,26 @@ def export(
         if format == "transnormer":
             with torch.no_grad():
                 Fingerprint.take(
-                    files, config.vocab_size, lambda ids, words, kind: last_logits(loaded.to(kind), ids, words)
+                    files,
+                    config.vocab_size,
+                    lambda ids, words, kind: last_logits(loaded.to(kind), ids, words),
                 ).write(folder)
         _finish(folder, config, values, loaded.tokenizer, find_model(Path(model)))
     kind = None if loaded.tokenizer is None else "tokenizer.json"
-    return Written(Path(out), config, list(files), _bytes_by_dtype(layout), kind, format == "transnormer")
+    return Written(
+        Path(out), config, list(files), _bytes_by_dtype(layout), kind, format == "transnormer"
+    )
 
 
 def _finish(
-    folder: Path, config: ModelConfig, values: dict[str, Any], tokenizer: Tokenizer | None, source: Path
+    folder: Path,
+    config: ModelConfig,
+    values: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    source: Path,
 ) -> None:
-    """What stands beside the weights; config.json is last, because a folder without it is not a model."""
+    """What stands beside the weights; config.json is last, because a folder without it is not a
+    model."""
     if tokenizer is not None:
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
         if (template := chat.find_template(source, tokenizer)) is not None:
@@ -179,10 +195,11 @@ def _bytes_by_dtype(layout: Layout) -> dict[str, int]:
 
 
 class PublishedReader:
-    """Reads the tensors of a published folder piece by piece, through maps that are renewed before they fill the memory.
+    """Reads the tensors of a published folder piece by piece, through maps that are renewed before
+    they fill the memory.
 
-    Raises ValueError or OSError that names a tensor which is missing, unknown, stored twice, misshapen or not plain.
-    """
+    Raises ValueError or OSError that names a tensor which is missing, unknown, stored twice,
+    misshapen or not plain."""
 
     def __init__(self, folder: Path, config: ModelConfig, progress: Progress | None = None):
         self.config = config
@@ -192,16 +209,22 @@ class PublishedReader:
         self._tensors: dict[str, Tensor] = {}
         self._left = 0  # bytes that may yet be touched through this map
         for path, listed in weight_files(folder).items():
-            found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._open(path).items()}
+            found = {
+                name: (tensor.dtype, tuple(tensor.shape))
+                for name, tensor in self._open(path).items()
+            }
             for name in found:
                 if name in self._files:
-                    raise ValueError(f"{name} is in {self._files[name].name} and again in {path.name}")
+                    raise ValueError(
+                        f"{name} is in {self._files[name].name} and again in {path.name}"
+                    )
                 self._files[name] = path
             check_index(path, found, listed)
             self.layout.update(found)
         check_shapes({name: shape for name, (_, shape) in self.layout.items()}, config)
         self._progress, self._done = progress, 0
-        self._total = 3 * sum(_bytes_by_dtype(self.own_layout()).values())  # to write, and twice for the fingerprint
+        # to write, and twice for the fingerprint
+        self._total = 3 * sum(_bytes_by_dtype(self.own_layout()).values())
 
     def own_layout(self) -> Layout:
         """Our name -> (dtype, our shape), in the order of our modules."""
@@ -217,7 +240,9 @@ class PublishedReader:
         for start, stop in own_rows(theirs, self.layout[theirs][1][0], self.config):
             for piece in self.pieces(theirs, start, stop):
                 if not all(bound.isfinite() for bound in piece.aminmax()):  # which keep NaN
-                    raise ValueError(f"{theirs} in {self._files[theirs].name} holds a number that is not finite")
+                    raise ValueError(
+                        f"{theirs} in {self._files[theirs].name} holds a number that is not finite"
+                    )
                 yield piece
 
     def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
@@ -227,7 +252,11 @@ class PublishedReader:
         stop = shape[0] if stop is None else stop
         for first in range(start, stop, step):
             # A copy: what is still looked at would keep the map, or a whole shard, in memory.
-            piece = self._open(self._files[name])[name][first : min(first + step, stop)].detach().clone()
+            piece = (
+                self._open(self._files[name])[name][first : min(first + step, stop)]
+                .detach()
+                .clone()
+            )
             self._left -= max(piece.nbytes, TOUCH_BYTES)
             self._done += piece.nbytes
             if self._progress is not None:
@@ -239,7 +268,8 @@ class PublishedReader:
         names = ("lm_head.weight", "model.embed_tokens.weight")
         if not self.config.tie_word_embeddings or names[0] not in self.layout:
             return
-        head, embedding = map(self._hash, names)  # not side by side: they may lie in different shards
+        # not side by side: they may lie in different shards
+        head, embedding = map(self._hash, names)
         if head != embedding:
             raise ValueError(HEAD_DIFFERS)
 
@@ -250,7 +280,8 @@ class PublishedReader:
         return digest.hexdigest()
 
     def _open(self, path: Path) -> dict[str, Tensor]:
-        """The file's tensors. The pages that were read through a map stay in memory until there is a new one."""
+        """The file's tensors. The pages that were read through a map stay in memory until there is
+        a new one."""
         if path != self._path or self._left <= 0:
             self._path, self._tensors = path, {}
             self._tensors = read_file(path, mapped=True)

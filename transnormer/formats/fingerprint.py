@@ -1,8 +1,8 @@
-"""What a written model must be and say: the hash of every weight file, and some logits, checked when it is loaded.
+"""What a written model must be and say: the hash of every weight file, and some logits, checked
+when it is loaded.
 
-The hashes find damage. The logits find what hashes cannot: weights put in the wrong places, or code, kernels or
-libraries that no longer compute what the weights were trained for.
-"""
+The hashes find damage. The logits find what hashes cannot: weights put in the wrong places, or
+code, kernels or libraries that no longer compute what the weights were trained for."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TOKENS, WORDS = 16, 64  # how many are read, and how many are compared after the
 class Fingerprint:
     """What FINGERPRINT holds.
 
-    files: weight file -> {"bytes": size, "sha256": hash}. ids: the tokens that are read. words: vocabulary ids, and
-    logits: theirs after the last token. tolerance: by how much a logit may differ in float32; tolerance_half: in
-    half precision.
-    """
+    files: weight file -> {"bytes": size, "sha256": hash}. ids: the tokens that are read. words:
+        vocabulary ids, and
+    logits: theirs after the last token. tolerance: by how much a logit may differ in float32;
+    tolerance_half: in half precision."""
 
     files: dict[str, dict[str, Any]]
     ids: list[int]
@@ -43,13 +43,17 @@ class Fingerprint:
 
     @classmethod
     def take(
-        cls, files: dict[str, dict[str, Any]], vocab: int, logits_of: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+        cls,
+        files: dict[str, dict[str, Any]],
+        vocab: int,
+        logits_of: Callable[[Tensor, Tensor, torch.dtype], Tensor],
     ) -> Fingerprint:
         """The fingerprint of a model whose weight files were just written.
 
-        logits_of: (ids [TOKENS], words, dtype) -> these words' logits after the last token, float32, every step
-            rounded to dtype. It is asked in float32 and in bfloat16: how far the two are apart says how closely this
-            model's logits can be expected again. Raises ValueError where they are not finite.
+        logits_of: (ids [TOKENS], words, dtype) -> these words' logits after the last token,
+            float32, every step rounded to dtype. It is asked in float32 and in bfloat16: how far
+            the two are apart says how closely this model's logits can be expected again. Raises
+            ValueError where they are not finite.
         """
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab, (TOKENS,), generator=draw)
@@ -63,13 +67,16 @@ class Fingerprint:
 
     @classmethod
     def read(cls, folder: Path) -> Fingerprint | None:
-        """The folder's; None where there is none. Raises ValueError or OSError for a weight file that is not as it says."""
+        """The folder's; None where there is none. Raises ValueError or OSError for a weight file
+        that is not as it says."""
         path = folder / FINGERPRINT
         if not path.is_file():
             return None
         try:
             found = cls(**parse_json(path.read_bytes()))
-            sizes = {name: (record["bytes"], record["sha256"]) for name, record in found.files.items()}
+            sizes = {
+                name: (record["bytes"], record["sha256"]) for name, record in found.files.items()
+            }
             if not all(type(n) is int and n >= 0 for n in found.ids + found.words) or not found.ids:
                 raise ValueError("a token id is none")
             if len(found.words) != len(found.logits) or not found.words:
@@ -81,7 +88,8 @@ class Fingerprint:
             raise ValueError(f"{path} is damaged ({error})") from error
         if unknown := [name for name in weights_in(folder) if name not in sizes]:
             raise ValueError(
-                f"{folder / unknown[0]} is not listed in {FINGERPRINT}, so nobody knows whether it is right"
+                f"{folder / unknown[0]} is not listed in {FINGERPRINT}, so nobody knows whether "
+                "it is right"
             )
         for name, (size, digest) in sizes.items():
             file = folder / Path(name).name
@@ -89,7 +97,8 @@ class Fingerprint:
                 raise FileNotFoundError(f"{file}: no such file, though {FINGERPRINT} names it")
             if file.stat().st_size != size or sha256(file) != digest:
                 raise ValueError(
-                    f"{file} is truncated or damaged: its hash is not that of {FINGERPRINT}; write the folder again, or "
+                    f"{file} is truncated or damaged: its hash is not that of {FINGERPRINT}; "
+                    "write the folder again, or "
                     f"remove {FINGERPRINT} if the weights were changed on purpose"
                 )
         return found
@@ -99,24 +108,34 @@ class Fingerprint:
 
     @torch.no_grad()
     def check(self, model: LanguageModel, folder: Path) -> None:
-        """Raise ValueError, naming the first difference, where the model does not give the logits."""
+        """Raise ValueError, naming the first difference, where the model does not give the
+        logits."""
         kinds = {p.dtype for name, p in model.named_parameters() if not name.endswith(".theta")}
         names = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         if len(kinds) > 1:
-            raise ValueError(f"{folder}: its weights are of several dtypes ({names}); load it with one, dtype=...")
+            raise ValueError(
+                f"{folder}: its weights are of several dtypes ({names}); load it with one, "
+                "dtype=..."
+            )
         if max(self.ids + self.words) >= model.config.vocab_size:
             raise ValueError(
-                f"{folder / FINGERPRINT} is of another model: it has more than the {model.config.vocab_size} words"
+                f"{folder / FINGERPRINT} is of another model: it has more than the "
+                f"{model.config.vocab_size} words"
             )
         ids, words = (torch.tensor(part, device=model.device) for part in (self.ids, self.words))
         found = last_logits(model, ids, words).tolist()
-        coarse = kinds & {torch.bfloat16, torch.float16} or torch.get_float32_matmul_precision() != "highest"
+        coarse = (
+            kinds & {torch.bfloat16, torch.float16}
+            or torch.get_float32_matmul_precision() != "highest"
+        )
         tolerance = self.tolerance_half if coarse else self.tolerance
         for word, logit, wanted in zip(self.words, found, self.logits, strict=True):
             if not abs(logit - wanted) <= tolerance:  # true for NaN
                 raise ValueError(
-                    f"{folder / FINGERPRINT}: in {names} on {model.device} the logit of token {word} is {logit:.6g}, not "
-                    f"{wanted:.6g} (give or take {tolerance:.2g}): weights are not in their places, or this dtype, device "
+                    f"{folder / FINGERPRINT}: in {names} on {model.device} the logit of token "
+                    f"{word} is {logit:.6g}, not "
+                    f"{wanted:.6g} (give or take {tolerance:.2g}): weights are not in their "
+                    "places, or this dtype, device "
                     "or version computes otherwise"
                 )
 
@@ -135,7 +154,8 @@ def published_logits(
     words: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The same from published weights, by the published equations with T x T matrices and without our modules.
+    """The same from published weights, by the published equations with T x T matrices and without
+    our modules.
 
     read(name, start, stop): rows of a published tensor, in pieces; only a piece is held at a time.
     dtype: what weights and the result of every step are rounded to; sums are in float32.
@@ -149,7 +169,8 @@ def published_logits(
 
     def linear(x: Tensor, name: str, width: int) -> Tensor:
         y, done = x.new_empty(len(x), width), 0
-        for piece in read(f"{name}.weight", 0, None):  # kept results between the pieces would scatter the memory
+        # kept results between the pieces would scatter the memory
+        for piece in read(f"{name}.weight", 0, None):
             y[:, done : done + len(piece)] = x @ cast(piece).T
             done += len(piece)
         return cast(y + rows(f"{name}.bias") if config.bias else y)
@@ -157,25 +178,42 @@ def published_logits(
     def norm(x: Tensor, name: str) -> Tensor:
         if config.norm == "srmsnorm":
             return cast(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps))
-        return cast(F.layer_norm(x, x.shape[-1:], rows(f"{name}.weight"), rows(f"{name}.bias"), config.norm_eps))
+        return cast(
+            F.layer_norm(
+                x, x.shape[-1:], rows(f"{name}.weight"), rows(f"{name}.bias"), config.norm_eps
+            )
+        )
 
-    heads, inner, d, f = config.num_attention_heads, config.inner_size, config.hidden_size, config.intermediate_size
+    heads, inner, d, f = (
+        config.num_attention_heads,
+        config.inner_size,
+        config.hidden_size,
+        config.intermediate_size,
+    )
     time = torch.arange(len(ids))
     act = ACTIVATIONS[config.activation]
-    x = torch.cat([rows("model.embed_tokens.weight", word, word + 1) for word in ids.tolist()])  # [T, D]
+    # [T, D]
+    x = torch.cat([rows("model.embed_tokens.weight", word, word + 1) for word in ids.tolist()])
     if config.embed_scale:
         x = cast(x * math.sqrt(d))
     for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}"
-        q, k, v, u = linear(norm(x, f"{at}.token_norm"), f"{at}.token_mixer.qkvu_proj", 4 * inner).chunk(4, dim=-1)
-        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))  # [H, T, head_dim]
+        q, k, v, u = linear(
+            norm(x, f"{at}.token_norm"), f"{at}.token_mixer.qkvu_proj", 4 * inner
+        ).chunk(4, dim=-1)
+        # [H, T, head_dim]
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
         q, k = cast(act(q)), cast(act(k))
         if config.has_position(layer):
             theta = rows(f"{at}.token_mixer.lrpe.theta")  # [H, 1, head_dim]
             angle = (theta.double() * time[:, None]).float()
-            q, k = (cast(torch.cat([part * angle.cos(), part * angle.sin()], dim=-1)) for part in (q, k))
+            q, k = (
+                cast(torch.cat([part * angle.cos(), part * angle.sin()], dim=-1)) for part in (q, k)
+            )
         distance = time[:, None] - time
-        decay = torch.exp(torch.tensor(config.log_decay(layer))[:, None, None] * distance.clamp(min=0))
+        decay = torch.exp(
+            torch.tensor(config.log_decay(layer))[:, None, None] * distance.clamp(min=0)
+        )
         mixed = (q @ k.transpose(-1, -2) * decay * (distance >= 0)) @ v
         mixed = norm(cast(mixed.transpose(0, 1).flatten(-2)), f"{at}.token_mixer.norm")
         x = cast(x + linear(cast(u * mixed), f"{at}.token_mixer.out_proj", d))

@@ -24,31 +24,44 @@ def load(
 ) -> LanguageModel:
     """The model of any folder, its `tokenizer` attribute set where the folder has one (else None).
 
-    path: a run folder (its newest good checkpoint is taken, with a warning where newer ones are damaged), a checkpoint
-        or exported folder (config.json, model.safetensors, tokenizer.json), or a folder in the published format.
+    path: a run folder (its newest good checkpoint is taken, with a warning where newer ones are
+        damaged), a checkpoint or exported folder (config.json, model.safetensors, tokenizer.json),
+        or a folder in the published format.
     dtype: of the weights in memory; None keeps the stored one.
-    check: where the folder has a fingerprint.json, compare its weight files' hashes and the model's logits with it.
-    Raises OSError or ValueError: one line that names the file and what is wrong.
+    check: where the folder has a fingerprint.json, compare its weight files' hashes and the model's
+    logits with it. Raises OSError or ValueError: one line that names the file and what is wrong.
     """
     folder = find_model(Path(path))
     values = published.read_config(folder)
-    read = published.load_published if published.is_published(values) else LanguageModel.from_pretrained
+    read = (
+        published.load_published
+        if published.is_published(values)
+        else LanguageModel.from_pretrained
+    )
     fingerprint = Fingerprint.read(folder) if check else None
     model = read(folder, device=device, dtype=dtype)
     if fingerprint is not None:
         fingerprint.check(model, folder)
-    if any(all((folder / name).is_file() for name in names) for names in (("tokenizer.json",), *GPT2_FILES)):
+    if any(
+        all((folder / name).is_file() for name in names)
+        for names in (("tokenizer.json",), *GPT2_FILES)
+    ):
         model.tokenizer = load_tokenizer(folder)
         size = model.tokenizer.get_vocab_size()
         if size > model.config.vocab_size:
-            raise ValueError(f"{folder}: the tokenizer has {size:,} words, the model {model.config.vocab_size:,}")
+            raise ValueError(
+                f"{folder}: the tokenizer has {size:,} words, the model {model.config.vocab_size:,}"
+            )
     return model
 
 
 def find_model(path: Path) -> Path:
-    """The folder with config.json that `path` stands for: itself, or the newest good checkpoint of a run."""
+    """The folder with config.json that `path` stands for: itself, or the newest good checkpoint of
+    a run."""
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: {'a file, not a folder with a model' if path.exists() else 'no such folder'}")
+        raise FileNotFoundError(
+            f"{path}: {'a file, not a folder with a model' if path.exists() else 'no such folder'}"
+        )
     if (path / CHECKPOINTS).is_dir():
         checkpoints = step_folders(path / CHECKPOINTS)
         if not checkpoints:
@@ -62,7 +75,9 @@ def find_model(path: Path) -> Path:
             damages.append(f"{folder}: {wrong}")
         raise ValueError(f"{damages[0]}; no earlier checkpoint is good")
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: neither a run (checkpoints/) nor a model folder (config.json)")
+        raise FileNotFoundError(
+            f"{path}: neither a run (checkpoints/) nor a model folder (config.json)"
+        )
     return path
 
 

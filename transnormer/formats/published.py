@@ -1,7 +1,8 @@
-"""The published TransNormerLLM checkpoints: their configuration, tensor names and semantics, both ways.
+"""The published TransNormerLLM checkpoints: their configuration, tensor names and semantics, both
+ways.
 
-Where the published code and the mathematics differ (its defects are listed in docs/math.md), the mathematics is kept.
-"""
+Where the published code and the mathematics differ (its defects are listed in docs/math.md), the
+mathematics is kept."""
 
 from __future__ import annotations
 
@@ -22,12 +23,23 @@ from ..files import DTYPE_NAMES, parse_json, read_json, read_tensors
 from ..model.language_model import LanguageModel
 
 _ACTIVATIONS = {
-    "silu": "swish", "swish": "swish", "relu": "relu", "elu": "elu", "1+elu": "1+elu", "2+elu": "2+elu", "gelu": "gelu",
-    "sigmoid": "sigmoid", "leak": "leaky_relu", "sine": "sine", "exp": "exp",
-}  # fmt: skip
-_NORM_EPS = {"srmsnorm": 1e-6, "layernorm": 1e-5}  # constants of the published code, not in its configuration
+    "silu": "swish",
+    "swish": "swish",
+    "relu": "relu",
+    "elu": "elu",
+    "1+elu": "1+elu",
+    "2+elu": "2+elu",
+    "gelu": "gelu",
+    "sigmoid": "sigmoid",
+    "leak": "leaky_relu",
+    "sine": "sine",
+    "exp": "exp",
+}
+# constants of the published code, not in its configuration
+_NORM_EPS = {"srmsnorm": 1e-6, "layernorm": 1e-5}
 
-# Ours -> published, inside a layer; q, k, v, u and theta change their shape as well (`published_tensors`).
+# Ours -> published, inside a layer; q, k, v, u and theta change their shape as well
+# (`published_tensors`).
 _IN_LAYER = {
     "mixer_norm": "token_norm",
     "mixer.qkvu_proj": "token_mixer.qkvu_proj",
@@ -43,29 +55,101 @@ _OUTSIDE = {"embed_tokens": "model.embed_tokens", "norm": "model.final_norm", "l
 
 # What the published code reads from its config.json (use_cache and add_bos_token change no logit).
 _KEYS = (
-    "add_bos_token", "bias", "bos_token_id", "decoder_attention_heads", "decoder_embed_dim", "decoder_layers",
-    "eos_token_id", "glu_dim", "hidden_dim", "init_std", "linear_act_fun", "linear_use_lrpe", "linear_use_lrpe_list",
-    "no_scale_embedding", "norm_type", "pad_token_id", "tie_word_embeddings", "use_cache", "vocab_size",
-)  # fmt: skip
-# What transformers, 4.32 to 5, writes into every config.json beside that; the published code reads none of it.
+    "add_bos_token",
+    "bias",
+    "bos_token_id",
+    "decoder_attention_heads",
+    "decoder_embed_dim",
+    "decoder_layers",
+    "eos_token_id",
+    "glu_dim",
+    "hidden_dim",
+    "init_std",
+    "linear_act_fun",
+    "linear_use_lrpe",
+    "linear_use_lrpe_list",
+    "no_scale_embedding",
+    "norm_type",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+# What transformers, 4.32 to 5, writes into every config.json beside that; the published code reads
+# none of it.
 _BOOKKEEPING = (
-    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_cross_attention",
-    "architectures", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens",
-    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
-    "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
-    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label",
-    "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length",
-    "model_max_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
-    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type",
-    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
-    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-    "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "typical_p", "use_bfloat16",
-)  # fmt: skip
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "add_cross_attention",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "gradient_checkpointing",
+    "id2label",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "model_max_length",
+    "model_type",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_labels",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "prefix",
+    "problem_type",
+    "pruned_heads",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "use_bfloat16",
+)
 # The largest that is believed of each; hidden_dim is the width of all heads together.
-_MOST = {"decoder_layers": LARGEST["num_hidden_layers"], "decoder_attention_heads": LARGEST["num_attention_heads"],
-         "decoder_embed_dim": LARGEST["hidden_size"], "hidden_dim": LARGEST["hidden_size"],
-         "glu_dim": LARGEST["intermediate_size"], "vocab_size": LARGEST["vocab_size"]}  # fmt: skip
+_MOST = {
+    "decoder_layers": LARGEST["num_hidden_layers"],
+    "decoder_attention_heads": LARGEST["num_attention_heads"],
+    "decoder_embed_dim": LARGEST["hidden_size"],
+    "hidden_dim": LARGEST["hidden_size"],
+    "glu_dim": LARGEST["intermediate_size"],
+    "vocab_size": LARGEST["vocab_size"],
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,16 +168,21 @@ def is_published(values: Mapping[str, Any]) -> bool:
 
 
 def config_from_published(values: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration of a published config.json. Raises ValueError for one that cannot be read faithfully."""
+    """Our configuration of a published config.json. Raises ValueError for one that cannot be read
+    faithfully."""
     try:
         return _config(values)
     except (TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(f"a value in the published config is of the wrong kind: {error}") from error
+        raise ValueError(
+            f"a value in the published config is of the wrong kind: {error}"
+        ) from error
 
 
 def _config(values: Mapping[str, Any]) -> ModelConfig:
     if "gate_dim" in values:
-        raise ValueError("TransNormerLLM3 (config key 'gate_dim'): its modelling code is not at hand")
+        raise ValueError(
+            "TransNormerLLM3 (config key 'gate_dim'): its modelling code is not at hand"
+        )
     for key in values:
         if key not in _KEYS and key not in _BOOKKEEPING:
             raise ValueError(f"unknown published config key {key!r}{nearest(key, _KEYS)}")
@@ -108,7 +197,9 @@ def _config(values: Mapping[str, Any]) -> ModelConfig:
     if len(flags) < layers:
         raise ValueError(f"linear_use_lrpe_list has {len(flags)} flags for {layers} layers")
     turned = tuple(layer for layer, flag in enumerate(flags[:layers]) if flag)
-    norm = "srmsnorm" if values.get("norm_type", "simplermsnorm") == "simplermsnorm" else "layernorm"
+    norm = (
+        "srmsnorm" if values.get("norm_type", "simplermsnorm") == "simplermsnorm" else "layernorm"
+    )
     glu, vocab = values.get("glu_dim", 2816), values.get("vocab_size", 64_000)
     pad = values.get("pad_token_id", 0)
     return ModelConfig(
@@ -119,7 +210,11 @@ def _config(values: Mapping[str, Any]) -> ModelConfig:
         head_dim=inner // heads,
         intermediate_size=width if glu == -1 else glu,
         position="lrpe" if turned else "none",
-        position_layers="all" if len(turned) == layers > 1 else "first" if turned in ((0,), ()) else turned,
+        position_layers="all"
+        if len(turned) == layers > 1
+        else "first"
+        if turned in ((0,), ())
+        else turned,
         activation=_ACTIVATIONS.get(values.get("linear_act_fun", "silu"), "none"),
         norm=norm,
         norm_eps=_NORM_EPS[norm],
@@ -127,7 +222,8 @@ def _config(values: Mapping[str, Any]) -> ModelConfig:
         bias=values.get("bias", False),
         tie_word_embeddings=values.get("tie_word_embeddings", True),
         initializer_range=values.get("init_std", 0.02),
-        pad_token_id=pad + vocab if isinstance(pad, int) and pad < 0 else pad,  # torch counts from the end, too
+        # torch counts from the end, too
+        pad_token_id=pad + vocab if isinstance(pad, int) and pad < 0 else pad,
         bos_token_id=_token(values.get("bos_token_id", 1), vocab),
         eos_token_id=_token(values.get("eos_token_id", 2), vocab),
     )
@@ -140,16 +236,31 @@ def _token(value: Any, vocab: int) -> int | None:
 
 
 def published_config(config: ModelConfig) -> dict[str, Any]:
-    """A published config.json's content for our configuration. Raises ValueError where the published code has no word."""
-    fixed = {"mixer": "gla", "decay": "alibi", "decay_temperature": True, "decay_scale": 1.0, "gate": True, "gate_rank": None,
-             "glu": "sglu"}  # fmt: skip
+    """A published config.json's content for our configuration. Raises ValueError where the
+    published code has no word."""
+    fixed = {
+        "mixer": "gla",
+        "decay": "alibi",
+        "decay_temperature": True,
+        "decay_scale": 1.0,
+        "gate": True,
+        "gate_rank": None,
+        "glu": "sglu",
+    }
     for name, value in fixed.items():
         if getattr(config, name) != value:
-            raise ValueError(f"the published format knows no {name} = {getattr(config, name)!r}, only {value!r}")
+            raise ValueError(
+                f"the published format knows no {name} = {getattr(config, name)!r}, only {value!r}"
+            )
     if config.norm in _NORM_EPS and config.norm_eps != _NORM_EPS[config.norm]:
-        raise ValueError(f"the published format knows no norm_eps = {config.norm_eps}, only {_NORM_EPS[config.norm]}")
+        raise ValueError(
+            f"the published format knows no norm_eps = {config.norm_eps}, only "
+            f"{_NORM_EPS[config.norm]}"
+        )
     if config.position not in ("lrpe", "none") or config.norm not in _NORM_EPS:
-        raise ValueError(f"the published format knows no position {config.position!r} with norm {config.norm!r}")
+        raise ValueError(
+            f"the published format knows no position {config.position!r} with norm {config.norm!r}"
+        )
     words = {ours: theirs for theirs, ours in _ACTIVATIONS.items() if theirs != "swish"}
     return {
         "architectures": ["TransnormerForCausalLM"],
@@ -161,7 +272,9 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
         "hidden_dim": config.inner_size,
         "glu_dim": config.intermediate_size,
         "linear_act_fun": words.get(config.activation, "none"),
-        "linear_use_lrpe_list": [int(config.has_position(layer)) for layer in range(config.num_hidden_layers)],
+        "linear_use_lrpe_list": [
+            int(config.has_position(layer)) for layer in range(config.num_hidden_layers)
+        ],
         "norm_type": "simplermsnorm" if config.norm == "srmsnorm" else "layernorm",
         "no_scale_embedding": not config.embed_scale,
         "bias": config.bias,
@@ -174,12 +287,15 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def published_tensors(named_tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors under our names (weights or gradients) under the published names, in the published shapes.
+def published_tensors(
+    named_tensors: Mapping[str, Tensor], config: ModelConfig
+) -> dict[str, Tensor]:
+    """Tensors under our names (weights or gradients) under the published names, in the published
+    shapes.
 
-    q, k, v, u: ours lie head by head, theirs one after another, [H, 4, head_dim] -> [4, H, head_dim];
-    theta [H, head_dim] -> [H, 1, head_dim]. Raises ValueError for a name the published format does not have.
-    """
+    q, k, v, u: ours lie head by head, theirs one after another, [H, 4, head_dim] -> [4, H,
+    head_dim]; theta [H, head_dim] -> [H, 1, head_dim]. Raises ValueError for a name the published
+    format does not have."""
     heads, published = config.num_attention_heads, {}
     for name, tensor in named_tensors.items():
         if ".qkvu_proj." in name:
@@ -203,7 +319,9 @@ def own_tensors(published: Mapping[str, Tensor], config: ModelConfig) -> dict[st
                 raise ValueError(HEAD_DIFFERS)
             continue
         if ".qkvu_proj." in name:
-            tensor = torch.cat([tensor[start:stop] for start, stop in own_rows(name, tensor.shape[0], config)])
+            tensor = torch.cat(
+                [tensor[start:stop] for start, stop in own_rows(name, tensor.shape[0], config)]
+            )
         own[own_name(name)] = tensor.squeeze(1) if name.endswith(".theta") else tensor
     return own
 
@@ -212,18 +330,26 @@ HEAD_DIFFERS = "lm_head.weight differs from model.embed_tokens.weight, though th
 
 
 def published_name(name: str) -> str:
-    """The published name of a tensor of ours. Raises ValueError for one that the published format does not have."""
+    """The published name of a tensor of ours. Raises ValueError for one that the published format
+    does not have."""
     return _rename(name, _IN_LAYER, _OUTSIDE, "layers.", "model.layers.")
 
 
 def own_name(name: str) -> str:
     """Our name of a published tensor. Raises ValueError for one that the format does not have."""
     in_layer = {theirs: ours for ours, theirs in _IN_LAYER.items()}
-    return _rename(name, in_layer, {theirs: ours for ours, theirs in _OUTSIDE.items()}, "model.layers.", "layers.")
+    return _rename(
+        name,
+        in_layer,
+        {theirs: ours for ours, theirs in _OUTSIDE.items()},
+        "model.layers.",
+        "layers.",
+    )
 
 
 def own_rows(name: str, rows: int, config: ModelConfig) -> Iterator[tuple[int, int]]:
-    """The order in which a published tensor's rows make ours, as (start, stop): q, k, v, u of one head after another."""
+    """The order in which a published tensor's rows make ours, as (start, stop): q, k, v, u of one
+    head after another."""
     if ".qkvu_proj." not in name:
         yield 0, rows
         return
@@ -234,7 +360,8 @@ def own_rows(name: str, rows: int, config: ModelConfig) -> Iterator[tuple[int, i
 
 
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a published checkpoint, in the order of the modules. Building them costs 150 MB, even on "meta"."""
+    """Every tensor of a published checkpoint, in the order of the modules. Building them costs 150
+    MB, even on "meta"."""
     d, inner, f = config.hidden_size, config.inner_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
 
@@ -253,7 +380,11 @@ def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{at}.token_mixer.qkvu_proj", 4 * inner, d)
         linear(f"{at}.token_mixer.out_proj", d, inner)
         if config.has_position(layer):
-            shapes[f"{at}.token_mixer.lrpe.theta"] = (config.num_attention_heads, 1, config.head_dim)
+            shapes[f"{at}.token_mixer.lrpe.theta"] = (
+                config.num_attention_heads,
+                1,
+                config.head_dim,
+            )
         norm(f"{at}.token_mixer.norm", inner)
         norm(f"{at}.channel_norm", d)
         linear(f"{at}.channel_mixer.l1", f, d)
@@ -266,9 +397,11 @@ def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(shapes: Mapping[str, Sequence[int]], config: ModelConfig) -> None:
-    """Raise ValueError where published tensors of these names and shapes are not all that the configuration needs."""
+    """Raise ValueError where published tensors of these names and shapes are not all that the
+    configuration needs."""
     wanted = published_shapes(config)
-    allowed = {**wanted, "lm_head.weight": wanted["model.embed_tokens.weight"]}  # a tied head may be stored as a copy
+    # a tied head may be stored as a copy
+    allowed = {**wanted, "lm_head.weight": wanted["model.embed_tokens.weight"]}
     problems = [f"{name} is missing" for name in wanted if name not in shapes]
     problems += [f"{name} is unknown" for name in shapes if name not in allowed]
     problems += [
@@ -282,11 +415,11 @@ def check_shapes(shapes: Mapping[str, Sequence[int]], config: ModelConfig) -> No
 
 
 def load_published(folder: str | Path, **options: Any) -> LanguageModel:
-    """The model of a published checkpoint folder, computed as published. Options: as `LanguageModel.from_pretrained`.
+    """The model of a published checkpoint folder, computed as published. Options: as
+    `LanguageModel.from_pretrained`.
 
-    Weights are read from safetensors or, unpickling tensors only, from pytorch_model.bin, in one file or in shards.
-    Raises ValueError or OSError naming the file and what is wrong.
-    """
+    Weights are read from safetensors or, unpickling tensors only, from pytorch_model.bin, in one
+    file or in shards. Raises ValueError or OSError naming the file and what is wrong."""
     folder = Path(folder)
     values = read_config(folder)
     try:
@@ -296,13 +429,16 @@ def load_published(folder: str | Path, **options: Any) -> LanguageModel:
             found = read_file(path)
             check_index(path, found, listed)
             tensors.update(found)
-        return LanguageModel.from_tensors(config, own_tensors(tensors, config), "its weights", **options)
+        return LanguageModel.from_tensors(
+            config, own_tensors(tensors, config), "its weights", **options
+        )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """A published folder's weight files, each with the tensors that an index lists there; of one file alone, none.
+    """A published folder's weight files, each with the tensors that an index lists there; of one
+    file alone, none.
 
     Raises OSError where there are no weights, ValueError where the index is damaged.
     """
@@ -314,25 +450,32 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
                 for tensor, shard in parse_json(index.read_bytes())["weight_map"].items():
                     files.setdefault(folder / Path(shard).name, set()).add(tensor)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index.name}: damaged, or not an index of shards ({error})") from error
+                raise ValueError(
+                    f"{index.name}: damaged, or not an index of shards ({error})"
+                ) from error
             return dict(sorted(files.items()))
         if (folder / name).is_file():
             return {folder / name: set()}
-    raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, whole or in shards")
+    raise FileNotFoundError(
+        f"{folder}: neither model.safetensors nor pytorch_model.bin is there, whole or in shards"
+    )
 
 
 def check_index(path: Path, found: Iterable[str], listed: set[str]) -> None:
     """Raise ValueError where a shard does not hold the tensors that its index lists there."""
     for name in sorted(listed ^ set(found)) if listed else ():
-        raise ValueError(f"{path.name} {'lacks' if name in listed else 'holds'} {name}, which its index says otherwise")
+        raise ValueError(
+            f"{path.name} {'lacks' if name in listed else 'holds'} {name}, which its index says "
+            "otherwise"
+        )
 
 
 def read_file(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     """The named tensors of a safetensors or pickle file, and nothing but tensors.
 
-    mapped: as pages of the file, read when they are touched. (Pickles of torch before 1.6 always come into memory.)
-    Raises OSError or ValueError: damaged, or with anything in it that is not a tensor of plain numbers.
-    """
+    mapped: as pages of the file, read when they are touched. (Pickles of torch before 1.6 always
+    come into memory.) Raises OSError or ValueError: damaged, or with anything in it that is not a
+    tensor of plain numbers."""
     if path.suffix == ".safetensors":
         tensors = read_tensors(path)[0]
     elif not path.is_file():
@@ -340,9 +483,15 @@ def read_file(path: Path, *, mapped: bool = False) -> dict[str, Tensor]:
     else:
         tensors = _unpickle(path, mapped and zipfile.is_zipfile(path))
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        if (
+            tensor.dtype not in DTYPE_NAMES
+            or tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+        ):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path.name}: {name} is no plain tensor of floating-point numbers ({kind})")
+            raise ValueError(
+                f"{path.name}: {name} is no plain tensor of floating-point numbers ({kind})"
+            )
     return tensors
 
 
@@ -353,17 +502,25 @@ def _unpickle(path: Path, mapped: bool) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can raise anything in there
         if (name := _first_object(path)) is not None:
-            raise ValueError(f"{path.name} holds more than tensors: {name}; nothing of it was run") from error
+            raise ValueError(
+                f"{path.name} holds more than tensors: {name}; nothing of it was run"
+            ) from error
         raise ValueError(f"{path.name} is truncated, damaged or no file of tensors") from error
     if not isinstance(tensors, dict):
-        raise ValueError(f"{path.name} holds something else than named tensors ({type(tensors).__name__})")
+        raise ValueError(
+            f"{path.name} holds something else than named tensors ({type(tensors).__name__})"
+        )
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path.name} holds something else than named tensors ({name!r}: {type(tensor).__name__})")
+            raise ValueError(
+                f"{path.name} holds something else than named tensors ({name!r}: "
+                f"{type(tensor).__name__})"
+            )
     return tensors
 
 
-# What the pickle of a dict of tensors names: the dict, the functions that build tensors, storages and dtypes.
+# What the pickle of a dict of tensors names: the dict, the functions that build tensors, storages
+# and dtypes.
 _OF_TENSORS = re.compile(
     r"(__builtin__|builtins)\.(set|dict|list)|collections\.OrderedDict|torch\._utils\._rebuild_\w+"
     r"|torch\.(storage\.|serialization\.)?\w*Storage|torch\.(b?float\d+|u?int\d+|bool|Size|device|Tensor)"
@@ -372,10 +529,11 @@ _OF_TENSORS = re.compile(
 
 
 def _first_object(path: Path) -> str | None:
-    """The first thing that a pickle names and that makes no tensor, as "module.name"; None where none is found.
+    """The first thing that a pickle names and that makes no tensor, as "module.name"; None where
+    none is found.
 
-    The pickle is only taken apart, not run: this is for a message about what torch has refused already.
-    """
+    The pickle is only taken apart, not run: this is for a message about what torch has refused
+    already."""
     with suppress(Exception), ExitStack() as stack:  # a damaged file can raise anything in there
         file: IO[bytes] = stack.enter_context(path.open("rb"))
         if zipfile.is_zipfile(path):
@@ -402,7 +560,9 @@ def _first_object(path: Path) -> str | None:
     return None
 
 
-def _rename(name: str, in_layer: Mapping[str, str], outside: Mapping[str, str], old: str, new: str) -> str:
+def _rename(
+    name: str, in_layer: Mapping[str, str], outside: Mapping[str, str], old: str, new: str
+) -> str:
     """A tensor's name in the other format, its last part (weight, bias, theta) kept."""
     module, _, leaf = name.rpartition(".")
     if module in outside:

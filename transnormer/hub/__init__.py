@@ -1,4 +1,5 @@
-"""`import transnormer.hub`: transformers' Auto classes then load our folders. Raises ImportError without transformers."""
+"""`import transnormer.hub`: transformers' Auto classes then load our folders. Raises ImportError
+without transformers."""
 
 import logging
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +12,14 @@ except PackageNotFoundError:
     _found = "none"
 if _found == "none" or tuple(int(part) for part in _found.split(".")[:2]) < OLDEST:
     raise ImportError(
-        f"transnormer.hub needs transformers {'.'.join(map(str, OLDEST))} or newer, and there is {_found}: "
+        f"transnormer.hub needs transformers {'.'.join(map(str, OLDEST))} or newer, and there is "
+        f"{_found}: "
         "pip install 'transnormer[hf]'"
     )
 
-# transformers imports torchao where it is installed, although nothing here asks for float8. Its warnings about kernels
-# that it could not load are hidden, because nobody who reads our output could do anything about them.
+# transformers imports torchao where it is installed, although nothing here asks for float8. Its
+# warnings about kernels that it could not load are hidden, because nobody who reads our output
+# could do anything about them.
 _quiet = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
 _levels = [logger.level for logger in _quiet]
 for _logger in _quiet:

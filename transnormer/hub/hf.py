@@ -1,9 +1,10 @@
-"""Our models as transformers' own: configuration, model, tokenizer. Importing this registers them with the Auto classes.
+"""Our models as transformers' own: configuration, model, tokenizer. Importing this registers them
+with the Auto classes.
 
-What a model remembers rides in transformers' own cache classes: in each `LinearAttentionLayer` the state [B, H, K, V] of
-the layer as the first recurrent state, in the first layer also the tokens read, [B], as the second; keys and values of
-the softmax baseline in a `DynamicLayer`. A linear layer knows no length: positions come from the tokens read.
-"""
+What a model remembers rides in transformers' own cache classes: in each `LinearAttentionLayer` the
+state [B, H, K, V] of the layer as the first recurrent state, in the first layer also the tokens
+read, [B], as the second; keys and values of the softmax baseline in a `DynamicLayer`. A linear
+layer knows no length: positions come from the tokens read."""
 
 from __future__ import annotations
 
@@ -42,25 +43,43 @@ from ..model.state import State
 from ..ops.loss import linear_cross_entropy
 
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
-# What transformers itself puts into a configuration besides its own fields, and what of all that config.json keeps.
+# What transformers itself puts into a configuration besides its own fields, and what of all that
+# config.json keeps.
 THEIRS = {
-    "_commit_hash", "_name_or_path", "attn_implementation", "experts_implementation", "model_type", "name_or_path",
-    "num_labels", "output_attentions", "quantization_config", "torch_dtype", "use_cache",
-}  # fmt: skip
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+}
 KEPT = ("architectures", "dtype", "quantization_config", "transformers_version")
 # What collators of packed rows may give.
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 # What says where a folder is that may lie on a hub.
-PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+PLACE_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+)
 # The name of the cache in outputs; transformers changed it in 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class TransNormerConfig(PreTrainedConfig):
-    """`ModelConfig` for transformers: the same fields, defaults and checks, and transformers' own keys beside them.
+    """`ModelConfig` for transformers: the same fields, defaults and checks, and transformers' own
+    keys beside them.
 
-    Raises ValueError for an unknown key and for a published checkpoint's configuration, which is another format.
-    """
+    Raises ValueError for an unknown key and for a published checkpoint's configuration, which is
+    another format."""
 
     model_type = "transnormer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
@@ -70,7 +89,8 @@ class TransNormerConfig(PreTrainedConfig):
     def __init__(self, **values: Any):
         if "decoder_embed_dim" in values:
             raise ValueError(
-                "this is a published TransNormerLLM checkpoint; make a folder that transformers reads of it: "
+                "this is a published TransNormerLLM checkpoint; make a folder that transformers "
+                "reads of it: "
                 "transnormer convert"
             )
         own = {name: values.pop(name) for name in FIELDS if name in values}
@@ -86,8 +106,11 @@ class TransNormerConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """What a config.json holds. Raises ValueError where it does not say the model's shape."""
         missing = [name for name in SHAPE if name not in config_dict]
-        if missing and "decoder_embed_dim" not in config_dict:  # of a published checkpoint __init__ says more
-            raise ValueError(f"config.json: no {', '.join(missing)}, so the model's shape is not known")
+        # of a published checkpoint __init__ says more
+        if missing and "decoder_embed_dim" not in config_dict:
+            raise ValueError(
+                f"config.json: no {', '.join(missing)}, so the model's shape is not known"
+            )
         return super().from_dict(config_dict, **kwargs)
 
     def own(self) -> ModelConfig:
@@ -102,28 +125,39 @@ class TransNormerConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """transformers' word for each layer, from which it makes the layer's cache."""
-        return ["linear_attention" if self.fixed_state else "full_attention"] * self.num_hidden_layers
+        return [
+            "linear_attention" if self.fixed_state else "full_attention"
+        ] * self.num_hidden_layers
 
     @property
     def number_of_conv_states(self) -> int:
-        """How many states a linear layer's cache holds: the recurrent state, and the tokens read."""
+        """How many states a linear layer's cache holds: the recurrent state, and the tokens
+        read."""
         return 2
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: our record whole, which `transnormer.load` reads, and transformers' bookkeeping."""
+        """What config.json holds: our record whole, which `transnormer.load` reads, and
+        transformers' bookkeeping."""
         theirs = super().to_diff_dict()
-        return self.own().to_dict() | {key: theirs[key] for key in KEPT if theirs.get(key) is not None}
+        return self.own().to_dict() | {
+            key: theirs[key] for key in KEPT if theirs.get(key) is not None
+        }
 
 
 class Block(GradientCheckpointingLayer, language_model.Block):
-    """The block, recomputed in the backward pass where `gradient_checkpointing_enable` asked for it."""
+    """The block, recomputed in the backward pass where `gradient_checkpointing_enable` asked for
+    it."""
 
-    def forward(self, x: Tensor, state: LayerState | None, tokens: TokenPositions) -> tuple[Tensor, LayerState]:
-        return super().forward(x, state, tokens.to(x.device))  # with device_map the layers live on several devices
+    def forward(
+        self, x: Tensor, state: LayerState | None, tokens: TokenPositions
+    ) -> tuple[Tensor, LayerState]:
+        # with device_map the layers live on several devices
+        return super().forward(x, state, tokens.to(x.device))
 
 
 class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
-    """`LanguageModel` with transformers' arguments, outputs, files and `generate`. B rows, T tokens.
+    """`LanguageModel` with transformers' arguments, outputs, files and `generate`. B rows, T
+    tokens.
 
     The weights' names in files are the same, so that each side reads the other's folders.
     """
@@ -142,7 +176,8 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     def __init__(self, config: TransNormerConfig):
         PreTrainedModel.__init__(self, config)
         self.build(config.own())
-        if self.lm_head is None:  # tied; transformers and what builds on it look for a head all the same
+        # tied; transformers and what builds on it look for a head all the same
+        if self.lm_head is None:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         PreTrainedModel.post_init(self)
 
@@ -173,20 +208,31 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **packing: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, T, vocab], the cache and, with labels, the loss. Arguments besides these as in `body`.
+        """Logits [B, T, vocab], the cache and, with labels, the loss. Arguments besides these as in
+        `body`.
 
-        labels: [B, T] int64, the tokens themselves (they are shifted here); -100 does not count, nor does what follows
-            padding. The loss is the mean over labels that count or, where the Trainer gives num_items_in_batch, their sum
-            divided by it, as gradient accumulation needs. It never holds more than a slice of its logits.
-        logits_to_keep: return the logits of the last so many tokens (0: of all), or of the tokens of an index. The
-            loss is of all tokens whatever is kept: with labels, 1 saves the memory of logits that nobody reads.
+        labels: [B, T] int64, the tokens themselves (they are shifted here); -100 does not count,
+            nor does what follows padding. The loss is the mean over labels that count or, where the
+            Trainer gives num_items_in_batch, their sum divided by it, as gradient accumulation
+            needs. It never holds more than a slice of its logits.
+        logits_to_keep: return the logits of the last so many tokens (0: of all), or of the tokens
+            of an index. The loss is of all tokens whatever is kept: with labels, 1 saves the memory
+            of logits that nobody reads.
         """
         if use_cache is None and labels is not None:
             use_cache = False
         read = self.body(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states,
-            output_attentions, cache=cache, **packing,
-        )  # fmt: skip
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            cache=cache,
+            **packing,
+        )
         x = read.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None if labels is None else self._loss(x, labels, attention_mask, num_items_in_batch)
@@ -196,21 +242,37 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             hidden_states=read.hidden_states,
             **{CACHE: read.get(CACHE)},
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return (
+            output
+            if (self.config.return_dict if return_dict is None else return_dict)
+            else output.to_tuple()
+        )
 
-    def _loss(self, x: Tensor, labels: Tensor, mask: Tensor | None, count: int | Tensor | None) -> Tensor:
+    def _loss(
+        self, x: Tensor, labels: Tensor, mask: Tensor | None, count: int | Tensor | None
+    ) -> Tensor:
         """x [B, T, D], labels [B, T], mask [B, T] -> the loss, in float32 at least."""
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if mask is not None:
-            targets = targets.masked_fill(mask[:, -targets.shape[1] :].to(targets.device) == 0, -100)
+            targets = targets.masked_fill(
+                mask[:, -targets.shape[1] :].to(targets.device) == 0, -100
+            )
         reduction = "mean" if count is None else "sum"
         weight = self.lm_head.weight
         if type(self.lm_head) in (Linear, nn.Linear) and not weight.is_meta:
-            loss = linear_cross_entropy(x.to(weight.device), weight, targets.to(weight.device), reduction=reduction)
+            loss = linear_cross_entropy(
+                x.to(weight.device), weight, targets.to(weight.device), reduction=reduction
+            )
         else:  # a head with an adapter, quantised or offloaded is more than its weight
             logits = self.lm_head(x).float().flatten(0, 1)
-            loss = nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction=reduction)
-        return loss if count is None else loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+            loss = nn.functional.cross_entropy(
+                logits, targets.flatten().to(logits.device), reduction=reduction
+            )
+        return (
+            loss
+            if count is None
+            else loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+        )
 
     def body(
         self,
@@ -226,18 +288,22 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **packing: Any,
     ) -> BaseModelOutputWithPast:
-        """What the head reads, [B, T, D], and the cache; an output object, whatever return_dict says.
+        """What the head reads, [B, T, D], and the cache; an output object, whatever return_dict
+        says.
 
-        input_ids: [B, T] int64; or inputs_embeds: [B, T, D], vectors in the place of their embeddings.
-        attention_mask: [B, T] or, after tokens that were read before, [B, all]: 0 where a token is padding. Padding may
-            stand at the left; at the right only where no cache is wanted.
-        position_ids: [B, T]: each token's place in its row, from 0. They are checked, not obeyed: a row's places go on
-            from the tokens read. Where those of one row begin again at 0, sequences are packed in it.
-        past_key_values, cache: one thing under its two names: `DynamicCache(config=model.config)`, read and updated.
-            Gradients do not flow through it.
-        use_cache: None: a cache is returned where one can go on from it (not from packed or right-padded rows).
-        packing: cu_seq_lens_q [N + 1]: where N packed sequences of one row begin and end. The rest of PACKING, which
-            collators give with it, says the same again.
+        input_ids: [B, T] int64; or inputs_embeds: [B, T, D], vectors in the place of their
+            embeddings.
+        attention_mask: [B, T] or, after tokens that were read before, [B, all]: 0 where a token is
+            padding. Padding may stand at the left; at the right only where no cache is wanted.
+        position_ids: [B, T]: each token's place in its row, from 0. They are checked, not obeyed: a
+            row's places go on from the tokens read. Where those of one row begin again at 0,
+            sequences are packed in it.
+        past_key_values, cache: one thing under its two names: `DynamicCache(config=model.config)`,
+            read and updated. Gradients do not flow through it.
+        use_cache: None: a cache is returned where one can go on from it (not from packed or
+            right-padded rows).
+        packing: cu_seq_lens_q [N + 1]: where N packed sequences of one row begin and end. The rest
+            of PACKING, which collators give with it, says the same again.
         Raises ValueError in one line for what cannot be read right.
         """
         if unknown := packing.keys() - PACKING:
@@ -245,24 +311,35 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if output_attentions:
-            raise ValueError("output_attentions: the model keeps no attention weights, so none can be returned")
+            raise ValueError(
+                "output_attentions: the model keeps no attention weights, so none can be returned"
+            )
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
         rows, length = given.shape[:2]
         cache = past_key_values if cache is None else cache
         state = None if cache is None else self._state(cache, attention_mask, rows, length)
         seen = None if state is None else state.seen
-        step = seen is not None and length == 1 and given.device.type != "cpu"  # a look at the GPU would wait for it
-        pad, right = (None, False) if attention_mask is None or step else _padding(attention_mask, length)
+        # a look at the GPU would wait for it
+        step = seen is not None and length == 1 and given.device.type != "cpu"
+        pad, right = (
+            (None, False) if attention_mask is None or step else _padding(attention_mask, length)
+        )
         if pad is not None and seen is not None and bool(((pad > 0) & (seen > 0)).any()):
-            raise ValueError("attention_mask has a hole: padding after tokens that were read before")
+            raise ValueError(
+                "attention_mask has a hole: padding after tokens that were read before"
+            )
         packed = packing.get("cu_seq_lens_q")
         if position_ids is not None and packed is None and not step:
             real = None if attention_mask is None else attention_mask[:, -length:].bool()
             packed = _packed(position_ids, seen, pad, real, rows, length)
         lasting = not right and packed is None
         if not lasting and (use_cache or cache is not None):
-            what = "rows padded at the right (padding_side='left' puts it where it can be)" if right else "packed rows"
+            what = (
+                "rows padded at the right (padding_side='left' puts it where it can be)"
+                if right
+                else "packed rows"
+            )
             raise ValueError(f"no cache can go on from {what}; or pass use_cache=False")
         if use_cache is None:
             use_cache = self.config.use_cache and lasting
@@ -283,42 +360,63 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     def _state(self, cache: Cache, mask: Tensor | None, rows: int, length: int) -> State | None:
         """What a cache holds, as our state; None where nothing was read."""
         kind = LinearAttentionLayer if self.config.fixed_state else DynamicLayer
-        fits = len(cache.layers) == self.config.num_hidden_layers and {type(layer) for layer in cache.layers} == {kind}
-        if kind is DynamicLayer:  # a DynamicCache() makes its layers later; offloaded ones are not at hand
+        fits = len(cache.layers) == self.config.num_hidden_layers and {
+            type(layer) for layer in cache.layers
+        } == {kind}
+        # a DynamicCache() makes its layers later; offloaded ones are not at hand
+        if kind is DynamicLayer:
             fits = (fits or not cache.layers) and not getattr(cache, "offloading", False)
         if not fits:
+            layers = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
             raise ValueError(
                 f"this cache was not made for the model: {type(cache).__name__} of "
-                f"{', '.join(sorted({type(layer).__name__ for layer in cache.layers})) or 'no layers'}; "
+                f"{layers or 'no layers'}; "
                 "make one by DynamicCache(config=model.config)"
             )
         if kind is LinearAttentionLayer:
             if not cache.layers[0].is_recurrent_states_initialized[0]:
                 return None
             # the cache is updated in place, which a backward pass must not see
-            keep: Callable[[Tensor], Tensor] = torch.clone if torch.is_grad_enabled() else lambda part: part
-            layers: list[LayerState] = [(keep(layer.recurrent_states[0]),) for layer in cache.layers]
+            keep: Callable[[Tensor], Tensor] = (
+                torch.clone if torch.is_grad_enabled() else lambda part: part
+            )
+            layers: list[LayerState] = [
+                (keep(layer.recurrent_states[0]),) for layer in cache.layers
+            ]
             return State(layers, keep(cache.layers[0].recurrent_states[1]))
         past = cache.get_seq_length()
         if mask is not None and mask.shape[1] != past + length:
-            raise ValueError(f"attention_mask has {mask.shape[1]} columns for {past} tokens read and {length} to read")
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns for {past} tokens read and {length} "
+                "to read"
+            )
         if not past:
             return None
         device = cache.layers[0].keys.device
-        seen = torch.full((rows,), past, device=device) if mask is None else mask[:, :past].to(device).sum(1)
-        return State([(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers], seen)
+        seen = (
+            torch.full((rows,), past, device=device)
+            if mask is None
+            else mask[:, :past].to(device).sum(1)
+        )
+        return State(
+            [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers],
+            seen,
+        )
 
     def _remember(self, cache: Cache, state: State, length: int) -> None:
-        """Put the state after `length` more tokens into the cache. Raises ValueError for what it has no place for."""
+        """Put the state after `length` more tokens into the cache. Raises ValueError for what it
+        has no place for."""
         for number, parts in enumerate(state.layers):
             if len(parts) != (1 if self.config.fixed_state else 2):
                 raise ValueError(
-                    f"mixer {self.config.mixer} keeps {len(parts)} tensors a layer, for which transformers' cache has "
+                    f"mixer {self.config.mixer} keeps {len(parts)} tensors a layer, for which "
+                    "transformers' cache has "
                     "no place; transnormer.generate writes with any mixer"
                 )
             if self.config.fixed_state:
                 cache.update_recurrent_state(parts[0].detach(), number)
-                cache.layers[number].device = parts[0].device  # transformers sets it for convolutions alone
+                # transformers sets it for convolutions alone
+                cache.layers[number].device = parts[0].device
                 continue
             # ours are right-aligned over the longest row; theirs have a place for each column read
             new = [part[:, -length:].detach() for part in parts]
@@ -331,7 +429,8 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
 
     @property
     def _is_stateful(self) -> bool:
-        """Whether what was read cannot be taken back: then transformers refuses assisted decoding."""
+        """Whether what was read cannot be taken back: then transformers refuses assisted
+        decoding."""
         return self.config.fixed_state
 
     def prepare_inputs_for_generation(
@@ -341,25 +440,41 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' own; of a text whose beginning the given cache has read, it passes on the rest.
+        """transformers' own; of a text whose beginning the given cache has read, it passes on the
+        rest.
 
-        It does so itself for layers that know their length. By this signature it also knows what `generate` takes:
-        inputs_embeds and, for kwargs, whatever `forward` does.
-        """
-        cache, places = kwargs.get("cache", kwargs.get("past_key_values")), kwargs.get("position_ids")
-        if self.config.fixed_state and next_sequence_length is None and cache is not None and places is not None:
+        It does so itself for layers that know their length. By this signature it also knows what
+        `generate` takes: inputs_embeds and, for kwargs, whatever `forward` does."""
+        cache, places = (
+            kwargs.get("cache", kwargs.get("past_key_values")),
+            kwargs.get("position_ids"),
+        )
+        if (
+            self.config.fixed_state
+            and next_sequence_length is None
+            and cache is not None
+            and places is not None
+        ):
             state = self._state(cache, None, len(input_ids), input_ids.shape[1])
             if state is not None and places.shape[1] == input_ids.shape[1]:
                 row = int(state.seen.argmax())  # one that is not padding as far as was read
                 next_sequence_length = int(places[row, -1]) + 1 - int(state.seen[row])
                 if next_sequence_length < 1:
-                    raise ValueError(f"the cache has read {int(state.seen[row])} tokens: nothing is left to read")
+                    raise ValueError(
+                        f"the cache has read {int(state.seen[row])} tokens: nothing is left to read"
+                    )
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """transformers' own, but a row of padding alone stands before its first place: what it writes begins at 0."""
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """transformers' own, but a row of padding alone stands before its first place: what it
+        writes begins at 0."""
         places: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         if mask is None or places.shape != mask.shape:
@@ -368,19 +483,31 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         if not bool(real.all()):
             rows = (~real).flatten().nonzero().flatten().tolist()
             warnings.warn(
-                f"rows {rows} are padding alone, so that their first token is drawn from equal logits; begin a text "
+                f"rows {rows} are padding alone, so that their first token is drawn from equal "
+                "logits; begin a text "
                 "with the token that begins or ends texts",
                 stacklevel=2,
             )
         return places.where(real, -1)
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        **options: Any,
+    ) -> Any:
         if generation_config.is_assistant and self._is_stateful:
-            raise ValueError(f"{type(self).__name__} cannot assist: its state cannot be rolled back")
+            raise ValueError(
+                f"{type(self).__name__} cannot assist: its state cannot be rolled back"
+            )
         if self.config.fixed_state and "past_key_values" in model_kwargs:
-            # before 5.24, transformers asks a cache of this name for its length, which linear layers do not know
+            # before 5.24, transformers asks a cache of this name for its length, which linear
+            # layers do not know
             cache = model_kwargs["past_key_values"]
-            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
+            model_kwargs = {
+                name: value for name, value in model_kwargs.items() if name != "past_key_values"
+            }
             model_kwargs["cache"] = cache
         return super()._prefill(input_ids, generation_config, model_kwargs, **options)
 
@@ -402,8 +529,8 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     ) -> Any:
         """transformers' own, but strict: every weight comes from the files.
 
-        Raises ValueError, naming the tensor, where one is missing, unknown, of another shape or not finite.
-        """
+        Raises ValueError, naming the tensor, where one is missing, unknown, of another shape or not
+        finite."""
         model, info = super(LanguageModel, cls).from_pretrained(
             source, *inputs, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -411,10 +538,13 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
         if not ignore_mismatched_sizes:
             problems += [
-                f"{name} is {list(stored)}, not {list(wanted)}" for name, stored, wanted in info["mismatched_keys"]
+                f"{name} is {list(stored)}, not {list(wanted)}"
+                for name, stored, wanted in info["mismatched_keys"]
             ]
         if model.config.tie_word_embeddings and "lm_head.weight" not in model.all_tied_weights_keys:
-            problems.append("lm_head.weight differs from embed_tokens.weight, which the config ties to it")
+            problems.append(
+                "lm_head.weight differs from embed_tokens.weight, which the config ties to it"
+            )
         problems += [
             f"{name} holds NaN or infinity"
             for name, tensor in model.named_parameters()
@@ -422,33 +552,39 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         ]
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(f"{source}: the weights do not fit the config: {'; '.join(problems[:4])}{more}")
+            raise ValueError(
+                f"{source}: the weights do not fit the config: {'; '.join(problems[:4])}{more}"
+            )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:
-        """transformers' own, with a model card where the folder has none. `transnormer.load` reads it, shards too."""
+        """transformers' own, with a model card where the folder has none. `transnormer.load` reads
+        it, shards too."""
         folder = Path(save_directory)
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_card(folder, self.config.own(), self.parameter_count())
             (folder / FINGERPRINT).unlink(missing_ok=True)
-        PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
+        PreTrainedModel.save_pretrained(
+            self, save_directory, is_main_process=is_main_process, **options
+        )
 
 
 class TransNormerTokenizer(PreTrainedTokenizerFast):
     """tokenizer.json as it is. Padding goes to the left, where generation needs it.
 
-    What begins, ends and pads texts is what tokenizer_config.json says, else config.json, else the end-of-text token.
-    """
+    What begins, ends and pads texts is what tokenizer_config.json says, else config.json, else the
+    end-of-text token."""
 
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *inputs: Any, **options: Any) -> Any:
-        # Not in an __init__: a class that has one gets its tokenizer rebuilt by transformers, without the merges.
+        # Not in an __init__: a class that has one gets its tokenizer rebuilt by transformers,
+        # without the merges.
         tokenizer = super().from_pretrained(source, *inputs, **options)
         try:
             place = {name: options[name] for name in PLACE_OPTIONS if name in options}
@@ -456,7 +592,11 @@ class TransNormerTokenizer(PreTrainedTokenizerFast):
         except OSError:  # a tokenizer alone
             config = {}
         ids = {name: config.get(f"{name}_id") for name in ("eos_token", "bos_token", "pad_token")}
-        end = end_of_text_id(tokenizer.backend_tokenizer) if ids["eos_token"] is None else ids["eos_token"]
+        end = (
+            end_of_text_id(tokenizer.backend_tokenizer)
+            if ids["eos_token"] is None
+            else ids["eos_token"]
+        )
         for name, number in ids.items():
             number = end if number is None else number
             if getattr(tokenizer, name) is None and number is not None and number < len(tokenizer):
@@ -467,29 +607,37 @@ class TransNormerTokenizer(PreTrainedTokenizerFast):
 def _padding(mask: Tensor, length: int) -> tuple[Tensor | None, bool]:
     """Read the padding of the last `length` columns of a mask.
 
-    Returns ([B] how many columns at the left of each row are padding, or None where none is; whether any column at the
-    right is). Raises ValueError for padding between tokens.
-    """
+    Returns ([B] how many columns at the left of each row are padding, or None where none is;
+    whether any column at the right is). Raises ValueError for padding between tokens."""
     if mask.dim() != 2 or mask.shape[1] < length:
-        raise ValueError(f"attention_mask must be [B, T] with T at least {length}; got {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be [B, T] with T at least {length}; got {list(mask.shape)}"
+        )
     real = mask[:, -length:].bool()
     if bool(real.all()):
         return None, False
     count, first = real.sum(1), real.int().argmax(1)
     last = length - real.flip(1).int().argmax(1)
-    first, last = first.where(count > 0, length), last.where(count > 0, length)  # a row of padding alone
+    # a row of padding alone
+    first, last = first.where(count > 0, length), last.where(count > 0, length)
     if bool((last - first != count).any()):
         raise ValueError("attention_mask has a hole: padding between the tokens of a row")
     return (first if bool(first.any()) else None), bool((last < length).any())
 
 
 def _packed(
-    position_ids: Tensor, seen: Tensor | None, pad: Tensor | None, real: Tensor | None, rows: int, length: int
+    position_ids: Tensor,
+    seen: Tensor | None,
+    pad: Tensor | None,
+    real: Tensor | None,
+    rows: int,
+    length: int,
 ) -> Tensor | None:
-    """Where the sequences that position_ids [B or 1, T] pack into one row begin and end; None for one sequence a row.
+    """Where the sequences that position_ids [B or 1, T] pack into one row begin and end; None for
+    one sequence a row.
 
-    real: [B, T] bool or None: whose places count. Raises ValueError for places that do not follow from what was read.
-    """
+    real: [B, T] bool or None: whose places count. Raises ValueError for places that do not follow
+    from what was read."""
     start = torch.zeros(rows, dtype=torch.int64, device=position_ids.device)
     start = start if seen is None else start + seen
     places = torch.arange(length, device=position_ids.device)
@@ -503,7 +651,8 @@ def _packed(
     if whole and torch.equal(position_ids[0], places - begins.repeat_interleave(bounds.diff())):
         return bounds
     raise ValueError(
-        f"position_ids must go on from the tokens read ({start.tolist()}) one by one, or begin again at 0 where "
+        f"position_ids must go on from the tokens read ({start.tolist()}) one by one, or begin "
+        "again at 0 where "
         "sequences are packed in one row"
     )
 

@@ -39,8 +39,8 @@ END_KEY = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
 class Conversation:
     """Turns with a model on one state, whose size does not grow.
 
-    With a template the model reads and writes turns as in training. Without one it goes on from each
-    line of the user's up to `stop`, by default an empty line.
+    With a template the model reads and writes turns as in training. Without one it goes on from
+    each line of the user's up to `stop`, by default an empty line.
 
     messages: what was said so far; ends: the strings at which answers end.
     Raises ValueError where the model has no tokenizer.
@@ -144,7 +144,9 @@ class Conversation:
         names the file where it holds none."""
         messages, *more = map(json.loads, conversations([path], "messages"))
         if more or messages[-1]["role"] != "assistant":
-            raise ValueError(f"{path}: must hold one conversation, which ends with the assistant's turn")
+            raise ValueError(
+                f"{path}: must hold one conversation, which ends with the assistant's turn"
+            )
         session = Session(self.model)
         if self.template is None:
             text = "".join(message["content"] + "\n" for message in messages)
@@ -226,7 +228,8 @@ def _greet(conversation: Conversation, name: str) -> None:
 def _lines(interactive: bool) -> Iterator[str]:
     """What the user says, line by line, without empty lines."""
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that a wrong byte spoils its line alone
+        # so that a wrong byte spoils its line alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = input("> ")
@@ -241,14 +244,17 @@ def _lines(interactive: bool) -> Iterator[str]:
         try:
             line.encode()
         except UnicodeEncodeError as error:
-            _say(f"error: this line is not UTF-8 at its character {error.start + 1}: write it again")
+            _say(
+                f"error: this line is not UTF-8 at its character {error.start + 1}: write it again"
+            )
             continue
         if line.strip():
             yield line
 
 
 def _obey(conversation: Conversation, line: str) -> str:
-    """Do what a command says; returns what to tell of it. Raises ValueError for one that is unknown."""
+    """Do what a command says; returns what to tell of it. Raises ValueError for one that is
+    unknown."""
     command, _, argument = (part.strip() for part in line.partition(" "))
     if command in ("/save", "/load") and not argument:
         raise ValueError(f"{command} needs the name of a file")
@@ -278,7 +284,8 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _on_ctrl_c(ask: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `ask`. A second one raises KeyboardInterrupt, in case the first is not obeyed."""
+    """Ctrl-C calls `ask`. A second one raises KeyboardInterrupt, in case the first is not
+    obeyed."""
 
     def first(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,5 @@
-"""Reading and writing text with a model: prefill in pieces, then token by token from the state alone."""
+"""Reading and writing text with a model: prefill in pieces, then token by token from the state
+alone."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Progress = Callable[[int, int], None]  # (tokens read, tokens to read in all)
 
 
 class Session:
-    """One text being read and written. It remembers the state, and the last token where the state has not read it yet.
+    """One text being read and written. It remembers the state, and the last token where the state
+    has not read it yet.
 
     Time and memory of a token do not depend on how long the text is (with a linear mixer).
     """
@@ -57,12 +59,13 @@ class Session:
             if progress is not None:
                 progress(min(stop, len(ids)), len(ids))
 
-    def write(self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None) -> Iterator[int]:
+    def write(
+        self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None
+    ) -> Iterator[int]:
         """Draw tokens, at most max_tokens, until `end` (which is read but not given).
 
-        Raises ValueError at once for a negative max_tokens, and while drawing where nothing was read
-        yet or the logits are not finite.
-        """
+        Raises ValueError at once for a negative max_tokens, and while drawing where nothing was
+        read yet or the logits are not finite."""
         if max_tokens < 0:
             raise ValueError(f"max_tokens = {max_tokens}, but must be 0 or more")
         return self._write(max_tokens, sampling or Sampling(), end)
@@ -83,7 +86,8 @@ class Session:
 
 
 def end_token(model: LanguageModel) -> int | None:
-    """The id at which the model ends what it writes: the config's, else the tokenizer's, or None."""
+    """The id at which the model ends what it writes: the config's, else the tokenizer's, or
+    None."""
     if model.config.eos_token_id is not None or model.tokenizer is None:
         return model.config.eos_token_id
     return end_of_text_id(model.tokenizer)

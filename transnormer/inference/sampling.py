@@ -43,11 +43,12 @@ class Sampling:
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Draw a token for every row: logits [B, vocab] -> [B] int64.
 
-    Raises ValueError where the logits are not finite, however tokens are drawn, because the largest of
-    them is then no choice of the model's.
-    """
+    Raises ValueError where the logits are not finite, however tokens are drawn, because the largest
+    of them is then no choice of the model's."""
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or its dtype is too narrow")
+        raise ValueError(
+            "the model's logits are not finite: its weights are damaged, or its dtype is too narrow"
+        )
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
@@ -58,6 +59,9 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     if sampling.top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens; the first is always kept
-        logits = logits.masked_fill((before >= sampling.top_p).scatter(-1, index, before >= sampling.top_p), -torch.inf)
+        # of all likelier tokens; the first is always kept
+        before = probabilities.cumsum(-1) - probabilities
+        logits = logits.masked_fill(
+            (before >= sampling.top_p).scatter(-1, index, before >= sampling.top_p), -torch.inf
+        )
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -25,10 +25,9 @@ class Decoder:
     A character is given once its last byte is there. The pieces of `step` and of `end`, joined, are
     the text of all tokens, whatever they are and wherever they stop. Special tokens have no text.
 
-    Bytes that are not UTF-8 become U+FFFD. With byte-level BPE it is `tokenizer.decode`'s U+FFFD, one
-    for each character that was begun. With byte tokens (<0xE6>) it is SentencePiece's, one for each
-    byte; `tokenizer.decode` would also lose the valid characters beside them.
-    """
+    Bytes that are not UTF-8 become U+FFFD. With byte-level BPE it is `tokenizer.decode`'s U+FFFD,
+    one for each character that was begun. With byte tokens (<0xE6>) it is SentencePiece's, one for
+    each byte; `tokenizer.decode` would also lose the valid characters beside them."""
 
     def __init__(self, tokenizer: Tokenizer, read: Sequence[int] = ()):
         """read: the tokens before the first. Their text is not given; where they end inside a
@@ -105,14 +104,18 @@ def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
     def kinds(decoder: dict[str, Any]) -> set[str]:
         return {decoder["type"]}.union(*(kinds(each) for each in decoder.get("decoders", [])))
 
-    return set() if tokenizer.decoder is None else kinds(json.loads(tokenizer.decoder.__getstate__()))
+    return (
+        set() if tokenizer.decoder is None else kinds(json.loads(tokenizer.decoder.__getstate__()))
+    )
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     """The strings at which a text ends, one or several. Raises ValueError for an empty one."""
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in strings:
-        raise ValueError("stop: an empty string would end every text before its first letter; leave it out")
+        raise ValueError(
+            "stop: an empty string would end every text before its first letter; leave it out"
+        )
     return strings
 
 
@@ -124,7 +127,9 @@ def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
-        found = [(start + len(string), start) for string in stop if (start := held.find(string)) >= 0]
+        found = [
+            (start + len(string), start) for string in stop if (start := held.find(string)) >= 0
+        ]
         if found:
             _, start = min(found)
             if start:
@@ -140,4 +145,6 @@ def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 def _overlap(text: str, string: str) -> int:
     """Length of the longest end of `text` that begins `string`."""
-    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0
+    )

@@ -17,24 +17,33 @@ def write_card(folder: Path, config: ModelConfig, parameters: int) -> None:
 
 
 def model_card(config: ModelConfig, parameters: int) -> str:
-    """Markdown with the front matter that model hubs read. The licence, languages and data are its author's to add."""
+    """Markdown with the front matter that model hubs read. The licence, languages and data are its
+    author's to add."""
     linear = config.mixer == "gla"
-    kinds = {"gla": "a language model with linear attention", "softmax": "a Transformer language model, a baseline"}
+    kinds = {
+        "gla": "a language model with linear attention",
+        "softmax": "a Transformer language model, a baseline",
+    }
     kind = kinds.get(config.mixer, f"a language model with the mixer {config.mixer}")
     memory = "does not grow with the text" if config.fixed_state else "grows with every token"
     layers = {"first": "in the first layer", "all": "in every layer"}
     where = ""
     if POSITIONS[config.position] is not None:
         known = isinstance(config.position_layers, str)
-        where = f" {layers[str(config.position_layers)]}" if known else f" in layers {list(config.position_layers)}"
+        where = (
+            f" {layers[str(config.position_layers)]}"
+            if known
+            else f" in layers {list(config.position_layers)}"
+        )
     tags = ["transnormer", *(["linear-attention"] if linear else [])]
+    tied = "tied" if config.tie_word_embeddings else "untied"
     facts = {
         "parameters": f"{parameters:,}",
         "layers": config.num_hidden_layers,
         "width": f"{config.hidden_size:,}",
         "heads": f"{config.num_attention_heads} of {config.head_dim}",
         "inner width": f"{config.intermediate_size:,} ({config.glu})",
-        "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'untied'}",
+        "vocabulary": f"{config.vocab_size:,}, {tied}",
         "token mixer": config.mixer,
         "positions": f"{config.position}{where}",
         "decay": config.decay,

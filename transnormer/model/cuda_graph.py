@@ -1,9 +1,10 @@
-"""The forward and backward pass of a microbatch recorded as one CUDA graph, which the host replays with a single call.
+"""The forward and backward pass of a microbatch recorded as one CUDA graph, which the host replays
+with a single call.
 
-Small models are launch-bound: the GPU finishes a kernel before the host has queued the next one. On a mesh whose ranks
-wait for each other in every block, all of them wait for the slowest host. A graph reads and writes the same addresses in
-every replay. Therefore it keeps the memory of both passes as long as it exists, and all microbatches must have one shape.
-"""
+Small models are launch-bound: the GPU finishes a kernel before the host has queued the next one. On
+a mesh whose ranks wait for each other in every block, all of them wait for the slowest host. A
+graph reads and writes the same addresses in every replay. Therefore it keeps the memory of both
+passes as long as it exists, and all microbatches must have one shape."""
 
 from __future__ import annotations
 
@@ -15,22 +16,25 @@ from torch import Tensor, nn
 
 from ..model.layers import local
 
-WARM = 2  # calls before the recording, in which kernels are compiled and tuned and processes connect
+# calls before the recording, in which kernels are compiled and tuned and processes connect
+WARM = 2
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream to record on. There is one a device, because cuBLAS keeps memory for every stream that it has seen."""
+    """The stream to record on. There is one a device, because cuBLAS keeps memory for every stream
+    that it has seen."""
     return torch.cuda.Stream(device)
 
 
 class Graph:
-    """Records `compute(*inputs)` once and then replays it. All ranks of a mesh must call it equally often.
+    """Records `compute(*inputs)` once and then replays it. All ranks of a mesh must call it equally
+    often.
 
-    compute: leaves gradients in the model's parameters and returns the loss, a scalar. It must not read a tensor's value
-        on the host. inputs: tensors on the GPU.
-    adds: whether gradients add up until they are set to None. Otherwise each call replaces the gradients of the call
-        before it, which saves a pass over them.
+    compute: leaves gradients in the model's parameters and returns the loss, a scalar. It must not
+        read a tensor's value on the host. inputs: tensors on the GPU.
+    adds: whether gradients add up until they are set to None. Otherwise each call replaces the
+        gradients of the call before it, which saves a pass over them.
     """
 
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor], *, adds: bool):
@@ -44,13 +48,17 @@ class Graph:
         return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Returns the loss, in memory that the next call overwrites. Raises ValueError where an input's shape is new."""
+        """Returns the loss, in memory that the next call overwrites. Raises ValueError where an
+        input's shape is new."""
         if self._graph is None:
             self.record(*inputs)
         assert self._graph is not None
         for recorded, x in zip(self._inputs, inputs, strict=True):
             if x.shape != recorded.shape:
-                raise ValueError(f"an input of shape {tuple(x.shape)}, where {tuple(recorded.shape)} was recorded")
+                raise ValueError(
+                    f"an input of shape {tuple(x.shape)}, where {tuple(recorded.shape)} was "
+                    "recorded"
+                )
             recorded.copy_(x, non_blocking=True)
         if self._adds and self._gradients[0][0].grad is None:
             torch._foreach_zero_([local(gradient) for _, gradient in self._gradients])
@@ -62,11 +70,13 @@ class Graph:
     def record(self, *inputs: Tensor) -> None:
         """Call `compute` a few times, then record one more call. No gradients are left afterwards.
 
-        Raises OutOfMemoryError where the memory does not suffice, and ValueError with the reason where `compute` cannot be
-        recorded for another one. The process should then end.
-        """
+        Raises OutOfMemoryError where the memory does not suffice, and ValueError with the reason
+        where `compute` cannot be recorded for another one. The process should then end."""
         self._inputs = [x.clone() for x in inputs]
-        device, parameters = inputs[0].device, [p for p in self._model.parameters() if p.requires_grad]
+        device, parameters = (
+            inputs[0].device,
+            [p for p in self._model.parameters() if p.requires_grad],
+        )
         drawn = torch.cuda.get_rng_state(device)
         aside = _stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
@@ -82,7 +92,8 @@ class Graph:
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 self._loss = self._compute(*self._inputs)
         except RuntimeError as error:
-            cause = error.__context__ or error  # ending the recording fails as well, with an error that gives no reason
+            # ending the recording fails as well, with an error that gives no reason
+            cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise ValueError(str(cause).splitlines()[0]) from cause

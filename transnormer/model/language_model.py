@@ -1,4 +1,5 @@
-"""The language model: embedding, blocks, norm, head. TransNormerLLM and the softmax baseline are one class."""
+"""The language model: embedding, blocks, norm, head. TransNormerLLM and the softmax baseline are
+one class."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Block(nn.Module):
         self.glu_norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.glu = GLUS[config.glu](config)
 
-    def forward(self, x: Tensor, state: LayerState | None, tokens: TokenPositions) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, tokens: TokenPositions
+    ) -> tuple[Tensor, LayerState]:
         mixed, state = self.mixer(self.mixer_norm(x), state, tokens)
         x, normed = added(self.glu_norm, x, mixed)
         return x + self.glu(normed), state
@@ -41,9 +44,9 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A causal language model built from a `ModelConfig`. B rows, T tokens, D model width.
 
-    One forward serves every use: a whole text, a piece of one, one token, packed sequences, left-padded rows. The
-    state of what came before is an argument and a result; nothing is remembered on the module.
-    """
+    One forward serves every use: a whole text, a piece of one, one token, packed sequences,
+    left-padded rows. The state of what came before is an argument and a result; nothing is
+    remembered on the module."""
 
     tokenizer: Any = None  # set by `transnormer.load` where the folder has one
     block: type[Block] = Block  # what the layers are; hub/hf.py puts its own here
@@ -58,12 +61,18 @@ class LanguageModel(nn.Module):
     def build(self, config: ModelConfig) -> None:
         """Make the submodules, their weights not yet initialised."""
         # a token that pads and also begins or ends texts is learned like any other
-        pad = None if config.pad_token_id in (config.bos_token_id, config.eos_token_id) else config.pad_token_id
+        pad = (
+            None
+            if config.pad_token_id in (config.bos_token_id, config.eos_token_id)
+            else config.pad_token_id
+        )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         self.embed_positions = None
         if config.position == "ape":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            self.block(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -77,7 +86,8 @@ class LanguageModel(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     def share_rows(self, group: ProcessGroup) -> None:
-        """From here on, rank r of a group of R ranks is given the r-th slice, T tokens, of each row of R T tokens."""
+        """From here on, rank r of a group of R ranks is given the r-th slice, T tokens, of each row
+        of R T tokens."""
         self.context = Context.of(group)
         for block in self.blocks():
             block.mixer.context = self.context
@@ -88,12 +98,18 @@ class LanguageModel(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
-        self, ids: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None, pad: Tensor | None = None
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        pad: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Logits of the next token after each of ids.
 
         ids: [B, T] int64. state: what the rows have read before, or None.
-        cu_seqlens: [N + 1] integers from 0 to T: the one row (B = 1) holds N sequences, each with its own state row.
+        cu_seqlens: [N + 1] integers from 0 to T: the one row (B = 1) holds N sequences, each with
+            its own state row.
         pad: [B] integers: how many tokens at the left of each row are padding, to be passed over.
         Returns (logits [B, T, vocab], state after the last token); logits at padding mean nothing.
         Raises ValueError where the shapes do not fit.
@@ -118,10 +134,13 @@ class LanguageModel(nn.Module):
         self._check(ids, state, cu_seqlens, pad)
         if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             state = state.value()
-        if pad is not None and len(ids):  # without padding, rows of unequal length are packed sequences
+        # without padding, rows of unequal length are packed sequences
+        if pad is not None and len(ids):
             real = _real(ids, pad)
             ends = (ids.shape[1] - pad.to(ids.device)).cumsum(0)
-            packed, state = self.hidden(ids[real][None], state, cu_seqlens=F.pad(ends, (1, 0)), inputs=inputs)
+            packed, state = self.hidden(
+                ids[real][None], state, cu_seqlens=F.pad(ends, (1, 0)), inputs=inputs
+            )
             if inputs is not None:
                 inputs[:] = [_unpack(x, real) for x in inputs]
             return _unpack(packed, real), state
@@ -129,7 +148,9 @@ class LanguageModel(nn.Module):
         x = self.embed_tokens(ids) if ids.dim() == 2 else ids
         first = 0 if self.context is None else self.context.rank * ids.shape[1]
         positions = _positions(ids, seen, cu_seqlens, first)
-        tokens = TokenPositions(positions, seen, cu_seqlens, rotation(self.config, positions, x.dtype))
+        tokens = TokenPositions(
+            positions, seen, cu_seqlens, rotation(self.config, positions, x.dtype)
+        )
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         if self.embed_positions is not None:
@@ -164,7 +185,8 @@ class LanguageModel(nn.Module):
         pad: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """Cross entropy in nats of targets [B, T] (-100: does not count; padding never does), logits in slices.
+        """Cross entropy in nats of targets [B, T] (-100: does not count; padding never does),
+        logits in slices.
 
         reduction: "mean", "sum" or "none"; other arguments as in `forward`.
         """
@@ -173,29 +195,46 @@ class LanguageModel(nn.Module):
             targets = targets.masked_fill(~_real(ids, pad), -100)
         return linear_cross_entropy(x, self.head_weight, targets, reduction=reduction)
 
-    def _check(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None, pad: Tensor | None) -> None:
+    def _check(
+        self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None, pad: Tensor | None
+    ) -> None:
         if ids.dim() != (3 if ids.is_floating_point() else 2):
-            raise ValueError(f"ids must be [B, T] integers or [B, T, D] vectors; got {list(ids.shape)} {ids.dtype}")
+            raise ValueError(
+                f"ids must be [B, T] integers or [B, T, D] vectors; got {list(ids.shape)} "
+                f"{ids.dtype}"
+            )
         rows = ids.shape[0]
         if cu_seqlens is not None:
             if pad is not None:
-                raise ValueError("cu_seqlens and pad exclude each other: packed sequences have no padding")
+                raise ValueError(
+                    "cu_seqlens and pad exclude each other: packed sequences have no padding"
+                )
             if rows != 1:
                 raise ValueError(f"cu_seqlens needs one row of packed sequences; got {rows} rows")
             if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-                raise ValueError(f"cu_seqlens must be [N + 1], N at least 1; got {list(cu_seqlens.shape)}")
+                raise ValueError(
+                    f"cu_seqlens must be [N + 1], N at least 1; got {list(cu_seqlens.shape)}"
+                )
             rows = len(cu_seqlens) - 1
             if cu_seqlens.device.type == "cpu":  # on a GPU a look would wait for it
-                bounds, length = cu_seqlens.tolist(), ids.shape[1] * (self.context.ranks if self.context else 1)
+                bounds, length = (
+                    cu_seqlens.tolist(),
+                    ids.shape[1] * (self.context.ranks if self.context else 1),
+                )
                 if bounds[:1] != [0] or bounds[-1:] != [length] or bounds != sorted(bounds):
                     raise ValueError(f"cu_seqlens must rise from 0 to T = {length}; got {bounds}")
-        if pad is not None and pad.device.type == "cpu" and not all(0 <= n <= ids.shape[1] for n in pad.tolist()):
+        if (
+            pad is not None
+            and pad.device.type == "cpu"
+            and not all(0 <= n <= ids.shape[1] for n in pad.tolist())
+        ):
             raise ValueError(f"pad must be from 0 to T = {ids.shape[1]}; got {pad.tolist()}")
         if pad is not None and pad.shape != (rows,):
             raise ValueError(f"pad must be [{rows}], one count a row; got {list(pad.shape)}")
         if state is not None and len(state.layers) != len(self.layers):
             raise ValueError(
-                f"the state is of a model with {len(state.layers)} layers, this one has {len(self.layers)}"
+                f"the state is of a model with {len(state.layers)} layers, this one has "
+                f"{len(self.layers)}"
             )
         if state is not None and len(state.seen) != rows:
             raise ValueError(f"the state holds {len(state.seen)} rows, the call {rows}")
@@ -205,18 +244,20 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seq_len: int, chunk: int = 128) -> float:
-        """Floating-point operations of training one token, forward and backward (three times forward).
+        """Floating-point operations of training one token, forward and backward (three times
+        forward).
 
-        Matrix products only, look-ups not counted: 6 for every weight that multiplies a token, and the mixer's own:
-        linear attention in chunks of `chunk` tokens, softmax attention over half of seq_len on average.
-        """
+        Matrix products only, look-ups not counted: 6 for every weight that multiplies a token, and
+        the mixer's own: linear attention in chunks of `chunk` tokens, softmax attention over half
+        of seq_len on average."""
         tables = self.embed_positions.weight.numel() if self.embed_positions is not None else 0
         tables += self.embed_tokens.weight.numel() if self.lm_head is not None else 0
         mixers = sum(block.mixer.flops_per_token(seq_len, chunk) for block in self.blocks())
         return 6.0 * (self.parameter_count() - tables) + 3 * mixers
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, where there is one, tokenizer.json; each whole or not at all.
+        """Write config.json, model.safetensors and, where there is one, tokenizer.json; each whole
+        or not at all.
 
         A model card, README.md, is written where the folder has none.
         """
@@ -227,21 +268,29 @@ class LanguageModel(nn.Module):
         write_tensors(folder / WEIGHTS, self.state_dict(), {"format": "pt"})
         if self.tokenizer is not None:
             write_text(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
-        write_text(folder / "config.json", self.config.to_json())  # last: a folder without it is not a model
+        # last: a folder without it is not a model
+        write_text(folder / "config.json", self.config.to_json())
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> LanguageModel:
-        """Read a folder that `save_pretrained` wrote (for every other kind there is `transnormer.load`).
+        """Read a folder that `save_pretrained` wrote (for every other kind there is
+        `transnormer.load`).
 
-        The weights may also lie in shards, as transformers writes them: model.safetensors.index.json names each.
-        dtype: of the weights in memory; None keeps the stored one.
-        Raises ValueError or OSError naming the file, and every tensor that is missing, unknown or of another shape.
-        """
+        The weights may also lie in shards, as transformers writes them:
+        model.safetensors.index.json names each.
+        dtype: of the weights in memory; None keeps the stored one. Raises ValueError or OSError
+        naming the file, and every tensor that is missing, unknown or of another shape."""
         folder = Path(folder)
         config = ModelConfig.from_json(folder / "config.json")
-        return cls.from_tensors(config, read_weights(folder), folder / WEIGHTS, device=device, dtype=dtype)
+        return cls.from_tensors(
+            config, read_weights(folder), folder / WEIGHTS, device=device, dtype=dtype
+        )
 
     @classmethod
     def from_tensors(
@@ -253,7 +302,8 @@ class LanguageModel(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> LanguageModel:
-        """A model with exactly these weights; `source` is named in errors. Raises ValueError where they do not fit."""
+        """A model with exactly these weights; `source` is named in errors. Raises ValueError where
+        they do not fit."""
         with torch.device("meta"):
             model = cls(config)
         wanted = model.state_dict()
@@ -274,19 +324,23 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: LanguageModel, seed: int | None = None) -> None:
-    """Normal weights of `initializer_range`, zero biases and pad row, norms at one, LRPE geometric: as published.
+    """Normal weights of `initializer_range`, zero biases and pad row, norms at one, LRPE geometric:
+    as published.
 
-    seed: None draws one from torch's generator. Each tensor has a generator of its own, seeded by its name, so that
-    its values do not depend on what else is initialised, or where.
-    """
+    seed: None draws one from torch's generator. Each tensor has a generator of its own, seeded by
+    its name, so that its values do not depend on what else is initialised, or where."""
     if model.device.type == "meta":
         return
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            generator = torch.Generator(module.weight.device).manual_seed(seed ^ zlib.crc32(name.encode()))
-            values = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=module.weight.device)
+            generator = torch.Generator(module.weight.device).manual_seed(
+                seed ^ zlib.crc32(name.encode())
+            )
+            values = torch.empty(
+                module.weight.shape, dtype=module.weight.dtype, device=module.weight.device
+            )
             values.normal_(0.0, model.config.initializer_range, generator=generator)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 values[module.padding_idx].zero_()
@@ -298,7 +352,8 @@ def init_weights(model: LanguageModel, seed: int | None = None) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the GPU where there is one. ValueError for one that cannot be used here."""
+    """The device of this name; "auto" is the GPU where there is one. ValueError for one that cannot
+    be used here."""
     cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "cpu")
@@ -322,7 +377,8 @@ def _unpack(packed: Tensor, real: Tensor) -> Tensor:
 
 
 def _positions(ids: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None, first: int) -> Tensor:
-    """Each token's place in its own sequence: [T] where all rows agree, else [B, T]; int64. ids: from `first` on."""
+    """Each token's place in its own sequence: [T] where all rows agree, else [B, T]; int64. ids:
+    from `first` on."""
     places = torch.arange(first, first + ids.shape[1], device=ids.device)
     if cu_seqlens is None:
         return places if seen is None else seen[:, None] + places

@@ -1,4 +1,5 @@
-"""The parts of a block besides the token mixer: norms, activations, positions, gated linear units; a table per kind."""
+"""The parts of a block besides the token mixer: norms, activations, positions, gated linear units;
+a table per kind."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ from ..ops.norm import add_rms_norm, simple_rms_norm
 class TokenPositions:
     """Where the tokens of one call stand.
 
-    positions: int64 [T], or [B, T] where rows differ: each token's place in its own sequence, from 0.
-    seen: int64 [B or N]: how many tokens of each row or packed sequence came before this call; None at the start.
+    positions: int64 [T], or [B, T] where rows differ: each token's place in its own sequence, from
+        0.
+    seen: int64 [B or N]: how many tokens of each row or packed sequence came before this call; None
+        at the start.
     cu_seqlens: int64 [N + 1] where one row holds N packed sequences.
-    rotation: cosine and sine of RoPE's angles, [T, 1, K / 2] or [B, T, 1, K / 2]: they are every layer's. None without.
-    """
+    rotation: cosine and sine of RoPE's angles, [T, 1, K / 2] or [B, T, 1, K / 2]: they are every
+    layer's. None without."""
 
     positions: Tensor
     seen: Tensor | None = None
@@ -31,13 +34,20 @@ class TokenPositions:
     rotation: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device) -> TokenPositions:
-        seen, bounds = (None if part is None else part.to(device) for part in (self.seen, self.cu_seqlens))
-        rotation = None if self.rotation is None else (self.rotation[0].to(device), self.rotation[1].to(device))
+        seen, bounds = (
+            None if part is None else part.to(device) for part in (self.seen, self.cu_seqlens)
+        )
+        rotation = (
+            None
+            if self.rotation is None
+            else (self.rotation[0].to(device), self.rotation[1].to(device))
+        )
         return TokenPositions(self.positions.to(device), seen, bounds, rotation)
 
 
 class Linear(nn.Linear):
-    """nn.Linear that leaves its weights to `init_weights`: initialising twice doubles the start of a large model."""
+    """nn.Linear that leaves its weights to `init_weights`: initialising twice doubles the start of
+    a large model."""
 
     def reset_parameters(self) -> None:
         pass
@@ -59,7 +69,9 @@ def fill(parameter: Any, values: Tensor) -> None:
     if hasattr(parameter, "placements"):
         from torch.distributed.tensor import distribute_tensor
 
-        values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        values = distribute_tensor(
+            values, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
     parameter.copy_(values)
 
 
@@ -67,7 +79,8 @@ def fill(parameter: Any, values: Tensor) -> None:
 
 
 class SimpleRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps): no parameters (paper equation 14). With what stands around it, `gated` and `added`."""
+    """x / sqrt(mean(x^2) + eps): no parameters (paper equation 14). With what stands around it,
+    `gated` and `added`."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -78,7 +91,8 @@ class SimpleRMSNorm(nn.Module):
 
 
 def gated(norm: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
-    """norm(x) * gate, in one kernel where there is one. x: [..., H V]; gate: [..., H, V] or like x, or None."""
+    """norm(x) * gate, in one kernel where there is one. x: [..., H V]; gate: [..., H, V] or like x,
+    or None."""
     if isinstance(norm, SimpleRMSNorm):
         return simple_rms_norm(x, norm.eps, gate=gate)
     y: Tensor = norm(x)
@@ -105,10 +119,11 @@ def _shifted_exp(x: Tensor) -> Tensor:
 
 
 class LRPE(nn.Module):
-    """Linearized relative position encoding: x -> [x cos(theta t), x sin(theta t)], K -> 2 K (paper equation 9).
+    """Linearized relative position encoding: x -> [x cos(theta t), x sin(theta t)], K -> 2 K (paper
+    equation 9).
 
-    Then q_t . k_s = sum_j q_j k_j cos(theta_j (t - s)). theta [H, K] is learned; it starts geometric over all heads.
-    """
+    Then q_t . k_s = sum_j q_j k_j cos(theta_j (t - s)). theta [H, K] is learned; it starts
+    geometric over all heads."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -116,10 +131,17 @@ class LRPE(nn.Module):
 
     def reset_parameters(self) -> None:
         """theta_j = 10000^(-2j / (H K)), j over the whole width: the published initial values."""
-        exponents = torch.arange(self.theta.numel(), dtype=torch.float64, device="cpu") * (-2 / self.theta.numel())
-        fill(self.theta, (10_000**exponents).view(self.theta.shape).to(self.theta.device, self.theta.dtype))
+        exponents = torch.arange(self.theta.numel(), dtype=torch.float64, device="cpu") * (
+            -2 / self.theta.numel()
+        )
+        fill(
+            self.theta,
+            (10_000**exponents).view(self.theta.shape).to(self.theta.device, self.theta.dtype),
+        )
 
-    def forward(self, q: Tensor, k: Tensor, tokens: TokenPositions, swish: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, tokens: TokenPositions, swish: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """swish: of swish(q) and swish(k), in one kernel where there is one."""
         theta = local(self.theta)
         if swish:
@@ -145,11 +167,17 @@ class RoPE(nn.Module):
         return turn(q), turn(k)
 
 
-def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """What `TokenPositions.rotation` holds, in at least float32; None where no layer turns by RoPE."""
+def rotation(
+    config: ModelConfig, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """What `TokenPositions.rotation` holds, in at least float32; None where no layer turns by
+    RoPE."""
     if config.position != "rope":
         return None
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / -config.head_dim
+    exponents = (
+        torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
+        / -config.head_dim
+    )
     turns = angles(positions, config.rope_theta**exponents, dtype).unsqueeze(-2)
     return turns.cos(), turns.sin()
 
@@ -160,7 +188,11 @@ def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tupl
 class SimpleGLU(nn.Module):
     """O = ((X W_v) * (X W_u)) W_o, without activation (paper equation 12). D -> F -> D."""
 
-    SHARDS: ClassVar[dict[str, str]] = {"gate_proj": "columns", "up_proj": "columns", "down_proj": "rows"}
+    SHARDS: ClassVar[dict[str, str]] = {
+        "gate_proj": "columns",
+        "up_proj": "columns",
+        "down_proj": "rows",
+    }
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -195,8 +227,10 @@ class MLP(nn.Module):
 
 
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
-    "srmsnorm": SimpleRMSNorm, "rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm,
-}  # fmt: skip
+    "srmsnorm": SimpleRMSNorm,
+    "rmsnorm": nn.RMSNorm,
+    "layernorm": nn.LayerNorm,
+}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "none": lambda x: x,
@@ -211,4 +245,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": _shifted_exp,
 }
 POSITIONS: dict[str, Callable[[ModelConfig], nn.Module]] = {"lrpe": LRPE, "rope": RoPE}
-GLUS: dict[str, Callable[[ModelConfig], nn.Module]] = {"sglu": SimpleGLU, "swiglu": SwiGLU, "mlp": MLP}
+GLUS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "sglu": SimpleGLU,
+    "swiglu": SwiGLU,
+    "mlp": MLP,
+}

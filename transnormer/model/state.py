@@ -1,4 +1,5 @@
-"""The recurrent state of one model: an argument and a result of every forward, never kept on a module."""
+"""The recurrent state of one model: an argument and a result of every forward, never kept on a
+module."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class State:
     """What a model remembers of the tokens so far, for B rows.
 
-    layers: per layer what its mixer keeps: Gated Linear Attention one [B, H, K, V] in float32, whose size does not
-        depend on how much was read; softmax attention all keys and values.
+    layers: per layer what its mixer keeps: Gated Linear Attention one [B, H, K, V] in float32,
+        whose size does not depend on how much was read; softmax attention all keys and values.
     seen: [B] int64, the tokens read by each row.
     """
 
@@ -42,39 +43,57 @@ class State:
 
     def clone(self) -> State:
         """A copy that shares no memory: a fork of the conversation so far."""
-        return State([tuple(part.clone() for part in layer) for layer in self.layers], self.seen.clone())
+        return State(
+            [tuple(part.clone() for part in layer) for layer in self.layers], self.seen.clone()
+        )
 
     def value(self) -> State:
-        """Itself or, where it was made under torch.inference_mode, a copy that gradients can be computed with."""
+        """Itself or, where it was made under torch.inference_mode, a copy that gradients can be
+        computed with."""
         parts = (part for layer in (*self.layers, (self.seen,)) for part in layer)
         return self.clone() if any(part.is_inference() for part in parts) else self
 
     def select(self, rows: Sequence[int] | Sequence[bool] | Tensor) -> State:
         """The state of some rows.
 
-        rows: their numbers (from the end where negative) in the order wanted, each as often as wanted; or a mask, [B]
-        bools, of the rows to keep. Raises ValueError for anything else.
-        """
+        rows: their numbers (from the end where negative) in the order wanted, each as often as
+        wanted; or a mask, [B] bools, of the rows to keep. Raises ValueError for anything else."""
         index, held = torch.as_tensor(rows), len(self.seen)
-        if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
-            raise ValueError(f"rows are [N] integers, or a mask of {held} bools; got {list(index.shape)} {index.dtype}")
+        if index.dim() != 1 or (
+            index.numel() and (index.is_floating_point() or index.is_complex())
+        ):
+            raise ValueError(
+                f"rows are [N] integers, or a mask of {held} bools; got {list(index.shape)} "
+                f"{index.dtype}"
+            )
         if index.dtype == torch.bool:
             if len(index) != held:
-                raise ValueError(f"a mask of the state's {held} rows has as many bools; got {len(index)}")
+                raise ValueError(
+                    f"a mask of the state's {held} rows has as many bools; got {len(index)}"
+                )
             index = index.nonzero().flatten()
-        if index.is_cpu and index.numel() and not -held <= int(index.min()) <= int(index.max()) < held:
+        if (
+            index.is_cpu
+            and index.numel()
+            and not -held <= int(index.min()) <= int(index.max()) < held
+        ):
             raise ValueError(f"the state holds {held} rows; got {index.tolist()}")
         index = index.to(self.seen.device, torch.int64)
-        return State([tuple(part[index] for part in layer) for layer in self.layers], self.seen[index])
+        return State(
+            [tuple(part[index] for part in layer) for layer in self.layers], self.seen[index]
+        )
 
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file, whole or not at all."""
-        tensors = {f"{n}.{m}": part for n, layer in enumerate(self.layers) for m, part in enumerate(layer)}
+        tensors = {
+            f"{n}.{m}": part for n, layer in enumerate(self.layers) for m, part in enumerate(layer)
+        }
         write_tensors(path, {"seen": self.seen, **tensors}, {"state": _shape(self)})
 
     @classmethod
     def load(cls, path: str | Path, model: LanguageModel) -> State:
-        """Read a state saved from a model of this shape. Raises ValueError where it does not fit the model."""
+        """Read a state saved from a model of this shape. Raises ValueError where it does not fit
+        the model."""
         tensors, metadata = read_tensors(path)
         fresh = cls.new(model)
         names = {f"{n}.{m}" for n, layer in enumerate(fresh.layers) for m in range(len(layer))}
@@ -85,12 +104,19 @@ class State:
             parts = tuple(tensors[f"{n}.{m}"] for m in range(len(layer)))
             for part, wanted in zip(parts, layer, strict=True):
                 fits = part.dim() == wanted.dim()
-                fits &= all(size == need for size, need in zip(part.shape[1:], wanted.shape[1:], strict=False) if need)
+                fits &= all(
+                    size == need
+                    for size, need in zip(part.shape[1:], wanted.shape[1:], strict=False)
+                    if need
+                )
                 if not fits:
                     raise ValueError(
-                        f"{path}: layer {n} holds {list(part.shape)}, the model needs {list(wanted.shape)}"
+                        f"{path}: layer {n} holds {list(part.shape)}, the model needs "
+                        f"{list(wanted.shape)}"
                     )
-            layers.append(tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True)))
+            layers.append(
+                tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True))
+            )
         return cls(layers, tensors["seen"].to(model.device))
 
 

@@ -1,16 +1,19 @@
-"""Lightning Attention on a row whose tokens several processes share: context parallelism, exact at any length.
+"""Lightning Attention on a row whose tokens several processes share: context parallelism, exact at
+any length.
 
-Process r of R holds tokens [r T, (r + 1) T) of every row. With lambda = exp(log_decay), its own tokens leave at its end
+Process r of R holds tokens [r T, (r + 1) T) of every row. With lambda = exp(log_decay), its own
+tokens leave at its end
 
     S_r = sum over its t of lambda^(T - 1 - t) k_t^T v_t        (from a zero state)
 
-and what it has to begin with is P_r = sum over j < r of lambda^((r - 1 - j) T) S_j. So all S_j, and how much of a state
-each segment lets through, are gathered, [B, H, K, V] floats from each whatever T is; then the segment is walked as ever,
-from P_r. Backward is the same from right to left: the gradient of P_r, summed over its own tokens, is gathered, and the
-decayed sum of the later ones is the gradient of the state that leaves r. (The idea is LASP-2's, arXiv 2502.07563.)
+and what it has to begin with is P_r = sum over j < r of lambda^((r - 1 - j) T) S_j. So all S_j, and
+how much of a state each segment lets through, are gathered, [B, H, K, V] floats from each whatever
+T is; then the segment is walked as ever, from P_r. Backward is the same from right to left: the
+gradient of P_r, summed over its own tokens, is gathered, and the decayed sum of the later ones is
+the gradient of the state that leaves r. (The idea is LASP-2's, arXiv 2502.07563.)
 
-Costs a token and head beside the op's own: 2 K V FLOPs each way, and one more read of k and v, or of q and d_output.
-"""
+Costs a token and head beside the op's own: 2 K V FLOPs each way, and one more read of k and v, or
+of q and d_output."""
 
 from __future__ import annotations
 
@@ -24,9 +27,12 @@ from torch import Tensor
 from .decay import finite
 from .register import define, define_backward
 
-_groups: dict[str, dist.ProcessGroup] = {}  # by name, because an op cannot take a process group as an argument
+# by name, because an op cannot take a process group as an argument
+_groups: dict[str, dist.ProcessGroup] = {}
 # Its name since torch 2.13, and before.
-all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+all_gather = (
+    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +51,32 @@ class Context:
 
 
 def attend_segment(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, context: Context, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor | None,
+    context: Context,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, T, H, V], state after this segment [B or N, H, K, V]) of this process' T tokens of each row.
+    """(output [B, T, H, V], state after this segment [B or N, H, K, V]) of this process' T tokens
+    of each row.
 
-    q, k: [B, T, H, K]; v: [B, T, H, V]; T alike on all. cu_seqlens: [N + 1], of the whole row of R T tokens.
-    backend: "triton" or "torch", as `lightning_attention` chose. The state's gradient does not flow.
-    """
-    arguments = (q, k, v, log_decay, cu_seqlens, backend, context.rank, context.ranks, context.group)
+    q, k: [B, T, H, K]; v: [B, T, H, V]; T alike on all. cu_seqlens: [N + 1], of the whole row of R
+        T tokens.
+    backend: "triton" or "torch", as `lightning_attention` chose. The state's gradient does not
+    flow."""
+    arguments = (
+        q,
+        k,
+        v,
+        log_decay,
+        cu_seqlens,
+        backend,
+        context.rank,
+        context.ranks,
+        context.group,
+    )
     output, last, *_ = _segment(*arguments)
     return output, last
 
@@ -61,19 +85,24 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str,
     rank: int, ranks: int, group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(output, last state; for the backward: the first state, and what each segment lets through of a state [R, H])."""
+    """(output, last state; for the backward: the first state, and what each segment lets through of
+    a state [R, H])."""
     edges = _Edges(q, cu_seqlens, rank)
     through = (finite(log_decay) * q.shape[1]).exp().to(torch.promote_types(q.dtype, torch.float32))
     if edges.through is not None:
         through = through * edges.through
-    sums, through = _gather(_weighted_sum(k, v, log_decay, edges, backend, to_end=True), through, ranks, group)
+    sums, through = _gather(
+        _weighted_sum(k, v, log_decay, edges, backend, to_end=True), through, ranks, group
+    )
     state = edges.place(_carried(sums, through, range(rank)), incoming=True)
     if backend == "triton":
         from . import lightning_triton
 
         output, last = lightning_triton.forward(q, k, v, log_decay, state, edges.bounds)
     else:
-        output, last = torch.ops.transnormer.lightning_chunked(q, k, v, log_decay, state, edges.bounds, 64)
+        output, last = torch.ops.transnormer.lightning_chunked(
+            q, k, v, log_decay, state, edges.bounds, 64
+        )
     return output, last, state, through
 
 
@@ -98,11 +127,12 @@ def _backward(
 
 
 class _Edges:
-    """Which sequence goes on across each edge of this segment, if one does. Nothing is read on the host.
+    """Which sequence goes on across each edge of this segment, if one does. Nothing is read on the
+    host.
 
     bounds: [N + 1] of the sequences within the segment, None where rows are not packed.
-    through: 1 where a sequence spans the whole segment, 0 where a border cuts what is carried; None if not packed.
-    """
+    through: 1 where a sequence spans the whole segment, 0 where a border cuts what is carried; None
+    if not packed."""
 
     def __init__(self, q: Tensor, cu_seqlens: Tensor | None, rank: int) -> None:
         self._length = q.shape[1]
@@ -113,7 +143,8 @@ class _Edges:
         stop = start + self._length
         self.bounds = (cu - start).clamp(0, self._length)  # most sequences are empty here
         edges = torch.arange(start, stop + 1, self._length, device=cu.device)
-        first, last = torch.searchsorted(cu, edges, right=True) - 1  # that own the token after each edge
+        # that own the token after each edge
+        first, last = torch.searchsorted(cu, edges, right=True) - 1
         sequence = torch.arange(len(cu) - 1, device=cu.device)
         self._enters = (sequence == first) & (cu[first] < start)
         self._leaves = (sequence == last) & (cu[last] < stop)
@@ -122,15 +153,19 @@ class _Edges:
         self.through = cu[last] <= start
 
     def window(self, *, to_end: bool) -> Tensor | None:
-        """[2]: from which token on, and up to which, tokens are of the sequence that crosses the end or the start."""
+        """[2]: from which token on, and up to which, tokens are of the sequence that crosses the
+        end or the start."""
         if self.bounds is None:
             return None
         if to_end:
-            return torch.stack([self._leaves_from, torch.full_like(self._leaves_from, self._length)])
+            return torch.stack(
+                [self._leaves_from, torch.full_like(self._leaves_from, self._length)]
+            )
         return torch.stack([torch.zeros_like(self._enters_until), self._enters_until])
 
     def place(self, state: Tensor, *, incoming: bool) -> Tensor:
-        """The carried state as [B, H, K, V], or in the row of [N, H, K, V] whose sequence crosses the edge."""
+        """The carried state as [B, H, K, V], or in the row of [N, H, K, V] whose sequence crosses
+        the edge."""
         if self.bounds is None:
             return state
         return state * (self._enters if incoming else self._leaves)[:, None, None, None]
@@ -139,10 +174,11 @@ class _Edges:
 def _weighted_sum(
     a: Tensor, b: Tensor, log_decay: Tensor, edges: _Edges, backend: str, *, to_end: bool
 ) -> Tensor:  # fmt: skip
-    """sum over t of weight_t a_t^T b_t, [B, H, K, V], over the sequence that crosses an edge, in at least float32.
+    """sum over t of weight_t a_t^T b_t, [B, H, K, V], over the sequence that crosses an edge, in at
+    least float32.
 
-    The weight is what is left of a token at the end, lambda^(T-1-t), or at it of the first state, lambda^(t+1).
-    """
+    The weight is what is left of a token at the end, lambda^(T-1-t), or at it of the first state,
+    lambda^(t+1)."""
     window = edges.window(to_end=to_end)
     if backend == "triton":
         from .context_triton import weighted_sum
@@ -167,7 +203,8 @@ def _gather(state: Tensor, through: Tensor, ranks: int, group: str) -> tuple[Ten
 
 
 def _carried(states: Tensor, through: Tensor, order: range) -> Tensor:
-    """[B, H, K, V]: of states [R, B, H, K, V] those of `order`, each decayed by all that come later in it; else zero."""
+    """[B, H, K, V]: of states [R, B, H, K, V] those of `order`, each decayed by all that come later
+    in it; else zero."""
     if not order:
         return torch.zeros_like(states[0])
     carried = states[order[0]].clone()
@@ -192,7 +229,8 @@ def _differentiate(ctx: Any, d_output: Tensor | None, *_: None) -> tuple[Tensor 
     return *_segment_backward(*arguments), *[None] * 6
 
 
-# One op, exchange and all: nothing of it need be seen by the compiler, nor done where only shapes are wanted.
+# One op, exchange and all: nothing of it need be seen by the compiler, nor done where only shapes
+# are wanted.
 
 
 def _fake(q, k, v, log_decay, cu_seqlens, backend, rank, ranks, group):  # type: ignore[no-untyped-def]
@@ -208,12 +246,18 @@ def _fake_backward(q, k, v, *_):  # type: ignore[no-untyped-def]
 
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? cu_seqlens, str backend, int rank, int ranks, str group"
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? cu_seqlens, str backend, int rank, "
+    "int ranks, str group"
 )
-_segment = define("lightning_segment", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _fake)
-torch.library.register_autograd("transnormer::lightning_segment", _differentiate, setup_context=_save_for_backward)
+_segment = define(
+    "lightning_segment", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _fake
+)
+torch.library.register_autograd(
+    "transnormer::lightning_segment", _differentiate, setup_context=_save_for_backward
+)
 _segment_backward = define_backward(
     "lightning_segment_backward",
     f"({_INPUTS}, Tensor state, Tensor through, Tensor d_output) -> (Tensor, Tensor, Tensor)",
-    _backward, _fake_backward, "lightning_attention", "without a context those of backend='reference'",
+    _backward, _fake_backward, "lightning_attention",
+    "without a context those of backend='reference'",
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""On the GPU, in Triton: what a segment's tokens leave of a state at one of its ends, the sum that contexts exchange."""
+"""On the GPU, in Triton: what a segment's tokens leave of a state at one of its ends, the sum that
+contexts exchange."""
 
 # mypy: allow-untyped-defs
 
@@ -22,10 +23,11 @@ def sum_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     WINDOWED: tl.constexpr, TO_END: tl.constexpr,
 ):  # fmt: skip
-    """One program for `part` tokens of a row and head and BV columns; sums: [parts, B, H, K, V] contiguous.
+    """One program for `part` tokens of a row and head and BV columns; sums: [parts, B, H, K, V]
+    contiguous.
 
-    A token weighs lambda^(T-1-t) TO_END, else lambda^(t+1). Far ones, where that is zero, are passed over.
-    """
+    A token weighs lambda^(T-1-t) TO_END, else lambda^(t+1). Far ones, where that is zero, are
+    passed over."""
     SLICES: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % SLICES * BV
     n = tl.program_id(0) // SLICES % parts
@@ -33,7 +35,8 @@ def sum_kernel(
     row = (rest // H).to(tl.int64)
     head = (rest % H).to(tl.int64)
     rate = tl.load(log_decay + head).to(tl.float32)
-    rate = tl.where(rate < -1000.0, -1000.0, rate)  # `decay.STRONGEST`: -inf times 0 tokens would be NaN
+    # `decay.STRONGEST`: -inf times 0 tokens would be NaN
+    rate = tl.where(rate < -1000.0, -1000.0, rate)
     reach = (104.0 / tl.maximum(-rate, 1e-7)).to(tl.int32)  # exp(-104) is zero in float32
     start = n * part
     stop = tl.minimum(start + part, T)
@@ -67,17 +70,25 @@ def sum_kernel(
     tl.store(sums + k[:, None] * V + v[None, :], total, mask=(k < K)[:, None] & (v < V)[None, :])
 
 
-def weighted_sum(a: Tensor, b: Tensor, log_decay: Tensor, window: Tensor | None, to_end: bool) -> Tensor:
+def weighted_sum(
+    a: Tensor, b: Tensor, log_decay: Tensor, window: Tensor | None, to_end: bool
+) -> Tensor:
     """[B, H, K, V] float32: the sum over the window's tokens of their weight times a_t^T b_t.
 
-    a: [B, T, H, K]; b: [B, T, H, V], any strides; log_decay: [H]; window: [2], first token and one past the last.
-    """
+    a: [B, T, H, K]; b: [B, T, H, V], any strides; log_decay: [H]; window: [2], first token and one
+    past the last."""
     B, T, H, K = a.shape
     V = b.shape[3]
-    least = 16 if a.dtype == torch.float32 else 64  # narrow half-precision tiles are miscompiled by Triton 3.6
-    BK, BV = max(least, triton.next_power_of_2(K)), min(SLICE, max(least, triton.next_power_of_2(V)))
+    # narrow half-precision tiles are miscompiled by Triton 3.6
+    least = 16 if a.dtype == torch.float32 else 64
+    BK, BV = (
+        max(least, triton.next_power_of_2(K)),
+        min(SLICE, max(least, triton.next_power_of_2(V))),
+    )
     slices = -(-V // BV)
-    processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 4
+    processors = (
+        torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 4
+    )
     chunks = -(-T // CHUNK)
     part = CHUNK * -(-chunks // max(1, min(chunks // 4, 2 * processors // max(1, B * H * slices))))
     parts = -(-T // part)
@@ -87,7 +98,8 @@ def weighted_sum(a: Tensor, b: Tensor, log_decay: Tensor, window: Tensor | None,
         wide = None if window is None else (window.dtype, window.data_ptr() % 16 == 0)
         key = (kinds, wide, a.stride(), b.stride(), K, V, BK, BV, to_end)
         arguments = (
-            a, b, sums, log_decay, log_decay if window is None else window, *a.stride(), *b.stride(), T, H, part, parts,
+            a, b, sums, log_decay, log_decay if window is None else window, *a.stride(),
+            *b.stride(), T, H, part, parts,
             K, V, BK, BV, CHUNK, window is not None, to_end,
         )  # fmt: skip
         warps = 8 if BK > 128 else 4

@@ -1,4 +1,5 @@
-"""Gated Linear Attention between its projections, as one op: o = norm(attention(swish q, swish k, v)) * u."""
+"""Gated Linear Attention between its projections, as one op: o = norm(attention(swish q, swish k,
+v)) * u."""
 
 from __future__ import annotations
 
@@ -21,18 +22,20 @@ def gated_linear_attention(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Equation 11 of the paper from the one projection's output to the other's input: ([B, T, H V], last state).
+    """Equation 11 of the paper from the one projection's output to the other's input: ([B, T, H V],
+    last state).
 
-    qkvu: [B, T, H, 4, V], columns adjacent: of every head q, k, v and the gate u. Other arguments and the state as in
-    `lightning_attention`, eps as in `simple_rms_norm`.
-    backend: "auto", "triton" (kernels that write the gradients where the projection's is read) or "torch" (the ops one
-    after another, each with its own backend).
-    Derivatives as of `lightning_attention`; in forward mode, "torch" runs.
-    Raises ValueError where shapes or devices do not fit, RuntimeError where the named backend cannot run the call.
-    """
+    qkvu: [B, T, H, 4, V], columns adjacent: of every head q, k, v and the gate u. Other arguments
+    and the state as in `lightning_attention`, eps as in `simple_rms_norm`.
+    backend: "auto", "triton" (kernels that write the gradients where the projection's is read) or
+    "torch" (the ops one after another, each with its own backend). Derivatives as of
+    `lightning_attention`; in forward mode, "torch" runs. Raises ValueError where shapes or devices
+    do not fit, RuntimeError where the named backend cannot run the call."""
     if qkvu.dim() != 5 or qkvu.shape[3] != 4:
         raise ValueError(f"qkvu must be [B, T, H, 4, V]; got {list(qkvu.shape)}")
-    check_devices("gated_linear_attention", qkvu=qkvu, log_decay=log_decay, state=state, cu_seqlens=cu_seqlens)
+    check_devices(
+        "gated_linear_attention", qkvu=qkvu, log_decay=log_decay, state=state, cu_seqlens=cu_seqlens
+    )
     v = qkvu[..., 2, :]
     check(v, v, v, log_decay, state, cu_seqlens)
     refusals = {"triton": _triton_refusal(qkvu, state, named=backend == "triton"), "torch": None}
@@ -55,4 +58,6 @@ def _triton_refusal(qkvu: Tensor, state: Tensor | None, *, named: bool) -> str |
     if qkvu.shape[1] == 1:
         return "one token is a step"
     v = qkvu[..., 2, :]
-    return attention_refusal(v, v, v, state, named=named) or norm_refusal(v.flatten(-2), named=named)
+    return attention_refusal(v, v, v, state, named=named) or norm_refusal(
+        v.flatten(-2), named=named
+    )

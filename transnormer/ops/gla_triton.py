@@ -1,9 +1,9 @@
-"""Gated Linear Attention between its projections on the GPU: the kernels of its parts, and no copies between them.
+"""Gated Linear Attention between its projections on the GPU: the kernels of its parts, and no
+copies between them.
 
-Written part by part, autograd would stack the four gradients anew where the projection wants one tensor: 8 units of
-[B, T, H, V] through memory, and 6 more for the swish. Here every kernel writes its gradient in its place, that of the
-attention through the swish: 2 units.
-"""
+Written part by part, autograd would stack the four gradients anew where the projection wants one
+tensor: 8 units of [B, T, H, V] through memory, and 6 more for the swish. Here every kernel writes
+its gradient in its place, that of the attention through the swish: 2 units."""
 
 # mypy: allow-untyped-defs
 
@@ -23,9 +23,11 @@ BLOCK = 2_048  # numbers a program
 
 @triton.jit
 def swish_kernel(qkvu, q, k, numel, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """q and k, contiguous with `numel` elements each, from the first two HEAD columns of every four."""
+    """q and k, contiguous with `numel` elements each, from the first two HEAD columns of every
+    four."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < numel  # of a numel that 16 divides, as it is specialized for: loads are then as wide as can be
+    # of a numel that 16 divides, as it is specialized for: loads are then as wide as can be
+    mask = at < numel
     place = at // HEAD * (4 * HEAD) + at % HEAD
     x = tl.load(qkvu + place, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(qkvu + place + HEAD, mask=mask, other=0.0).to(tl.float32)
@@ -36,7 +38,8 @@ def swish_kernel(qkvu, q, k, numel, HEAD: tl.constexpr, BLOCK: tl.constexpr):
 def forward(
     qkvu: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y [B, T, H V], last state) and for the backward swish(q), swish(k), and what the norm read."""
+    """(y [B, T, H V], last state) and for the backward swish(q), swish(k), and what the norm
+    read."""
     B, T, H, _, V = qkvu.shape
     q, k = (qkvu.new_empty(B, T, H, V) for _ in range(2))
     if q.numel():
@@ -56,7 +59,9 @@ def backward(
     B, T, H, _, V = qkvu.shape
     gradient = torch.empty_like(qkvu)
     flat = mixed.view(B, T, H * V)
-    d_mixed = norm_triton.backward(flat, qkvu[..., 3, :], dy, None, eps, into=gradient[..., 3, :])[0]
+    d_mixed = norm_triton.backward(flat, qkvu[..., 3, :], dy, None, eps, into=gradient[..., 3, :])[
+        0
+    ]
     d_state = lightning_triton.backward(
         q, k, qkvu[..., 2, :], log_decay, state, cu_seqlens, d_mixed.view(B, T, H, V), d_last,
         into=gradient.unbind(3)[:3], raw=qkvu.unbind(3)[:2],
@@ -75,7 +80,9 @@ def _differentiate(ctx, dy, d_last, *_):  # type: ignore[no-untyped-def]
     qkvu, log_decay, state, cu_seqlens, q, k, mixed = ctx.saved_tensors
     if dy is None:
         dy = qkvu.new_zeros(*mixed.shape[:2], mixed.shape[2] * mixed.shape[3])
-    gradient, d_state = _backward(qkvu, log_decay, state, cu_seqlens, ctx.eps, q, k, mixed, dy, d_last)
+    gradient, d_state = _backward(
+        qkvu, log_decay, state, cu_seqlens, ctx.eps, q, k, mixed, dy, d_last
+    )
     return gradient, None, None if state is None else d_state.to(state.dtype), None, None
 
 
@@ -95,7 +102,8 @@ _INPUTS = "Tensor qkvu, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, flo
 _backward = define_backward(
     "gla_triton_backward",
     f"({_INPUTS}, Tensor q, Tensor k, Tensor mixed, Tensor dy, Tensor? d_last) -> (Tensor, Tensor)",
-    backward, _fake_backward, "gated_linear_attention", "those of lightning_attention with backend='reference'",
+    backward, _fake_backward, "gated_linear_attention",
+    "those of lightning_attention with backend='reference'",
 )  # fmt: skip
 attend = differentiable(
     "gla_triton", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

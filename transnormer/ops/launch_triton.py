@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # triton reads it where a kernel is defined, so once is right
+# triton reads it where a kernel is defined, so once is right
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -25,7 +26,8 @@ def launch(
 ) -> None:
     """Launch a kernel on the device of x, with all of its parameters in order.
 
-    key: all that the code compiled for these arguments depends on. Triton would find the same by looking at every
+    key: all that the code compiled for these arguments depends on. Triton would find the same by
+        looking at every
     argument: tens of microseconds a call.
     """
     if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -1,15 +1,17 @@
 """Lightning Attention: linear attention with a fixed exponential decay per head.
 
-For every row and head, with state S [K, V], q_t and k_t [K], v_t [V] and lambda = exp(log_decay) <= 1:
+For every row and head, with state S [K, V], q_t and k_t [K], v_t [V] and lambda = exp(log_decay) <=
+1:
 
-    S_t = lambda * S_{t-1} + k_t^T v_t          o_t = q_t S_t                       (paper section 3.4, robust inference)
+    S_t = lambda * S_{t-1} + k_t^T v_t        o_t = q_t S_t    (paper section 3.4, robust inference)
 
-which is the same function as the quadratic form o_t = sum over s <= t of lambda^(t-s) (q_t . k_s) v_s.
+which is the same function as the quadratic form o_t = sum over s <= t of lambda^(t-s) (q_t . k_s)
+v_s.
 
-Shapes: q, k [B, T, H, K], v and output [B, T, H, V], log_decay [H], state [B, H, K, V]. K and V are free.
-Cost a token and head, forward, with chunks of C tokens: about 2 C (K + V) + 4 K V FLOPs; bytes: q, k, v and output once.
-No scale on q and no denominator. Only non-positive exponents are ever exponentiated, so nothing overflows at any length.
-"""
+Shapes: q, k [B, T, H, K], v and output [B, T, H, V], log_decay [H], state [B, H, K, V]. K and V are
+free. Cost a token and head, forward, with chunks of C tokens: about 2 C (K + V) + 4 K V FLOPs;
+bytes: q, k, v and output once. No scale on q and no denominator. Only non-positive exponents are
+ever exponentiated, so nothing overflows at any length."""
 
 from __future__ import annotations
 
@@ -39,27 +41,30 @@ def lightning_attention(
     """Causal linear attention with decay, in O(T).
 
     q, k: [B, T, H, K]; v: [B, T, H, V], all of one floating dtype, any strides.
-    log_decay: [H], natural logarithm of the decay per token, from -inf (a token sees itself alone) to 0, not learned
-        (no gradient). Its values are checked on the CPU only, because a check on a GPU would wait for it.
+    log_decay: [H], natural logarithm of the decay per token, from -inf (a token sees itself alone)
+        to 0, not learned (no gradient). Its values are checked on the CPU only, because a check on
+        a GPU would wait for it.
     state: [B, H, K, V] to go on from, or None for zeros; its gradient flows.
-    cu_seqlens: [N + 1] integers from 0 to T: row 0 (B = 1) holds N sequences one after another, each with its own
-        state ([N, H, K, V]); empty sequences are allowed.
+    cu_seqlens: [N + 1] integers from 0 to T: row 0 (B = 1) holds N sequences one after another,
+        each with its own state ([N, H, K, V]); empty sequences are allowed.
     return_state: also return the state after the last token, float32 (float64 for float64 inputs).
-    context: the processes that share the row, each with T tokens of it, and cu_seqlens of the whole (`ops/context.py`).
-        The state returned is that after the own segment, without gradient; none can be given.
-    backend: "auto", "triton" (K and V from 16 to 256; a CUDA tensor, or any with Triton's interpreter on), "torch"
-        (chunked) or "reference" (the loop over T).
+    context: the processes that share the row, each with T tokens of it, and cu_seqlens of the whole
+        (`ops/context.py`). The state returned is that after the own segment, without gradient; none
+        can be given.
+    backend: "auto", "triton" (K and V from 16 to 256; a CUDA tensor, or any with Triton's
+        interpreter on), "torch" (chunked) or "reference" (the loop over T).
 
-    Left padding is k = 0 on the padded tokens. Returns the output [B, T, H, V] in v's dtype, or (output, state).
-    Forward-mode and second derivatives: the reference has them, and "auto" takes it under torch.func.jvp; the gradients
-    of the other backends raise RuntimeError where they are differentiated again.
-    Raises ValueError where shapes, dtypes or devices do not fit or, on the CPU, a log_decay is no decay, RuntimeError
-    where the named backend cannot run the call.
-    """
+    Left padding is k = 0 on the padded tokens. Returns the output [B, T, H, V] in v's dtype, or
+    (output, state). Forward-mode and second derivatives: the reference has them, and "auto" takes
+    it under torch.func.jvp; the gradients of the other backends raise RuntimeError where they are
+    differentiated again. Raises ValueError where shapes, dtypes or devices do not fit or, on the
+    CPU, a log_decay is no decay, RuntimeError where the named backend cannot run the call."""
     _check_devices(q, k, v, log_decay, state, cu_seqlens)
     check(q, k, v, log_decay, state, cu_seqlens, whole=context is None)
     if context is not None and state is not None:
-        raise ValueError("a state and a context exclude each other: segments hand their states on themselves")
+        raise ValueError(
+            "a state and a context exclude each other: segments hand their states on themselves"
+        )
     unshared = None if context is None else "segments of a row run on triton or torch"
     refusals = {
         "triton": refusal(q, k, v, state, named=backend == "triton"),
@@ -85,18 +90,23 @@ def lightning_attention(
 def lightning_step_(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """One token of inference: `state` [B, H, K, V] moves on in place, the output [B, 1, H, V] is returned.
+    """One token of inference: `state` [B, H, K, V] moves on in place, the output [B, 1, H, V] is
+    returned.
 
-    q, k: [B, 1, H, K]; v: [B, 1, H, V]. One launch on a GPU, fit for CUDA graphs.
-    There is no gradient: raises ValueError where one would be wanted, and as `lightning_attention` does.
-    """
+    q, k: [B, 1, H, K]; v: [B, 1, H, V]. One launch on a GPU, fit for CUDA graphs. There is no
+    gradient: raises ValueError where one would be wanted, and as `lightning_attention` does."""
     _check_devices(q, k, v, log_decay, state, None)
     check(q, k, v, log_decay, state, None)
     if q.shape[1] != 1:
         raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)):
-        raise ValueError("lightning_step_ has no gradient: call it under torch.no_grad(), or lightning_attention")
-    refusals = {"triton": refusal(q, k, v, state, named=backend == "triton"), "torch": forward_mode(q, k, v, state)}
+        raise ValueError(
+            "lightning_step_ has no gradient: call it under torch.no_grad(), or lightning_attention"
+        )
+    refusals = {
+        "triton": refusal(q, k, v, state, named=backend == "triton"),
+        "torch": forward_mode(q, k, v, state),
+    }
     if choose("lightning_step_", backend, refusals) == "triton":
         from . import lightning_triton
 
@@ -116,18 +126,19 @@ def lightning_reference(
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification: the recurrence, one token after another, in `dtype` (default: at least float32).
+    """The specification: the recurrence, one token after another, in `dtype` (default: at least
+    float32).
 
-    Shapes as in `lightning_attention`. Differentiable in everything, log_decay too, any number of times, forwards and
-    backwards. Returns (output, state).
-    """
+    Shapes as in `lightning_attention`. Differentiable in everything, log_decay too, any number of
+    times, forwards and backwards. Returns (output, state)."""
     _check_devices(q, k, v, log_decay, state, cu_seqlens)
     return _reference(q, k, v, log_decay, state, cu_seqlens, dtype)
 
 
 @without_autocast
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None,
+    cu_seqlens: Tensor | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     work = dtype or _work_dtype(q)
@@ -140,7 +151,9 @@ def _reference(
             )
             for n, (start, stop) in enumerate(itertools.pairwise(bounds))
         ]  # fmt: skip
-        return torch.cat([out for out, _ in parts], dim=1).to(v.dtype), torch.cat([last for _, last in parts])
+        return torch.cat([out for out, _ in parts], dim=1).to(v.dtype), torch.cat(
+            [last for _, last in parts]
+        )
     decay = log_decay.to(work).exp()[:, None, None]  # [H, 1, 1]
     s = _first_state(q, v, state, work)
     outputs = []
@@ -153,7 +166,8 @@ def _reference(
 
 
 def lightning_quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """Plain linear attention, O = ((Q K^T) * M) V with M of T x T: what Lightning Attention is measured against.
+    """Plain linear attention, O = ((Q K^T) * M) V with M of T x T: what Lightning Attention is
+    measured against.
 
     Every tensor in the input dtype, O(T^2) time and memory. Shapes as in `lightning_attention`.
     """
@@ -175,16 +189,18 @@ def lightning_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Lightning Attention in plain torch: quadratic inside chunks, the state carried between them.
 
-    chunk: tokens a chunk, 0 for the measured best. One chunk >= T is the paper's own algorithm (Lightning Attention
-    1); short chunks are its successor's, O(T) in time, with nothing of size T x T. Backward walks the chunks again
-    and stores none of them. Shapes as in `lightning_attention`; returns (output, state).
-    """
+    chunk: tokens a chunk, 0 for the measured best. One chunk >= T is the paper's own algorithm
+    (Lightning Attention 1); short chunks are its successor's, O(T) in time, with nothing of size T
+    x T. Backward walks the chunks again and stores none of them. Shapes as in
+    `lightning_attention`; returns (output, state)."""
     _check_devices(q, k, v, log_decay, state, cu_seqlens)
     return _chunked_op(q, k, v, log_decay, state, cu_seqlens, chunk or 64)  # type: ignore[no-any-return]
 
 
 @without_autocast
-def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """One token: the recurrence itself."""
     work = _work_dtype(q)
     qt, kt, vt = (x.squeeze(1).to(work) for x in (q, k, v))
@@ -194,15 +210,18 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | No
     return (qt.unsqueeze(-2) @ s).transpose(1, 2).to(v.dtype), s
 
 
-# The chunked form: two walks over the chunks, registered as one op so that torch.compile passes through it.
+# The chunked form: two walks over the chunks, registered as one op so that torch.compile passes
+# through it.
 
 
 class _Powers:
-    """Powers of the decay for chunks of up to C tokens, heads last repeated for B rows: only exponents <= 0."""
+    """Powers of the decay for chunks of up to C tokens, heads last repeated for B rows: only
+    exponents <= 0."""
 
     def __init__(self, log_decay: Tensor, rows: int, chunk: int, work: torch.dtype):
         exponents = torch.arange(chunk + 1, device=log_decay.device, dtype=torch.float64)
-        powers = (finite(log_decay)[:, None] * exponents).exp().to(work)  # [H, C + 1]: lambda^0 .. lambda^C
+        # [H, C + 1]: lambda^0 .. lambda^C
+        powers = (finite(log_decay)[:, None] * exponents).exp().to(work)
         self._rows = rows
         self._mask = _decay_mask(log_decay, chunk, work)  # [H, C, C]: lambda^(i-j) where i >= j
         self._powers = powers.repeat(rows, 1).unsqueeze(-1)  # [B*H, C + 1, 1]
@@ -243,20 +262,33 @@ def _by_head(x: Tensor, work: torch.dtype) -> Tensor:
 
 def _by_token(x: Tensor, like: Tensor) -> Tensor:
     """[B*H, T, K] -> contiguous [B, T, H, K] in the dtype of `like`."""
-    return x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2).to(like.dtype).contiguous()
+    return (
+        x.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2).to(like.dtype).contiguous()
+    )
 
 
-def _states(q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, work: torch.dtype) -> list[Tensor]:
+def _states(
+    q: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, work: torch.dtype
+) -> list[Tensor]:
     """The incoming state of every sequence, each [B*H, K, V] (B = 1 where packed)."""
     if cu_seqlens is None:
         return [_first_state(q, v, state, work).flatten(0, 1)]
     if state is not None:
         return list(state.to(work))
-    return [q.new_zeros(q.shape[2], q.shape[3], v.shape[3], dtype=work) for _ in range(len(cu_seqlens) - 1)]
+    return [
+        q.new_zeros(q.shape[2], q.shape[3], v.shape[3], dtype=work)
+        for _ in range(len(cu_seqlens) - 1)
+    ]
 
 
 def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, chunk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:
     work, rows = _work_dtype(q), q.shape[0]
     chunks = _chunks(q.shape[1], cu_seqlens, chunk)
@@ -270,21 +302,30 @@ def _chunked(
         inside = power.mask(qc @ kc.mT) @ vc
         output[:, start:stop] = torch.baddbmm(inside, qc * power.since_start(c), states[n])
         states[n] = torch.baddbmm(states[n] * power.whole(c), (kc * power.until_end(c)).mT, vc)
-    last = torch.stack(states) if cu_seqlens is not None else states[0].unflatten(0, (rows, q.shape[2]))
-    return _by_token(output, v), last.clone()  # an op may not return its own input, and FSDP warns of views
+    last = (
+        torch.stack(states)
+        if cu_seqlens is not None
+        else states[0].unflatten(0, (rows, q.shape[2]))
+    )
+    # an op may not return its own input, and FSDP warns of views
+    return _by_token(output, v), last.clone()
 
 
 def _fake_chunked(q, k, v, log_decay, state, cu_seqlens, chunk):  # type: ignore[no-untyped-def]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
-    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=_work_dtype(q))
+    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(
+        shape, dtype=_work_dtype(q)
+    )
 
 
 def _chunked_backward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, chunk: int,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None,
+    cu_seqlens: Tensor | None, chunk: int,
     d_output: Tensor, d_last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the incoming state [B or N, H, K, V]; the states are walked anew, not stored."""
+    """Gradients of q, k, v and the incoming state [B or N, H, K, V]; the states are walked anew,
+    not stored."""
     work, rows = _work_dtype(q), q.shape[0]
     chunks = _chunks(q.shape[1], cu_seqlens, chunk)
     power = _Powers(log_decay, rows, chunk, work)
@@ -304,9 +345,20 @@ def _chunked_backward(
         left = power.until_end(c)
         dk[:, start:stop] = torch.baddbmm(power.mask(gc @ vc.mT).mT @ qc, vc * left, d_states[n].mT)
         dv[:, start:stop] = torch.baddbmm(power.mask(qc @ kc.mT).mT @ gc, kc * left, d_states[n])
-        d_states[n] = torch.baddbmm(d_states[n] * power.whole(c), (qc * power.since_start(c)).mT, gc)
-    d_state = torch.stack(d_states) if cu_seqlens is not None else d_states[0].unflatten(0, (rows, q.shape[2]))
-    return _by_token(dq, q), _by_token(dk, k), _by_token(dv, v), d_state.clone() if not chunks else d_state
+        d_states[n] = torch.baddbmm(
+            d_states[n] * power.whole(c), (qc * power.since_start(c)).mT, gc
+        )
+    d_state = (
+        torch.stack(d_states)
+        if cu_seqlens is not None
+        else d_states[0].unflatten(0, (rows, q.shape[2]))
+    )
+    return (
+        _by_token(dq, q),
+        _by_token(dk, k),
+        _by_token(dv, v),
+        d_state.clone() if not chunks else d_state,
+    )
 
 
 def _fake_chunked_backward(q, k, v, log_decay, state, cu_seqlens, chunk, d_output, d_last):  # type: ignore[no-untyped-def]
@@ -325,17 +377,26 @@ def _differentiate(ctx, d_output, d_last):  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, cu_seqlens = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    dq, dk, dv, d_state = _backward(q, k, v, log_decay, state, cu_seqlens, ctx.chunk, d_output, d_last)
+    dq, dk, dv, d_state = _backward(
+        q, k, v, log_decay, state, cu_seqlens, ctx.chunk, d_output, d_last
+    )
     return dq, dk, dv, None, None if state is None else d_state.to(state.dtype), None, None
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, int chunk"
-_chunked_op = define("lightning_chunked", f"({_INPUTS}) -> (Tensor, Tensor)", _chunked, _fake_chunked)
-torch.library.register_autograd("transnormer::lightning_chunked", _differentiate, setup_context=_save_for_backward)
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, int chunk"
+)
+_chunked_op = define(
+    "lightning_chunked", f"({_INPUTS}) -> (Tensor, Tensor)", _chunked, _fake_chunked
+)
+torch.library.register_autograd(
+    "transnormer::lightning_chunked", _differentiate, setup_context=_save_for_backward
+)
 _backward = define_backward(
     "lightning_chunked_backward",
     f"({_INPUTS}, Tensor d_output, Tensor? d_last) -> (Tensor, Tensor, Tensor, Tensor)",
-    _chunked_backward, _fake_chunked_backward, "lightning_attention", "those of backend='reference'",
+    _chunked_backward, _fake_chunked_backward, "lightning_attention",
+    "those of backend='reference'",
 )  # fmt: skip
 
 
@@ -367,19 +428,24 @@ def _decay_mask(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, *,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None,
+    cu_seqlens: Tensor | None, *,
     whole: bool = True,
 ) -> None:  # fmt: skip
-    """Raises ValueError where the arguments of `lightning_attention`, on one device, do not fit each other.
+    """Raises ValueError where the arguments of `lightning_attention`, on one device, do not fit
+    each other.
 
     whole: cu_seqlens speaks of these tokens, not of a longer row that several processes share.
     """
     if q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
-            f"q and k must be [B, T, H, K] and v [B, T, H, V]; got {_shape(q)}, {_shape(k)} and {_shape(v)}"
+            f"q and k must be [B, T, H, K] and v [B, T, H, V]; got {_shape(q)}, {_shape(k)} and "
+            f"{_shape(v)}"
         )
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
-        raise ValueError(f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(
+            f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     rows, _, heads, width = q.shape
     check_decay(log_decay, heads)
     if cu_seqlens is not None and whole:
@@ -390,15 +456,34 @@ def check(
 
 
 def _check_devices(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
-    check_devices("lightning_attention", q=q, k=k, v=v, log_decay=log_decay, state=state, cu_seqlens=cu_seqlens)
+    check_devices(
+        "lightning_attention",
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        state=state,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def _check_bounds(cu_seqlens: Tensor, rows: int, length: int) -> None:
-    if rows != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
+    if (
+        rows != 1
+        or cu_seqlens.dim() != 1
+        or len(cu_seqlens) < 2
+        or cu_seqlens.dtype.is_floating_point
+    ):
         raise ValueError(
-            f"cu_seqlens must be [N + 1] integers over one row (B = 1); got {_shape(cu_seqlens)}, B = {rows}"
+            f"cu_seqlens must be [N + 1] integers over one row (B = 1); got {_shape(cu_seqlens)}, "
+            f"B = {rows}"
         )
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()

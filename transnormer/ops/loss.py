@@ -1,8 +1,8 @@
 """Head and cross entropy in slices: logits of all tokens, [B, T, vocab], never exist.
 
-With N tokens the three products take 6 N D vocab operations. Every slice reads the weight twice and, in float32, reads
-and writes its gradient once: slices are as large as a cache on the CPU and as large as products need on a GPU.
-"""
+With N tokens the three products take 6 N D vocab operations. Every slice reads the weight twice
+and, in float32, reads and writes its gradient once: slices are as large as a cache on the CPU and
+as large as products need on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .context import all_gather
 from .dispatch import check_devices, choose, forward_mode, product_dtype, triton_refusal
 from .register import define, define_backward, refuse_second_derivative, without_autocast
 
-SLICE_ELEMENTS = 2**22  # logits held at a time on the CPU: 16 MiB in float32, which a large cache still serves
+# logits held at a time on the CPU: 16 MiB in float32, which a large cache still serves
+SLICE_ELEMENTS = 2**22
 CUDA_SLICE_BYTES = 2**29  # and on a GPU: 2^28 logits in bfloat16, 4,194 tokens of 64,000 words
 
 
@@ -31,20 +32,23 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Cross entropy in nats of logits x @ weight^T against targets, with logits of few tokens at a time.
+    """Cross entropy in nats of logits x @ weight^T against targets, with logits of few tokens at a
+    time.
 
-    x: [..., D] floating; weight: [vocab, D]; targets: [...] int64, `ignore_index` where a token does not count.
-    reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for one loss a token, [...], 0
-    where ignored. Matrix products run in x's dtype, or autocast's where it is on, the soft-max and sums in at least
-    float32. Gradients are computed in the forward pass, slice by slice, where x or weight needs one; those of "none",
-    which depend on every token's factor, by a second pass over the slices in backward.
-    backend: how a slice of logits becomes losses and gradients: "auto", "triton" (one kernel) or "torch".
-    weight may be a DTensor that is sharded by the vocabulary, Shard(0) of one mesh dimension; x is then a DTensor on the
-    same mesh, equal on all its ranks. Each rank computes the logits of its part of the vocabulary, and the ranks exchange
-    two numbers a token: the softmax's log sum and the target's logit.
-    Raises ValueError where shapes or devices do not fit or, on the CPU, a target is out of range; a GPU, which is not
-    waited for, and compiled code assert it. RuntimeError where a forward-mode or a second derivative is asked for.
-    """
+    x: [..., D] floating; weight: [vocab, D]; targets: [...] int64, `ignore_index` where a token
+        does not count.
+    reduction: "mean" over the tokens that count (0 if none does), "sum", or "none" for one loss a
+    token, [...], 0 where ignored. Matrix products run in x's dtype, or autocast's where it is on,
+    the soft-max and sums in at least float32. Gradients are computed in the forward pass, slice by
+    slice, where x or weight needs one; those of "none", which depend on every token's factor, by a
+    second pass over the slices in backward.
+    backend: how a slice of logits becomes losses and gradients: "auto", "triton" (one kernel) or
+    "torch". weight may be a DTensor that is sharded by the vocabulary, Shard(0) of one mesh
+    dimension; x is then a DTensor on the same mesh, equal on all its ranks. Each rank computes the
+    logits of its part of the vocabulary, and the ranks exchange two numbers a token: the softmax's
+    log sum and the target's logit. Raises ValueError where shapes or devices do not fit or, on the
+    CPU, a target is out of range; a GPU, which is not waited for, and compiled code assert it.
+    RuntimeError where a forward-mode or a second derivative is asked for."""
     check_devices("linear_cross_entropy", x=x, weight=weight, targets=targets)
     if targets.shape != x.shape[:-1] or weight.shape[-1] != x.shape[-1]:
         raise ValueError(
@@ -83,13 +87,15 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The part of the vocabulary that this rank holds, beginning at id `first`. The ranks of `group` hold all of it."""
+    """The part of the vocabulary that this rank holds, beginning at id `first`. The ranks of
+    `group` hold all of it."""
 
     first: int
     group: dist.ProcessGroup
 
     def combined(self, norms: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor]:
-        """The softmax's log sums and the targets' logits over the whole vocabulary, from those of each part: two of [n]."""
+        """The softmax's log sums and the targets' logits over the whole vocabulary, from those of
+        each part: two of [n]."""
         mine = torch.stack([norms, at_target])
         parts = mine.new_empty(self.group.size(), *mine.shape)
         all_gather(parts.flatten(0, 1), mine, group=self.group)
@@ -97,13 +103,15 @@ class VocabShard:
 
 
 def _unshard(x: Any, weight: Any) -> tuple[Tensor, Tensor, VocabShard]:
-    """The local tensors of one rank: all of x, to whose gradient the rank contributes a part, and its part of weight."""
+    """The local tensors of one rank: all of x, to whose gradient the rank contributes a part, and
+    its part of weight."""
     from torch.distributed.tensor import Partial, Shard
 
     mesh = weight.device_mesh
     if weight.placements != (Shard(0),) or getattr(x, "device_mesh", None) != mesh:
         raise ValueError(
-            f"weight must be Shard(0) of one mesh, and x on the same mesh; got {weight.placements}, {type(x)}"
+            "weight must be Shard(0) of one mesh, and x on the same mesh; got "
+            f"{weight.placements}, {type(x)}"
         )
     mine = weight.to_local()
     return (
@@ -117,7 +125,9 @@ def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
     right = ((target >= 0) & (target < vocab)) | (target == ignore_index)
     if target.is_cpu and type(target) is Tensor and not torch.compiler.is_compiling():
         if not right.all():
-            raise ValueError(f"target {target[~right][0].item()} is outside a vocabulary of {vocab}")
+            raise ValueError(
+                f"target {target[~right][0].item()} is outside a vocabulary of {vocab}"
+            )
     else:
         torch._assert_async(right.all(), f"a target is outside a vocabulary of {vocab}")
 
@@ -125,10 +135,12 @@ def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
 @torch.no_grad()
 @without_autocast
 def _sliced_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, each: bool, needs_x: bool,
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, each: bool,
+    needs_x: bool,
     needs_w: bool, shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(losses [N] or their sum, its gradient by x [N, D], its gradient by weight), gradients [0] where not wanted.
+    """(losses [N] or their sum, its gradient by x [N, D], its gradient by weight), gradients [0]
+    where not wanted.
 
     Of single losses there are no gradients yet: they are `_gradients_of_each`.
     Losses and the weight's gradient come in at least float32, x's gradient in x's dtype.
@@ -141,23 +153,28 @@ def _sliced_loss(
 @torch.no_grad()
 @without_autocast
 def _gradients_of_each(
-    x: Tensor, weight: Tensor, targets: Tensor, d_losses: Tensor, ignore_index: int, backend: str, needs_x: bool,
+    x: Tensor, weight: Tensor, targets: Tensor, d_losses: Tensor, ignore_index: int, backend: str,
+    needs_x: bool,
     needs_w: bool, shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients by x [N, D] and weight of the losses times d_losses [N]; [0] where not wanted. Logits are made again.
+    """Gradients by x [N, D] and weight of the losses times d_losses [N]; [0] where not wanted.
+    Logits are made again.
 
-    For the weight a slice's gradient is multiplied by factors of at most 1, and the sum of the products by the largest:
-    half precision would round small factors, such as 1 / N of a mean, to zero.
-    """
+    For the weight a slice's gradient is multiplied by factors of at most 1, and the sum of the
+    products by the largest: half precision would round small factors, such as 1 / N of a mean, to
+    zero."""
     factors = d_losses.where(targets != ignore_index, 0)
     least = torch.finfo(factors.dtype).tiny  # where there is no token, or all factors are zero
     largest = F.pad(factors.abs().nan_to_num(0, 0, 0), (0, 1), value=least).amax()
-    _, dx, dw = _walk(x, weight, targets, ignore_index, backend, needs_x, needs_w, shard, factors / largest)
+    _, dx, dw = _walk(
+        x, weight, targets, ignore_index, backend, needs_x, needs_w, shard, factors / largest
+    )
     return dx.mul_(factors.unsqueeze(1)) if needs_x else dx, _times(dw, largest, weight.dtype)
 
 
 def _walk(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, needs_x: bool, needs_w: bool,
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, needs_x: bool,
+    needs_w: bool,
     shard: VocabShard | None, factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(losses [N], gradients of their sum by x and weight), slice by slice.
@@ -170,14 +187,17 @@ def _walk(
     tokens, vocab, w = x.shape[0], weight.shape[0], weight.to(x.dtype)
     most = SLICE_ELEMENTS // vocab
     if x.is_cuda:
-        if vocab % 64:  # products and kernels are slow on rows that begin anywhere, so rows of zeros are added
+        # products and kernels are slow on rows that begin anywhere, so rows of zeros are added
+        if vocab % 64:
             w = x.new_zeros(-(-vocab // 64) * 64, x.shape[1])
             w[:vocab] = weight
-        held = x.itemsize + (4 if backend == "torch" and x.itemsize == 2 else 0)  # torch holds a slice in float32 too
+        # torch holds a slice in float32 too
+        held = x.itemsize + (4 if backend == "torch" and x.itemsize == 2 else 0)
         most = CUDA_SLICE_BYTES // (len(w) * held)
     losses, dx, dw = _results(x, w, True, needs_x, needs_w)
     dw.zero_()
-    size = -(-tokens // -(-tokens // max(1, most))) if tokens else 1  # slices of one size, as far as that can be
+    # slices of one size, as far as that can be
+    size = -(-tokens // -(-tokens // max(1, most))) if tokens else 1
     buffer = x.new_empty(size, len(w))
     for start in range(0, tokens, size):
         rows = slice(start, start + size)
@@ -198,28 +218,35 @@ def _softmax_loss_(
     logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool,
     shard: VocabShard | None = None,
 ) -> None:  # fmt: skip
-    """Fill in the losses [n] and, where wanted, write the gradient of their sum over the logits [n, pitch], which are lost."""
+    """Fill in the losses [n] and, where wanted, write the gradient of their sum over the logits [n,
+    pitch], which are lost."""
     of_vocab = logits[:, :vocab]
     counts = targets != ignore_index
     index = targets if shard is None else targets - shard.first
-    known = counts & (index >= 0) & (index < vocab)  # the target lies in this part of the vocabulary
+    # the target lies in this part of the vocabulary
+    known = counts & (index >= 0) & (index < vocab)
     index = index.where(known, 0).unsqueeze(1)
     wide = of_vocab.to(losses.dtype)
     at_target = wide.gather(1, index).squeeze(1).where(known, 0)
-    top = wide.amax(1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)  # finite where all is -inf
+    # finite where all is -inf
+    top = wide.amax(1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)
     sums = wide.sub_(top).exp_().sum(1).clamp(min=torch.finfo(wide.dtype).tiny)
     norm = own = sums.log() + top.squeeze(1)
     if shard is not None:
         norm, at_target = shard.combined(own, at_target)
     losses.copy_((norm - at_target).where(counts, 0))
     if gradient:
-        wide.mul_(((own - norm).exp() / sums).unsqueeze(1))  # the soft-max, then minus one at the target
-        wide.scatter_add_(1, index, -known.to(wide.dtype).unsqueeze(1)).masked_fill_(~counts.unsqueeze(1), 0)
+        # the soft-max, then minus one at the target
+        wide.mul_(((own - norm).exp() / sums).unsqueeze(1))
+        wide.scatter_add_(1, index, -known.to(wide.dtype).unsqueeze(1)).masked_fill_(
+            ~counts.unsqueeze(1), 0
+        )
         of_vocab.copy_(wide)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. Where total is wider than a and b, old GPUs and the CPU round the product to their dtype first."""
+    """total += a @ b. Where total is wider than a and b, old GPUs and the CPU round the product to
+    their dtype first."""
     if total.dtype == b.dtype:
         total.addmm_(a, b)
     elif b.is_cuda and torch.cuda.get_device_capability(b.device)[0] >= 8:
@@ -228,7 +255,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _results(x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _results(
+    x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(x.shape[:1] if each else (), dtype=wide),
@@ -237,7 +266,9 @@ def _results(x: Tensor, weight: Tensor, each: bool, needs_x: bool, needs_w: bool
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     x, weight, targets, *ctx.options, ctx.each, ctx.needs_x, ctx.needs_w = inputs[:8]
     ctx.shard, ctx.inputs = inputs[8] if len(inputs) > 8 else None, len(inputs)
     if len(inputs) == 8:  # the op of compiled graphs, which torch itself differentiates only once
@@ -247,7 +278,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(*((x, weight, targets) if ctx.each else output[1:]))
 
 
-def _differentiate(ctx: Any, d_loss: Tensor | None, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, d_loss: Tensor | None, *d_gradients: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if any(d is not None for d in d_gradients):
         refuse_second_derivative("linear_cross_entropy", INSTEAD)
     rest = [None] * (ctx.inputs - 2)
@@ -255,7 +288,11 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, *d_gradients: Tensor | None)
         return None, None, *rest
     if ctx.each:
         arguments = (*ctx.saved_tensors, d_loss, *ctx.options, ctx.needs_x, ctx.needs_w)
-        dx, dw = _backward(*arguments) if ctx.shard is None else _gradients_of_each(*arguments, ctx.shard)
+        dx, dw = (
+            _backward(*arguments)
+            if ctx.shard is None
+            else _gradients_of_each(*arguments, ctx.shard)
+        )
     else:
         dx, dw = ctx.saved_tensors
         dx, dw = _times(dx, d_loss, dx.dtype), _times(dw, d_loss, ctx.weight_dtype)
@@ -265,8 +302,8 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, *d_gradients: Tensor | None)
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """In one pass, rounded once. Not in place: the same graph may be gone through again.
 
-    Where somebody differentiates again, autograd must see it: the factor has a derivative, the gradient refuses one.
-    """
+    Where somebody differentiates again, autograd must see it: the factor has a derivative, the
+    gradient refuses one."""
     if torch.is_grad_enabled():
         return (gradient * factor.reshape(1)).to(dtype)
     return torch.mul(gradient, factor.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
@@ -281,7 +318,8 @@ class _SlicedLoss(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-# One op in a compiled graph: traced, the loop would be unrolled, and what it writes in place would be copied.
+# One op in a compiled graph: traced, the loop would be unrolled, and what it writes in place would
+# be copied.
 
 
 def _fake(x, weight, targets, ignore_index, backend, each, needs_x, needs_w):  # type: ignore[no-untyped-def]
@@ -297,12 +335,16 @@ INSTEAD = "those of torch.nn.functional.cross_entropy of all logits"
 _INPUTS = "Tensor x, Tensor weight, Tensor targets"
 _op = define(
     "linear_cross_entropy",
-    f"({_INPUTS}, int ignore_index, str backend, bool each, bool needs_x, bool needs_w) -> (Tensor, Tensor, Tensor)",
+    (f"({_INPUTS}, int ignore_index, str backend, bool each, bool needs_x, bool needs_w) -> "
+     "(Tensor, Tensor, Tensor)"),
     _sliced_loss, _fake,
 )  # fmt: skip
-torch.library.register_autograd("transnormer::linear_cross_entropy", _differentiate, setup_context=_save_for_backward)
+torch.library.register_autograd(
+    "transnormer::linear_cross_entropy", _differentiate, setup_context=_save_for_backward
+)
 _backward = define_backward(
     "linear_cross_entropy_backward",
-    f"({_INPUTS}, Tensor d_losses, int ignore_index, str backend, bool needs_x, bool needs_w) -> (Tensor, Tensor)",
+    (f"({_INPUTS}, Tensor d_losses, int ignore_index, str backend, bool needs_x, bool needs_w) -> "
+     "(Tensor, Tensor)"),
     _gradients_of_each, _fake_backward, "linear_cross_entropy", INSTEAD,
 )  # fmt: skip

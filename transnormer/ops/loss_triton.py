@@ -1,9 +1,10 @@
-"""The soft-max and cross entropy of a slice of logits on the GPU, in Triton: two passes over a row, the second in place.
+"""The soft-max and cross entropy of a slice of logits on the GPU, in Triton: two passes over a row,
+the second in place.
 
-With m = max(x), s = sum(exp(x - m)) and the target t of a row x: loss = m - x_t + log(s), dx = exp(x - m) / s - [c = t].
-Where each rank holds a part of the vocabulary, two kernels run instead of one: the first stores m + log(s) and x_t of
-its part, the ranks combine these, and the second kernel begins from the result.
-"""
+With m = max(x), s = sum(exp(x - m)) and the target t of a row x: loss = m - x_t + log(s), dx =
+exp(x - m) / s - [c = t]. Where each rank holds a part of the vocabulary, two kernels run instead of
+one: the first stores m + log(s) and x_t of its part, the ranks combine these, and the second kernel
+begins from the result."""
 
 # mypy: allow-untyped-defs
 
@@ -28,10 +29,11 @@ def softmax_loss_kernel(
     logits, targets, losses, norms, pitch, vocab, ignore_index,
     BLOCK: tl.constexpr, GRADIENT: tl.constexpr, SUMS: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. Columns are read and written up to the pitch, whose divisors make wide loads of any vocab.
+    """One program a row. Columns are read and written up to the pitch, whose divisors make wide
+    loads of any vocab.
 
-    SUMS: the first pass is made, else norms holds what it is for. SHARED: norms and target logits are stored, not losses.
-    """
+    SUMS: the first pass is made, else norms holds what it is for. SHARED: norms and target logits
+    are stored, not losses."""
     row = tl.program_id(0)
     at = logits + row.to(tl.int64) * pitch
     c = tl.arange(0, BLOCK)
@@ -45,12 +47,19 @@ def softmax_loss_kernel(
         if GRADIENT:
             for n in range(blocks):
                 place = n * BLOCK + c
-                tl.store(at + place, tl.zeros((BLOCK,), dtype=logits.dtype.element_ty), mask=place < pitch)
+                tl.store(
+                    at + place,
+                    tl.zeros((BLOCK,), dtype=logits.dtype.element_ty),
+                    mask=place < pitch,
+                )
     else:
         if SUMS:
             inside = (target >= 0) & (target < vocab)
-            known = tl.load(at + target, mask=inside, other=0.0 if SHARED else float("nan")).to(tl.float32)
-            # A maximum and a sum for each of BLOCK columns: warps need not meet before the row's end.
+            known = tl.load(at + target, mask=inside, other=0.0 if SHARED else float("nan")).to(
+                tl.float32
+            )
+            # A maximum and a sum for each of BLOCK columns: warps need not meet before the row's
+            # end.
             top = tl.full((BLOCK,), -3.4e38, dtype=tl.float32)
             sums = tl.zeros((BLOCK,), dtype=tl.float32)
             for n in range(blocks):
@@ -86,15 +95,19 @@ def softmax_loss_(
     logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool,
     shard: Any = None,
 ) -> None:  # fmt: skip
-    """Fill in the losses of a slice of n tokens and, where the gradient is wanted, overwrite the logits with it.
+    """Fill in the losses of a slice of n tokens and, where the gradient is wanted, overwrite the
+    logits with it.
 
-    logits: [n, pitch] contiguous, bfloat16, float16 or float32, of which the first `vocab` columns count; the gradient
-    of the others is 0. targets: [n] contiguous integers; losses: [n] float32. Tokens of `ignore_index` get zeros.
-    shard: which part of the vocabulary these logits are, where other processes have the rest (`loss.VocabShard`).
-    """
+    logits: [n, pitch] contiguous, bfloat16, float16 or float32, of which the first `vocab` columns
+    count; the gradient of the others is 0. targets: [n] contiguous integers; losses: [n] float32.
+    Tokens of `ignore_index` get zeros.
+    shard: which part of the vocabulary these logits are, where other processes have the rest
+    (`loss.VocabShard`)."""
     call = _launch if direct(logits, targets, losses) else op
     if shard is None:
-        call(logits, targets, losses, losses.new_empty(0), vocab, ignore_index, gradient, True, False)
+        call(
+            logits, targets, losses, losses.new_empty(0), vocab, ignore_index, gradient, True, False
+        )
         return
     counts = targets != ignore_index
     index = targets - shard.first
@@ -121,12 +134,20 @@ def _launch(
     wide = not -(2**31) <= ignore_index < 2**31
     key = (kinds, pitch, vocab, wide, block, gradient, sums, shared)
     arguments = (*tensors, pitch, vocab, ignore_index, block, gradient, sums, shared)
-    launch(softmax_loss_kernel, logits, key, rows, arguments, warps=min(WARPS, max(4, block * WARPS // BLOCK)))
+    launch(
+        softmax_loss_kernel,
+        logits,
+        key,
+        rows,
+        arguments,
+        warps=min(WARPS, max(4, block * WARPS // BLOCK)),
+    )
 
 
 op = define(
     "softmax_loss_",
-    "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, Tensor(c!) norms, int vocab, int ignore_index,"
+    "(Tensor(a!) logits, Tensor targets, Tensor(b!) losses, Tensor(c!) norms,"
+    " int vocab, int ignore_index,"
     " bool gradient, bool sums, bool shared) -> ()",
     _launch,
     lambda *_: None,

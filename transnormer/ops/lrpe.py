@@ -1,4 +1,5 @@
-"""LRPE: linearized relative position encoding by learned angles (paper equation 9), after swish as the mixer has it."""
+"""LRPE: linearized relative position encoding by learned angles (paper equation 9), after swish as
+the mixer has it."""
 
 from __future__ import annotations
 
@@ -22,9 +23,8 @@ def angles(positions: Tensor, theta: Tensor, dtype: torch.dtype) -> Tensor:
 def lrpe(x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
     """[x cos(theta t), x sin(theta t)]: then q_t . k_s = sum_j q_j k_j cos(theta_j (t - s)).
 
-    x: [B, T, H, K]; theta: [H, K] radians a token; positions: integers [T] or [B, T]. Returns [B, T, H, 2 K].
-    Raises ValueError where the tensors are not on one device.
-    """
+    x: [B, T, H, K]; theta: [H, K] radians a token; positions: integers [T] or [B, T]. Returns [B,
+    T, H, 2 K]. Raises ValueError where the tensors are not on one device."""
     check_devices("lrpe", x=x, theta=theta, positions=positions)
     turns = angles(positions, theta, x.dtype)  # [T, H, K] or [B, T, H, K]
     return torch.cat([x * turns.cos().to(x.dtype), x * turns.sin().to(x.dtype)], dim=-1)
@@ -35,10 +35,11 @@ def swish_lrpe(
 ) -> tuple[Tensor, Tensor]:
     """lrpe(swish(q)) and lrpe(swish(k)), in one kernel a direction where Triton runs.
 
-    q, k: [B, T, H, K] of one dtype, any strides. Gradients of q, k and theta. Other arguments as in `lrpe`.
-    backend: "auto", "triton" or "torch", which has forward-mode and second derivatives too.
-    Raises ValueError where the tensors are not on one device, RuntimeError where the named backend cannot run the call.
-    """
+    q, k: [B, T, H, K] of one dtype, any strides. Gradients of q, k and theta. Other arguments as in
+        `lrpe`.
+    backend: "auto", "triton" or "torch", which has forward-mode and second derivatives too. Raises
+    ValueError where the tensors are not on one device, RuntimeError where the named backend cannot
+    run the call."""
     check_devices("swish_lrpe", q=q, k=k, theta=theta, positions=positions)
     refusals = {"triton": _triton_refusal(q, k, theta, named=backend == "triton"), "torch": None}
     if choose("swish_lrpe", backend, refusals) == "triton":

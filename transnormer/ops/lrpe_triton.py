@@ -1,12 +1,14 @@
-"""Swish and LRPE on the GPU, in Triton: q and k are read once, what doubles their width is written once.
+"""Swish and LRPE on the GPU, in Triton: q and k are read once, what doubles their width is written
+once.
 
-With a = swish(x), c = cos(theta t), s = sin(theta t):  y = [a c, a s]  and, from the gradients dc and ds of its halves,
+With a = swish(x), c = cos(theta t), s = sin(theta t):  y = [a c, a s]  and, from the
+gradients dc and ds of its halves,
 
     dx = (dc c + ds s) swish'(x)        dtheta = sum over rows and tokens of t a (ds c - dc s)
 
-Angles are taken modulo a turn exactly, computed again in backward, and shared by q and k. dtheta
-is summed by every program over its own tokens, then over programs in float64, in one order: repeats are bit-equal.
-"""
+Angles are taken modulo a turn exactly, computed again in backward, and shared by q and k. dtheta is
+summed by every program over its own tokens, then over programs in float64, in one order: repeats
+are bit-equal."""
 
 # mypy: allow-untyped-defs
 
@@ -30,13 +32,18 @@ TOKENS = 16  # a program
 def _angles(positions, theta, row, head, t, c, p_b, p_t, T, K: tl.constexpr):
     """(cosines, sines, positions in float32) of [TOKENS, BLOCK] places.
 
-    A token's angle in turns is a 64-bit integer, 2^64 a whole turn, so that a position's multiple wraps around by
+    A token's angle in turns is a 64-bit integer, 2^64 a whole turn, so that a position's multiple
+    wraps around by
     itself: exact where float32 is off by whole turns, and much cheaper than float64.
     """
     place = tl.load(positions + row * p_b + t * p_t, mask=t < T, other=0).to(tl.int64)
-    turns = tl.load(theta + head * K + c, mask=c < K, other=0.0).to(tl.float64) * 0.15915494309189535
-    step = ((turns - tl.floor(turns)) * 4611686018427387904.0).to(tl.int64) << 2  # 2^62, which an int64 holds
-    eighths = ((place * step) >> 32).to(tl.float32) * 1.862645149230957e-09  # of a turn, -4 to 4: the upper 32 bits
+    turns = (
+        tl.load(theta + head * K + c, mask=c < K, other=0.0).to(tl.float64) * 0.15915494309189535
+    )
+    # 2^62, which an int64 holds
+    step = ((turns - tl.floor(turns)) * 4611686018427387904.0).to(tl.int64) << 2
+    # of a turn, -4 to 4: the upper 32 bits
+    eighths = ((place * step) >> 32).to(tl.float32) * 1.862645149230957e-09
     quarter = tl.floor(eighths * 0.5 + 0.5)  # nearest, -2 to 2
     x = (eighths - 2 * quarter) * 0.7853981633974483  # radians from there, -pi/4 to pi/4
     y = x * x
@@ -73,7 +80,8 @@ def _turn_back(x, dy, dx, at, d_at, to, mask, cosine, sine, dy_c, K: tl.constexp
 
 @triton.jit
 def _place(T, H, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row, head and block of tokens, then its tokens [TOKENS, 1] and columns [1, BLOCK].
+    """This program's row, head and block of tokens, then its tokens [TOKENS, 1] and columns [1,
+    BLOCK].
 
     Neighbouring programs have neighbouring heads.
     """
@@ -104,20 +112,29 @@ def lrpe_backward_kernel(
     q_b, q_t, q_h, q_c, k_b, k_t, k_h, k_c, g_b, g_t, g_h, g_c, e_b, e_t, e_h, e_c, p_b, p_t, T, H,
     K: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk are contiguous [B, T, H, K], d_theta [programs / H, H, K] in float32. g, e: gradients of the results."""
+    """dq and dk are contiguous [B, T, H, K], d_theta [programs / H, H, K] in float32. g, e:
+    gradients of the results."""
     row, head, block, t, c = _place(T, H, TOKENS, BLOCK)
     mask = (t < T) & (c < K)
     cosine, sine, place = _angles(positions, theta, row, head, t, c, p_b, p_t, T, K)
     to = ((row * T + t) * H + head) * K + c
-    at, d_at = row * q_b + t * q_t + head * q_h + c * q_c, row * g_b + t * g_t + head * g_h + c * g_c
+    at, d_at = (
+        row * q_b + t * q_t + head * q_h + c * q_c,
+        row * g_b + t * g_t + head * g_h + c * g_c,
+    )
     turned = _turn_back(q, d_q_out, dq, at, d_at, to, mask, cosine, sine, g_c, K)
-    at, d_at = row * k_b + t * k_t + head * k_h + c * k_c, row * e_b + t * e_t + head * e_h + c * e_c
+    at, d_at = (
+        row * k_b + t * k_t + head * k_h + c * k_c,
+        row * e_b + t * e_t + head * e_h + c * e_c,
+    )
     turned += _turn_back(k, d_k_out, dk, at, d_at, to, mask, cosine, sine, e_c, K)
     total = tl.sum(tl.where(mask, turned * place, 0.0), axis=0)[None, :]
     tl.store(d_theta + (block.to(tl.int64) * H + head) * K + c, total, mask=c < K)
 
 
-def _launch(kernel: Any, q: Tensor, tensors: Sequence[Tensor], strided: Sequence[Tensor], positions: Tensor) -> None:
+def _launch(
+    kernel: Any, q: Tensor, tensors: Sequence[Tensor], strided: Sequence[Tensor], positions: Tensor
+) -> None:
     B, T, H, K = q.shape
     strides = [s for x in strided for s in x.stride()]
     strides += [positions.stride(0) if positions.dim() == 2 else 0, positions.stride(-1)]
@@ -130,7 +147,9 @@ def forward(q: Tensor, k: Tensor, theta: Tensor, positions: Tensor) -> tuple[Ten
     B, T, H, K = q.shape
     q_out, k_out = q.new_empty(B, T, H, 2 * K), k.new_empty(B, T, H, 2 * K)
     if q.numel():
-        _launch(lrpe_kernel, q, (q, k, theta.contiguous(), positions, q_out, k_out), (q, k), positions)
+        _launch(
+            lrpe_kernel, q, (q, k, theta.contiguous(), positions, q_out, k_out), (q, k), positions
+        )
     return q_out, k_out
 
 
@@ -166,7 +185,8 @@ def _fake_backward(q, k, theta, positions, d_q_out, d_k_out):  # type: ignore[no
 
 _backward = define_backward(
     "swish_lrpe_backward",
-    "(Tensor q, Tensor k, Tensor theta, Tensor positions, Tensor d_q_out, Tensor d_k_out) -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor theta, Tensor positions, Tensor d_q_out, Tensor d_k_out)"
+    " -> (Tensor, Tensor, Tensor)",
     backward, _fake_backward, "swish_lrpe", "those of backend='torch'",
 )  # fmt: skip
 swish_lrpe = differentiable(

@@ -1,12 +1,13 @@
-"""SimpleRMSNorm on the GPU, in Triton, alone or with what stands around it: a residual added before, a gate after.
+"""SimpleRMSNorm on the GPU, in Triton, alone or with what stands around it: a residual added
+before, a gate after.
 
     s = x + update (or x)      r = 1 / sqrt(mean(s^2) + eps)      y = r s * gate (or r s)
 
     ds = r (h - r^2 mean(h s) s) + gradient of s itself, with h = dy * gate      dgate = dy * r s
 
-A row is read once in either direction. r is computed again in backward, from an s that has to be read anyway. Counted
-in units of one [rows, D] tensor the norm alone moves 2 and 3, with the residual 4 and 4, with the gate 3 and 5.
-"""
+A row is read once in either direction. r is computed again in backward, from an s that has to be
+read anyway. Counted in units of one [rows, D] tensor the norm alone moves 2 and 3, with the
+residual 4 and 4, with the gate 3 and 5."""
 
 # mypy: allow-untyped-defs
 
@@ -26,7 +27,8 @@ from .register import define_backward, differentiable
 
 @triton.jit
 def _gate_offsets(row, c, g_row, g_head, HEAD: tl.constexpr):
-    """Where column c of a row of the gate lies: its rows are cut into pieces of HEAD columns, g_head elements apart."""
+    """Where column c of a row of the gate lies: its rows are cut into pieces of HEAD columns,
+    g_head elements apart."""
     return row * g_row + c // HEAD * g_head + c % HEAD
 
 
@@ -48,13 +50,16 @@ def norm_kernel(
         wide = rounded.to(tl.float32)
     result = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
     if GATED:
-        result *= tl.load(gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(tl.float32)
+        result *= tl.load(
+            gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0
+        ).to(tl.float32)
     tl.store(y + row * D + c, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
-    s, gate, dy, d_sum, dx, d_gate, s_row, g_row, g_head, dy_row, ds_row, dg_row, dg_head, rows, eps,
+    s, gate, dy, d_sum, dx, d_gate, s_row, g_row, g_head, dy_row, ds_row, dg_row, dg_head, rows,
+    eps,
     D: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADDS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +73,9 @@ def norm_backward_kernel(
     if GATED:
         to = _gate_offsets(row, c, dg_row, dg_head, HEAD)
         tl.store(d_gate + to, (h * wide * r).to(d_gate.dtype.element_ty), mask=mask)
-        h *= tl.load(gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(tl.float32)
+        h *= tl.load(gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(
+            tl.float32
+        )
     result = h * r - wide * (r * r * r * (tl.sum(wide * h, axis=1) / D)[:, None])
     if ADDS:
         result += tl.load(d_sum + row * ds_row + c, mask=mask, other=0.0).to(tl.float32)
@@ -82,7 +89,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _pieces(gate: Tensor | None, flat: Tensor) -> Tensor:
-    """A gate [..., D] or [..., H, V] as [rows, H, V], columns adjacent; any such tensor where there is none."""
+    """A gate [..., D] or [..., H, V] as [rows, H, V], columns adjacent; any such tensor where there
+    is none."""
     if gate is None:
         return flat.unsqueeze(1)
     pieces = gate.reshape(flat.shape[0], -1, gate.shape[-1])
@@ -95,7 +103,8 @@ def _options(D: int) -> tuple[int, int, int]:
     return block, max(1, 1024 // block), min(16, max(4, block // 512))
 
 
-def _launch(kernel: Any, tensors: Sequence[Tensor], strides: tuple[int, ...], head: int, flags: tuple[bool, ...],
+def _launch(kernel: Any, tensors: Sequence[Tensor], strides: tuple[int, ...], head: int,
+            flags: tuple[bool, ...],
             eps: float) -> None:  # fmt: skip
     """tensors: the first is [rows, D]."""
     rows, D = tensors[0].shape
@@ -122,7 +131,12 @@ def forward(
 
 
 def backward(
-    s: Tensor, gate: Tensor | None, dy: Tensor, d_sum: Tensor | None, eps: float, into: Tensor | None = None
+    s: Tensor,
+    gate: Tensor | None,
+    dy: Tensor,
+    d_sum: Tensor | None,
+    eps: float,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(ds, dgate); dgate is empty without a gate. ds is also the gradient of x and of the update.
 
@@ -131,15 +145,32 @@ def backward(
     ds = torch.empty_like(s, memory_format=torch.contiguous_format)
     d_gate = into
     if d_gate is None:
-        d_gate = s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+        d_gate = (
+            s.new_empty(0)
+            if gate is None
+            else torch.empty_like(gate, memory_format=torch.contiguous_format)
+        )
     if s.numel():
         flat, g = _rows(s), _rows(dy)
         pieces = _pieces(gate, flat)
         written = pieces if gate is None else d_gate.view(flat.shape[0], *pieces.shape[1:])
         along = g if d_sum is None else _rows(d_sum)
-        strides = (flat.stride(0), *pieces.stride()[:2], g.stride(0), along.stride(0), *written.stride()[:2])
+        strides = (
+            flat.stride(0),
+            *pieces.stride()[:2],
+            g.stride(0),
+            along.stride(0),
+            *written.stride()[:2],
+        )
         flags = (d_sum is not None, gate is not None)
-        _launch(norm_backward_kernel, (flat, pieces, g, along, ds, written), strides, pieces.shape[2], flags, eps)
+        _launch(
+            norm_backward_kernel,
+            (flat, pieces, g, along, ds, written),
+            strides,
+            pieces.shape[2],
+            flags,
+            eps,
+        )
     return ds, d_gate
 
 
@@ -161,20 +192,28 @@ def _differentiate(ctx, d_sum, dy):  # type: ignore[no-untyped-def]
 
 
 def _fake(x, update, gate, eps, dtype):  # type: ignore[no-untyped-def]
-    s = x.new_empty(0) if update is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    s = (
+        x.new_empty(0)
+        if update is None
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
     return s, torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _fake_backward(s, gate, dy, d_sum, eps):  # type: ignore[no-untyped-def]
     ds = torch.empty_like(s, memory_format=torch.contiguous_format)
-    return ds, s.new_empty(0) if gate is None else torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return ds, s.new_empty(0) if gate is None else torch.empty_like(
+        gate, memory_format=torch.contiguous_format
+    )
 
 
 _backward = define_backward(
-    "rms_norm_backward", "(Tensor s, Tensor? gate, Tensor dy, Tensor? d_sum, float eps) -> (Tensor, Tensor)",
+    "rms_norm_backward",
+    "(Tensor s, Tensor? gate, Tensor dy, Tensor? d_sum, float eps) -> (Tensor, Tensor)",
     backward, _fake_backward, "simple_rms_norm", "those of backend='torch'",
 )  # fmt: skip
 norm = differentiable(
-    "rms_norm", "(Tensor x, Tensor? update, Tensor? gate, float eps, ScalarType dtype) -> (Tensor, Tensor)",
+    "rms_norm",
+    "(Tensor x, Tensor? update, Tensor? gate, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     forward, _fake, _save_for_backward, _differentiate,
 )  # fmt: skip

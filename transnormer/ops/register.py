@@ -1,4 +1,5 @@
-"""The one way an op is registered with torch: its shapes, its gradient, and which derivatives it refuses."""
+"""The one way an op is registered with torch: its shapes, its gradient, and which derivatives it
+refuses."""
 
 from __future__ import annotations
 
@@ -13,23 +14,26 @@ from .dispatch import autocast_is_on
 
 
 def direct(*inputs: Any) -> bool:
-    """Whether nobody watches what is done to these: no compiler, no mode, no transform. Then no op need be registered.
+    """Whether nobody watches what is done to these: no compiler, no mode, no transform. Then no op
+    need be registered.
 
-    Tensors of other classes watch too. One that comes from another process and is not waited for yet has no address.
-    """
+    Tensors of other classes watch too. One that comes from another process and is not waited for
+    yet has no address."""
     if torch.compiler.is_compiling():
         return False
     if any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in inputs):
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, the body of an op, with autocast off: it computes in the dtypes that it says.
 
-    Autocast would else round what the body's own matrix products read, sums in float32 too. The first argument is a
-    tensor.
-    """
+    Autocast would else round what the body's own matrix products read, sums in float32 too. The
+    first argument is a tensor."""
 
     @functools.wraps(function)
     def body(x: Tensor, *rest: Any, **named: Any) -> Any:
@@ -42,7 +46,8 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register transnormer::name, to be seen by torch.compile and modes; returns the op. Its body runs without autocast.
+    """Register transnormer::name, to be seen by torch.compile and modes; returns the op. Its body
+    runs without autocast.
 
     torch.library.custom_op would do it in one line and add milliseconds to a call.
     """
@@ -53,13 +58,19 @@ def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[
 
 
 def define_backward(
-    name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], op: str, instead: str
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    op: str,
+    instead: str,
 ) -> Callable[..., Any]:
-    """Register transnormer::name, which computes the gradients of `op`; returns it as a function of the same arguments.
+    """Register transnormer::name, which computes the gradients of `op`; returns it as a function of
+    the same arguments.
 
-    Where somebody differentiates these gradients again (`create_graph=True`), RuntimeError names `op`, and `instead`,
-    what can be used in its place. Without that they would silently count as constants.
-    """
+    Where somebody differentiates these gradients again (`create_graph=True`), RuntimeError names
+    `op`, and `instead`, what can be used in its place. Without that they would silently count as
+    constants."""
 
     def refuse(ctx: Any, *gradients: Tensor | None) -> None:
         refuse_second_derivative(op, instead)
@@ -79,7 +90,8 @@ def define_backward(
 def refuse_second_derivative(op: str, instead: str) -> NoReturn:
     """Raises RuntimeError where somebody differentiates the gradients of `op`."""
     raise RuntimeError(
-        f"{op} has no second derivative: its gradients cannot be differentiated again (create_graph=True); {instead} can"
+        f"{op} has no second derivative: its gradients cannot be differentiated again "
+        f"(create_graph=True); {instead} can"
     )
 
 
@@ -91,14 +103,16 @@ def differentiable(
     save_for_backward: Callable[..., None],
     differentiate: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Register transnormer::name with its gradient; returns it as a function of the same arguments, the first a tensor.
+    """Register transnormer::name with its gradient; returns it as a function of the same arguments,
+    the first a tensor.
 
-    In eager mode that goes straight to `function`, which launches kernels only; the dispatcher would take longer than
-    small kernels run.
-    save_for_backward(ctx, inputs, output) and differentiate(ctx, *gradients): as torch.library.register_autograd has it.
-    """
+    In eager mode that goes straight to `function`, which launches kernels only; the dispatcher
+    would take longer than small kernels run. save_for_backward(ctx, inputs, output) and
+    differentiate(ctx, *gradients): as torch.library.register_autograd has it."""
     op = define(name, schema, function, fake)
-    torch.library.register_autograd(f"transnormer::{name}", differentiate, setup_context=save_for_backward)
+    torch.library.register_autograd(
+        f"transnormer::{name}", differentiate, setup_context=save_for_backward
+    )
 
     class Eager(torch.autograd.Function):
         @staticmethod

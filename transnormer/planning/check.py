@@ -1,4 +1,5 @@
-"""Checks a plan against the real sharding code, on pretended processes, and builds the tables of `transnormer plan`."""
+"""Checks a plan against the real sharding code, on pretended processes, and builds the tables of
+`transnormer plan`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ MOST_PRETENDED = 4_096  # processes; torch makes a group of processes for each, 
 
 @contextmanager
 def pretended(layout: Layout, device: torch.device) -> Iterator[Mesh]:
-    """The mesh of this process and of pretended ones, by PyTorch's fake process group: what they send is arbitrary.
+    """The mesh of this process and of pretended ones, by PyTorch's fake process group: what they
+    send is arbitrary.
 
     Raises RuntimeError inside a process group.
     """
@@ -43,13 +45,14 @@ def pretended(layout: Layout, device: torch.device) -> Iterator[Mesh]:
 
 
 def weight_bytes(config: ModelConfig, layout: Layout) -> int:
-    """Bytes of the weights that the first of `layout.world` processes holds, by `parallelize` itself.
+    """Bytes of the weights that the first of `layout.world` processes holds, by `parallelize`
+    itself.
 
-    The other processes are pretended, the weights are on the meta device. Blocks of a kind hold alike, so one or two of
-    each are cut. Raises RuntimeError inside a process group.
-    """
+    The other processes are pretended, the weights are on the meta device. Blocks of a kind hold
+    alike, so one or two of each are cut. Raises RuntimeError inside a process group."""
     kinds = block_kinds(config)
-    with pretended(replace(layout, replicate=1), torch.device("cpu")) as mesh:  # whose copies hold alike, too
+    # whose copies hold alike, too
+    with pretended(replace(layout, replicate=1), torch.device("cpu")) as mesh:
 
         def cut(blocks: list[bool]) -> int:
             with torch.device("meta"):
@@ -58,11 +61,14 @@ def weight_bytes(config: ModelConfig, layout: Layout) -> int:
             return sum(held(p).nbytes for p in model.parameters())
 
         once = cut([*kinds])
-        return once + sum((count - 1) * (cut([*kinds, kind]) - once) for kind, count in kinds.items() if count > 1)
+        return once + sum(
+            (count - 1) * (cut([*kinds, kind]) - once) for kind, count in kinds.items() if count > 1
+        )
 
 
 def held(x: Any) -> Any:
-    """What this process has of a DTensor, even where its process group is gone; any other tensor as it is."""
+    """What this process has of a DTensor, even where its process group is gone; any other tensor as
+    it is."""
     return getattr(x, "_local_tensor", x)
 
 
@@ -76,7 +82,8 @@ def check_plan(config: ModelConfig, plan: Plan) -> bool:
     real = weight_bytes(config, plan.layout)
     if real != plan.memory.weights:
         raise RuntimeError(
-            f"planned {plan.memory.weights:,} bytes of weights a GPU for {plan.layout}, but it has {real:,}"
+            f"planned {plan.memory.weights:,} bytes of weights a GPU for {plan.layout}, but it "
+            f"has {real:,}"
         )
     return True
 
@@ -125,9 +132,14 @@ def table(job: Job, plans: list[Plan]) -> Table:
 def as_settings(job: Job, plan: Plan) -> list[str]:
     """A plan as the settings of a recipe that train so."""
     settings = {f"parallel.{name}": size for name, size in vars(plan.layout.parallel).items()}
-    settings |= {"train.accumulate": plan.layout.accumulate, "train.recompute": plan.layout.recompute,
-                 "train.seq_len": job.seq_len, "train.batch_tokens": job.rows * job.seq_len,
-                 "train.dtype": "bfloat16", "train.compile": True}  # fmt: skip
+    settings |= {
+        "train.accumulate": plan.layout.accumulate,
+        "train.recompute": plan.layout.recompute,
+        "train.seq_len": job.seq_len,
+        "train.batch_tokens": job.rows * job.seq_len,
+        "train.dtype": "bfloat16",
+        "train.compile": True,
+    }
     return [f"{key}={str(value).lower()}" for key, value in settings.items()]
 
 
@@ -138,26 +150,42 @@ def compared(models: dict[str, list[Plan]]) -> Table:
     for column in shown.columns:
         column.justify = "right"
     for row in zip(*models.values(), strict=True):
-        cells = [[f"{p.memory.allocated / 1e9:.1f}", f"{p.tokens_per_second / p.layout.world:,.0f}"] for p in row]
+        cells = [
+            [f"{p.memory.allocated / 1e9:.1f}", f"{p.tokens_per_second / p.layout.world:,.0f}"]
+            for p in row
+        ]
         shown.add_row(str(row[0].layout.tensor), *(cell for pair in cells for cell in pair))
     shown.add_section()
-    shown.add_row("saved", *(cell for plans in models.values() for cell in (f"{saving(plans):.1%}", "")))
+    shown.add_row(
+        "saved", *(cell for plans in models.values() for cell in (f"{saving(plans):.1%}", ""))
+    )
     return shown
 
 
 def record(job: Job, plans: list[Plan]) -> dict[str, Any]:
     """For --json: everything in bytes, seconds' rates and days."""
     return {
-        "model": job.config.to_dict(), "parameters": job.config.parameter_count(), "gpus": job.gpus, "gpu": job.kind,
-        "tokens": job.tokens, "seq_len": job.seq_len, "batch_tokens": job.rows * job.seq_len,
-        "plans": [{**dataclasses.asdict(plan), "memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total}}
-                  for plan in plans],
-    }  # fmt: skip
+        "model": job.config.to_dict(),
+        "parameters": job.config.parameter_count(),
+        "gpus": job.gpus,
+        "gpu": job.kind,
+        "tokens": job.tokens,
+        "seq_len": job.seq_len,
+        "batch_tokens": job.rows * job.seq_len,
+        "plans": [
+            {
+                **dataclasses.asdict(plan),
+                "memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total},
+            }
+            for plan in plans
+        ],
+    }
 
 
 def _title(job: Job) -> str:
     return (
-        f"{job.config.parameter_count() / 1e9:,.2f} billion parameters, {job.tokens / 1e9:,.0f} billion tokens on "
+        f"{job.config.parameter_count() / 1e9:,.2f} billion parameters, {job.tokens / 1e9:,.0f} "
+        "billion tokens on "
         f"{job.gpus} x {job.kind}\n{job.rows:,} rows of {job.seq_len:,} tokens a step"
     )
 

@@ -1,7 +1,7 @@
 """The memory of one GPU in a training run with a given layout, in closed form.
 
-The run is as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in float32.
-"""
+The run is as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in
+float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ..ops.loss import CUDA_SLICE_BYTES
 from .mesh_sizes import Parallel
 
 GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
-WORKSPACE_BYTES = 2**26  # cuBLAS's on an H100: 32 MiB for each of the threads of forward and backward
+# cuBLAS's on an H100: 32 MiB for each of the threads of forward and backward
+WORKSPACE_BYTES = 2**26
 
 # Assumed, not measured.
 CONTEXT_BYTES = 2**30  # CUDA's context and the kernels
@@ -28,7 +29,8 @@ GROUP_BYTES = 2**28  # buffers of NCCL, for every group of processes that a rank
 
 @dataclass(frozen=True)
 class Layout:
-    """How one step is spread: the mesh, its micro-batches, and whether blocks are computed again."""
+    """How one step is spread: the mesh, its micro-batches, and whether blocks are computed
+    again."""
 
     replicate: int = 1
     shard: int = 1
@@ -43,7 +45,9 @@ class Layout:
 
     @property
     def parallel(self) -> Parallel:
-        return Parallel(replicate=self.replicate, shard=self.shard, context=self.context, tensor=self.tensor)
+        return Parallel(
+            replicate=self.replicate, shard=self.shard, context=self.context, tensor=self.tensor
+        )
 
 
 @dataclass(frozen=True)
@@ -76,41 +80,53 @@ class Memory:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's parameters by shape: what a block holds, how tensor parallelism cuts it, and how often it is there."""
+    """A model's parameters by shape: what a block holds, how tensor parallelism cuts it, and how
+    often it is there."""
 
     config: ModelConfig
     flops_per_token: float
-    parameters: dict[tuple[tuple[int, ...], int | None], int]  # (shape, dimension that is cut) -> how many
+    # (shape, dimension that is cut) -> how many
+    parameters: dict[tuple[tuple[int, ...], int | None], int]
     block: int  # numbers in the largest block
     blocks: int  # in all blocks
 
     def share(self, layout: Layout, rank: int = 0) -> tuple[int, int]:
-        """(numbers, tensors) that shard rank `rank` of shard x context holds; the first holds the most."""
-        return _share(tuple(self.parameters.items()), layout.tensor, layout.shard * layout.context, rank)
+        """(numbers, tensors) that shard rank `rank` of shard x context holds; the first holds the
+        most."""
+        return _share(
+            tuple(self.parameters.items()), layout.tensor, layout.shard * layout.context, rank
+        )
 
 
 @cache
 def _share(
-    parameters: tuple[tuple[tuple[tuple[int, ...], int | None], int], ...], tensor: int, ranks: int, rank: int
+    parameters: tuple[tuple[tuple[tuple[int, ...], int | None], int], ...],
+    tensor: int,
+    ranks: int,
+    rank: int,
 ) -> tuple[int, int]:
     numbers = tensors = 0
     for (shape, cut), count in parameters:
         mine = [size // tensor if at == cut else size for at, size in enumerate(shape)]
-        rows = -(-mine[0] // ranks)  # FSDP cuts rows like torch.chunk: the last ranks may have fewer, or none
+        # FSDP cuts rows like torch.chunk: the last ranks may have fewer, or none
+        rows = -(-mine[0] // ranks)
         mine[0] = max(0, min(rows, mine[0] - rank * rows))
         numbers, tensors = numbers + count * math.prod(mine), tensors + count
     return numbers, tensors
 
 
 def measure(config: ModelConfig, seq_len: int) -> Shape:
-    """Count the parameters of a model that takes no memory, in which one block of each kind stands for all alike."""
+    """Count the parameters of a model that takes no memory, in which one block of each kind stands
+    for all alike."""
     kinds = block_kinds(config)
     with torch.device("meta"):
         model = LanguageModel(one_of_each(config, [*kinds]))
         flops = model.flops_per_token(seq_len)
         for kind, count in kinds.items():
             longer = LanguageModel(one_of_each(config, [*kinds, kind]))
-            flops += (count - 1) * (longer.flops_per_token(seq_len) - model.flops_per_token(seq_len))
+            flops += (count - 1) * (
+                longer.flops_per_token(seq_len) - model.flops_per_token(seq_len)
+            )
     blocks, counts = model.blocks(), [*kinds.values()]
     parameters: Counter[tuple[tuple[int, ...], int | None]] = Counter()
     for name, p in model.named_parameters():
@@ -130,7 +146,8 @@ def measure(config: ModelConfig, seq_len: int) -> Shape:
 
 
 def block_kinds(config: ModelConfig) -> Counter[bool]:
-    """How many blocks there are of each kind. Blocks differ in their parameters only by whether they have positions."""
+    """How many blocks there are of each kind. Blocks differ in their parameters only by whether
+    they have positions."""
     return Counter(config.has_position(n) for n in range(config.num_hidden_layers))
 
 
@@ -143,34 +160,40 @@ def one_of_each(config: ModelConfig, kinds: Sequence[bool]) -> ModelConfig:
 # Memory.
 
 
-def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one_op: bool = False) -> float:
+def saved_bytes(
+    config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one_op: bool = False
+) -> float:
     """Bytes that a compiled block keeps of each token for the backward pass, under bf16 autocast.
 
-    Every tensor is bfloat16 except the residual stream, which is float32. A tensor rank keeps its own heads and columns,
-    and between the products its own part of the tokens. It keeps the input of each projection whole, because it gathers
-    that input. one_op: the mixer is `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in layers
-    without positions.
-    """
+    Every tensor is bfloat16 except the residual stream, which is float32. A tensor rank keeps its
+    own heads and columns, and between the products its own part of the tokens. It keeps the input
+    of each projection whole, because it gathers that input. one_op: the mixer is
+    `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in layers without
+    positions."""
     d, inner, f = config.hidden_size, config.inner_size, config.intermediate_size
     rank = config.gate_rank or 0
     whole = 2 * (2 * d) + 2 * rank  # what the mixer's and the GLU's projections read
-    stream = 4 * d + 2 * d  # the block's input in float32, the mixer's output: their sum is computed again
+    # the block's input in float32, the mixer's output: their sum is computed again
+    stream = 4 * d + 2 * d
     parts = 4 if config.gate and not rank else 3
     mixer = 2 * inner * parts + 2 * inner  # projected q, k, v, u; what the last projection reads
     if config.mixer == "gla":
-        mixer += 2 * inner * (2 * (2 if lrpe else 1) + 1)  # q and k through swish and LRPE, what the norm reads
+        # q and k through swish and LRPE, what the norm reads
+        mixer += 2 * inner * (2 * (2 if lrpe else 1) + 1)
         if parts == 4 and not one_op and tensor < config.num_attention_heads:
             mixer += 2 * inner  # the gate, apart from q, k and v; of one head it is not copied
         if tensor > 1:  # ranks exchange the norm's sums: what comes of them is not computed again
             wider = 2 * NORMS[config.norm]  # with gains it is kept in float32
             mixer += (2 * config.gate + wider) * inner
     else:
-        mixer += 2 * inner * 2 + 4 * config.num_attention_heads  # q and k turned, the soft-max's sums
+        # q and k turned, the soft-max's sums
+        mixer += 2 * inner * 2 + 4 * config.num_attention_heads
         if config.gate:
             mixer += 2 * inner
     if rank:
         mixer += 2 * inner
-    kept = 2 if config.glu == "mlp" else 3  # before and after GELU; or both branches and their product
+    # before and after GELU; or both branches and their product
+    kept = 2 if config.glu == "mlp" else 3
     glu = kept * 2 * f
     return whole + (stream + mixer + glu) / tensor
 
@@ -178,14 +201,19 @@ def saved_bytes(config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one
 def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[range]:
     """Group neighbouring blocks, by number, whose weights are gathered at once.
 
-    The blocks of a group are of one kind, and several have at most `GATHERED_BYTES` together. They are grouped because
-    each gathering costs the host about a millisecond (`benchmarks/host.py`), and a GPU computes a small block in less.
+    The blocks of a group are of one kind, and several have at most `GATHERED_BYTES` together. They
+    are grouped because each gathering costs the host about a millisecond (`benchmarks/host.py`),
+    and a GPU computes a small block in less.
     sizes: of each block's gathered weights, in bytes.
     """
     found: list[range] = []
     for n, size in enumerate(sizes):
         before = found[-1] if found else range(0)
-        if before and kinds[before[0]] == kinds[n] and sum(sizes[m] for m in before) + size <= GATHERED_BYTES:
+        if (
+            before
+            and kinds[before[0]] == kinds[n]
+            and sum(sizes[m] for m in before) + size <= GATHERED_BYTES
+        ):
             found[-1] = range(before[0], n + 1)
         else:
             found.append(range(n, n + 1))
@@ -193,39 +221,54 @@ def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[rang
 
 
 def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
-    """(bytes of one number of each block's weights, which blocks at once), as FSDP gathers them in `sharding.shard`."""
+    """(bytes of one number of each block's weights, which blocks at once), as FSDP gathers them in
+    `sharding.shard`."""
     config = shape.config
     wide, lrpe = config.norm == "layernorm", config.position == "lrpe"
-    each = [4 if wide or (lrpe and config.has_position(n)) else 2 for n in range(config.num_hidden_layers)]
+    each = [
+        4 if wide or (lrpe and config.has_position(n)) else 2
+        for n in range(config.num_hidden_layers)
+    ]
     return each, gathered_at_once([x * shape.block // tensor for x in each], each)
 
 
 def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
     """The memory of the GPU that needs most.
 
-    rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context ranks together.
-    """
+    rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context
+    ranks together."""
     config, tensor, again = shape.config, layout.tensor, layout.recompute
     d, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     alone, ranks = layout.world == 1, layout.shard * layout.context
     numbers, tensors = shape.share(layout)
     tokens = rows * seq_len // layout.context
     lrpe = [config.position == "lrpe" and config.has_position(n) for n in range(layers)]
-    plain = tensor * layout.context == 1 and (config.norm, config.activation) == ("srmsnorm", "swish")
+    plain = tensor * layout.context == 1 and (config.norm, config.activation) == (
+        "srmsnorm",
+        "swish",
+    )
     kept = [tokens * saved_bytes(config, tensor, lrpe=x, one_op=plain and not x) for x in lrpe]
-    stream = tokens * 4 * d / tensor  # a residual stream: a block's input, or the gradient of its output
+    # a residual stream: a block's input, or the gradient of its output
+    stream = tokens * 4 * d / tensor
     held = layers * stream if again else sum(kept)  # between the passes
-    inside = tokens * (6 * config.intermediate_size / tensor + 2 * d) + stream  # gradients in the midst of a block
-    backward = held + inside + (kept[-1] - stream if again else 0)  # the last block's, while all others are still kept
+    # gradients in the midst of a block
+    inside = tokens * (6 * config.intermediate_size / tensor + 2 * d) + stream
+    # the last block's, while all others are still kept
+    backward = held + inside + (kept[-1] - stream if again else 0)
     normed = 2 * tokens * d  # what the head reads, and its gradient; gathered ones are put in order
-    # The last state of every block lives until the loss is computed. Under `context` the state with which a slice of the
-    # row begins is kept as well, because the backward pass reads it.
-    each = rows * config.num_attention_heads // tensor * config.head_dim**2 * 4 if config.mixer == "gla" else 0
+    # The last state of every block lives until the loss is computed. Under `context` the state with
+    # which a slice of the row begins is kept as well, because the backward pass reads it.
+    each = (
+        rows * config.num_attention_heads // tensor * config.head_dim**2 * 4
+        if config.mixer == "gla"
+        else 0
+    )
     states = each * (layers + sum(lrpe))
     begun = states if layout.context > 1 and not again else 0
     state = each * (1 + any(lrpe)) + begun
-    # `wide` is how many bytes one weight of each block takes while it is gathered. `cast` is how many bytes autocast's
-    # bfloat16 copy of it takes, where there is one; the copy is kept because the backward pass reads it.
+    # `wide` is how many bytes one weight of each block takes while it is gathered. `cast` is how
+    # many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept because
+    # the backward pass reads it.
     block, words = shape.block / tensor, vocab * d / tensor
     wide, groups = gathered(shape, tensor)
     cast = [2 if alone or x == 4 else 0 for x in wide]
@@ -233,7 +276,8 @@ def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory
     if alone:
         groups = [range(n, n + 1) for n in range(layers)]
     at_once = [len(group) * wide[group[0]] for group in groups]
-    end, earlier = groups[-1], at_once[-2] if len(groups) > 1 else 0  # all but the last blocks' are dropped
+    # all but the last blocks' are dropped
+    end, earlier = groups[-1], at_once[-2] if len(groups) > 1 else 0
     # Blocks' gradients on their way to their sum, while those of the blocks before them are made.
     moving = [0 if alone else 4 * len(group) for group in groups]
     tied = config.tie_word_embeddings
@@ -246,21 +290,48 @@ def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory
     done = len(end) * stream if again else sum(kept[n] for n in end)
     own_root = 0 if alone else own + root  # one GPU's are among all gradients
     moments = {  # (gradients, activations, states, buffers)
-        "head": (first, held + stream + normed * (3 if tensor > 1 else 2), states + begun,
-                 (2 * at_once[-1] + kept_casts) * block + root + logits + 2 * words + own),
-        "last block": (first, backward, state, (at_once[-1] + earlier + (kept_casts or cast[-1])) * block + root + own),
-        "sum of the last": (summed, held + stream - done, state,
-                            (before + at_once[-1] + moving[-1] + earlier) * block + root + own),
-        "blocks before": (summed, backward - done, state,
-                          (before + moving[-1] + 2 * earlier + wide[max(0, end[0] - 1)]) * block + root + own),
-        "first block": (late, kept[0] + inside, state, (sum(moving[1:2]) + 2 * at_once[0]) * block + own_root),
-        # The gradients of the head and of the embedding, and where they are one matrix their sum. What `late` counts of
-        # them already is subtracted.
+        "head": (
+            first,
+            held + stream + normed * (3 if tensor > 1 else 2),
+            states + begun,
+            (2 * at_once[-1] + kept_casts) * block + root + logits + 2 * words + own,
+        ),
+        "last block": (
+            first,
+            backward,
+            state,
+            (at_once[-1] + earlier + (kept_casts or cast[-1])) * block + root + own,
+        ),
+        "sum of the last": (
+            summed,
+            held + stream - done,
+            state,
+            (before + at_once[-1] + moving[-1] + earlier) * block + root + own,
+        ),
+        "blocks before": (
+            summed,
+            backward - done,
+            state,
+            (before + moving[-1] + 2 * earlier + wide[max(0, end[0] - 1)]) * block + root + own,
+        ),
+        "first block": (
+            late,
+            kept[0] + inside,
+            state,
+            (sum(moving[1:2]) + 2 * at_once[0]) * block + own_root,
+        ),
+        # The gradients of the head and of the embedding, and where they are one matrix their sum.
+        # What `late` counts of them already is subtracted.
         "embedding": (late, stream, 0, words * (8 * tied if alone else 16) - root / ranks),
-    }  # fmt: skip
+    }
     gradients, activations, state, buffers = map(int, max(moments.values(), key=sum))
     meshes = sum(size > 1 for size in (layout.replicate, ranks, layout.context, tensor))
     return Memory(
-        weights=4 * numbers, gradients=gradients, optimizer=8 * numbers + 4 * tensors, activations=activations,
-        state=state, buffers=buffers + WORKSPACE_BYTES, reserve=CONTEXT_BYTES + meshes * GROUP_BYTES,
-    )  # fmt: skip
+        weights=4 * numbers,
+        gradients=gradients,
+        optimizer=8 * numbers + 4 * tensors,
+        activations=activations,
+        state=state,
+        buffers=buffers + WORKSPACE_BYTES,
+        reserve=CONTEXT_BYTES + meshes * GROUP_BYTES,
+    )

@@ -13,7 +13,8 @@ class Parallel:
     """How the processes of torchrun share the work; the product of the four is their number."""
 
     replicate: int = 1  # copies of the sharded model, each reading other rows
-    shard: int = 0  # processes that share one copy, each reading other rows; 0: all that are left over
+    # processes that share one copy, each reading other rows; 0: all that are left over
+    shard: int = 0
     context: int = 1  # processes that share the tokens of a row
     tensor: int = 1  # processes that share heads, columns and words
 
@@ -28,48 +29,64 @@ def sizes(parallel: Parallel, world: int) -> tuple[int, int, int, int]:
         size = getattr(parallel, name)
         if world == 1 < size:
             raise ValueError(
-                f"parallel.{name} = {size} needs that many processes, and there is one; launch/torchrun.sh starts several"
+                f"parallel.{name} = {size} needs that many processes, and there is one; "
+                "launch/torchrun.sh starts several"
             )
         if left % size:
-            there = f"what is left of {world} processes, {left}" if left < world else f"the {world} processes"
-            raise ValueError(f"parallel.{name} = {size} does not divide {there}; {listed(left)} would")
+            there = (
+                f"what is left of {world} processes, {left}"
+                if left < world
+                else f"the {world} processes"
+            )
+            raise ValueError(
+                f"parallel.{name} = {size} does not divide {there}; {listed(left)} would"
+            )
         left //= size
     if parallel.shard not in (0, left):
         raise ValueError(
-            f"parallel.shard = {parallel.shard}, but of {world} processes {left} are left for it; write {left}, or 0 for all"
+            f"parallel.shard = {parallel.shard}, but of {world} processes {left} are left for it; "
+            f"write {left}, or 0 for all"
         )
     return parallel.replicate, left, parallel.context, parallel.tensor
 
 
-def check_mesh(config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, rows: int) -> None:
-    """Refuse a mesh that the model or the batch does not fit. rows: of one micro-batch over all data ranks.
+def check_mesh(
+    config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, rows: int
+) -> None:
+    """Refuse a mesh that the model or the batch does not fit. rows: of one micro-batch over all
+    data ranks.
 
     Raises ValueError naming the factor, what it does not divide, and what would fit.
     """
     replicate, shard, context, tensor = sizes(parallel, world)
     parts = {
-        "num_attention_heads": config.num_attention_heads, "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size,
-    }  # fmt: skip
+    }
     for name, size in parts.items():
         if size % tensor:
             fits = listed(math.gcd(*parts.values()))
             raise ValueError(
-                f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would fit the model"
+                f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
+                "fit the model"
             )
     if context > 1 and config.mixer != "gla":
         raise ValueError(
-            f"parallel.context = {context} needs linear attention (model.mixer = gla): only its state is handed on"
+            f"parallel.context = {context} needs linear attention (model.mixer = gla): only its "
+            "state is handed on"
         )
     if seq_len % (context * tensor):
         most = listed(seq_len // tensor) if seq_len % tensor == 0 else "none"
         raise ValueError(
-            f"parallel.context x tensor = {context * tensor} does not divide train.seq_len = {seq_len}; with tensor = "
+            f"parallel.context x tensor = {context * tensor} does not divide train.seq_len = "
+            f"{seq_len}; with tensor = "
             f"{tensor}, context may be {most}"
         )
     if rows % (replicate * shard):
         raise ValueError(
-            f"parallel.replicate x shard = {replicate * shard} does not divide the {rows} rows of a micro-batch "
+            f"parallel.replicate x shard = {replicate * shard} does not divide the {rows} rows of "
+            "a micro-batch "
             f"(train.batch_tokens / seq_len / accumulate); {listed(rows)} would"
         )
 

@@ -1,7 +1,8 @@
-"""The search of `transnormer plan`: which layouts a job could be trained on, which of them fit, and the fastest ones.
+"""The search of `transnormer plan`: which layouts a job could be trained on, which of them fit, and
+the fastest ones.
 
-Refusals are worded as the command line spells its options, so that their advice can be typed as it stands.
-"""
+Refusals are worded as the command line spells its options, so that their advice can be typed as it
+stands."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ LARGEST = {"gpus": 2**20, "tokens": 1e18, "seq_len": 2**34, "batch_tokens": 2**3
 LARGEST_FACTOR = 2**20
 LARGEST_LAYERS = 4_096
 MOST_LAYOUTS = 50_000
-FACTORS = ("tensor", "context", "replicate", "accumulate", "recompute")  # each given, or to be found
+# each given, or to be found
+FACTORS = ("tensor", "context", "replicate", "accumulate", "recompute")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Plan:
 class Job:
     """A model, its tokens and the GPUs. The search chooses every factor that is None.
 
-    Raises ValueError for a job that no layout can run. batch_tokens: of a step; 0 stands for about BATCH_TOKENS, in as many rows as the GPUs can share.
-    """
+    Raises ValueError for a job that no layout can run. batch_tokens: of a step; 0 stands for about
+    BATCH_TOKENS, in as many rows as the GPUs can share."""
 
     config: ModelConfig
     gpus: int
@@ -62,14 +64,21 @@ class Job:
     def __post_init__(self) -> None:
         if self.kind not in GPUS:
             raise ValueError(f"no GPU {self.kind!r}; there are {', '.join(GPUS)}")
-        numbers = {name: getattr(self, name) for name in (*LARGEST, "replicate", "context", "tensor", "accumulate")}
+        numbers = {
+            name: getattr(self, name)
+            for name in (*LARGEST, "replicate", "context", "tensor", "accumulate")
+        }
         for name, value in numbers.items():
             least, most = int(name != "batch_tokens"), LARGEST.get(name, LARGEST_FACTOR)
             if value is not None and not least <= value <= most:
-                raise ValueError(f"{_option(name)} is {value:,}, but must be from {least} to {most:,}")
+                raise ValueError(
+                    f"{_option(name)} is {value:,}, but must be from {least} to {most:,}"
+                )
         layers = self.config.num_hidden_layers
         if layers > LARGEST_LAYERS:
-            raise ValueError(f"model.num_hidden_layers = {layers:,}, but a plan has at most {LARGEST_LAYERS:,}")
+            raise ValueError(
+                f"model.num_hidden_layers = {layers:,}, but a plan has at most {LARGEST_LAYERS:,}"
+            )
         if self.batch_tokens % self.seq_len:
             fits = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
             raise ValueError(
@@ -80,30 +89,39 @@ class Job:
         self._check_factors()
 
     def _check_factors(self) -> None:
-        """Refuse what no batch could mend: factors that the GPUs, the model or its rows cannot be divided by."""
+        """Refuse what no batch could mend: factors that the GPUs, the model or its rows cannot be
+        divided by."""
         left, of = self.gpus, f"--gpus {self.gpus}"
         for name in ("tensor", "context", "replicate"):
             size = getattr(self, name) or 1
             if size > self.gpus:
-                raise ValueError(f"--{name} {size} needs at least {size} GPUs; --gpus is {self.gpus}")
+                raise ValueError(
+                    f"--{name} {size} needs at least {size} GPUs; --gpus is {self.gpus}"
+                )
             if left % size:
                 raise ValueError(f"--{name} {size} does not divide {of}; {listed(left)} would")
             left //= size
             if size > 1:
                 of = f"the {left} GPUs that are left for it"
         config, tensor, context = self.config, self.tensor or 1, self.context or 1
-        parts = {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size", "vocab_size")}
+        parts = {
+            name: getattr(config, name)
+            for name in ("num_attention_heads", "intermediate_size", "vocab_size")
+        }
         for name, size in parts.items():
             if size % tensor:
                 fits = listed(math.gcd(*parts.values()))
-                raise ValueError(f"--tensor {tensor} does not divide model.{name} = {size}; {fits} would")
+                raise ValueError(
+                    f"--tensor {tensor} does not divide model.{name} = {size}; {fits} would"
+                )
         if context > 1 and config.mixer != "gla":
             raise ValueError(f"--context {context} needs linear attention, model.mixer=gla")
         if self.seq_len % (context * tensor):
             both = f"--context {context} x --tensor {tensor}" if context > 1 and tensor > 1 else ""
             one = f"--context {context}" if context > 1 else f"--tensor {tensor}"
             raise ValueError(
-                f"{both or one} does not divide rows of --seq {self.seq_len}; {listed(self.seq_len)} would"
+                f"{both or one} does not divide rows of --seq {self.seq_len}; "
+                f"{listed(self.seq_len)} would"
             )
 
     @cached_property
@@ -117,10 +135,13 @@ class Job:
             return self.batch_tokens // self.seq_len
         rows = max(1, round(BATCH_TOKENS / self.seq_len))
         candidates = itertools.islice(self.candidates(rows), MOST_LAYOUTS)
-        return rows if any(self._accepts(layout, rows) for layout in candidates) else self.shared(rows)
+        return (
+            rows if any(self._accepts(layout, rows) for layout in candidates) else self.shared(rows)
+        )
 
     def shared(self, rows: int) -> int:
-        """A number of rows near this one that all GPUs can share alike: of those near, one with many factors of 2."""
+        """A number of rows near this one that all GPUs can share alike: of those near, one with
+        many factors of 2."""
         unit = self.gpus * (self.accumulate or 1)
         for power in range(7, -1, -1):
             each = round(rows / unit / 2**power) * 2**power
@@ -129,18 +150,33 @@ class Job:
         return max(1, round(rows / unit)) * unit
 
     def candidates(self, rows: int) -> Iterator[Layout]:
-        """The layouts with `tensor` within a node and, where `context` is free, at least 1,024 tokens on a context rank."""
-        tensors = [n for n in _divisors(self.gpus) if n <= self.gpu.node] if self.tensor is None else [self.tensor]
+        """The layouts with `tensor` within a node and, where `context` is free, at least 1,024
+        tokens on a context rank."""
+        tensors = (
+            [n for n in _divisors(self.gpus) if n <= self.gpu.node]
+            if self.tensor is None
+            else [self.tensor]
+        )
         for tensor in tensors:
             left = max(1, self.gpus // tensor)
-            cuts = [n for n in _divisors(left) if n == 1 or (self.config.mixer == "gla" and self.seq_len // n >= 1_024)]
+            cuts = [
+                n
+                for n in _divisors(left)
+                if n == 1 or (self.config.mixer == "gla" and self.seq_len // n >= 1_024)
+            ]
             for context in cuts if self.context is None else [self.context]:
-                copies = _divisors(max(1, left // context)) if self.replicate is None else [self.replicate]
+                copies = (
+                    _divisors(max(1, left // context))
+                    if self.replicate is None
+                    else [self.replicate]
+                )
                 for replicate in copies:
                     shard = max(1, left // (context * replicate))
                     steps = _divisors(max(1, rows // (replicate * shard)))
                     for accumulate in steps if self.accumulate is None else [self.accumulate]:
-                        for recompute in (False, True) if self.recompute is None else (self.recompute,):
+                        for recompute in (
+                            (False, True) if self.recompute is None else (self.recompute,)
+                        ):
                             yield Layout(replicate, shard, context, tensor, accumulate, recompute)
 
     def _accepts(self, layout: Layout, rows: int) -> bool:
@@ -148,17 +184,29 @@ class Job:
         if rows % layout.accumulate:
             return False
         try:
-            check_mesh(self.config, layout.parallel, self.gpus, seq_len=self.seq_len, rows=rows // layout.accumulate)
+            check_mesh(
+                self.config,
+                layout.parallel,
+                self.gpus,
+                seq_len=self.seq_len,
+                rows=rows // layout.accumulate,
+            )
         except ValueError:
             return False
         return True
 
     def layouts(self) -> list[Layout]:
-        """All that training would accept. Raises ValueError where there is none, or too many to look at."""
+        """All that training would accept. Raises ValueError where there is none, or too many to
+        look at."""
         candidates = list(itertools.islice(self.candidates(self.rows), MOST_LAYOUTS + 1))
         if len(candidates) > MOST_LAYOUTS:
-            held = " ".join(f"--{name} 1" for name in ("context", "accumulate") if getattr(self, name) is None)
-            raise ValueError(f"there are more than {MOST_LAYOUTS:,} layouts to look at; hold factors, e.g. {held}")
+            held = " ".join(
+                f"--{name} 1" for name in ("context", "accumulate") if getattr(self, name) is None
+            )
+            raise ValueError(
+                f"there are more than {MOST_LAYOUTS:,} layouts to look at; hold factors, e.g. "
+                f"{held}"
+            )
         found = [layout for layout in candidates if self._accepts(layout, self.rows)]
         if not found:
             raise ValueError(self._rows_refused())
@@ -167,11 +215,18 @@ class Job:
     def _rows_refused(self) -> str:
         fits = f"--batch-tokens {spelled(self.shared(self.rows) * self.seq_len)} could be"
         if self.accumulate is not None and self.rows % self.accumulate:
-            return f"--accumulate {self.accumulate} does not divide the {self.rows:,} rows of a step; {fits}"
-        return f"a step's {self.rows:,} rows of {self.seq_len:,} tokens cannot be shared by {self.gpus:,} GPUs; {fits}"
+            return (
+                f"--accumulate {self.accumulate} does not divide the {self.rows:,} rows of a "
+                f"step; {fits}"
+            )
+        return (
+            f"a step's {self.rows:,} rows of {self.seq_len:,} tokens cannot be shared by "
+            f"{self.gpus:,} GPUs; {fits}"
+        )
 
     def plans(self) -> list[Plan]:
-        """A plan for each layout that training would accept. Raises ValueError as `layouts` does."""
+        """A plan for each layout that training would accept. Raises ValueError as `layouts`
+        does."""
         return [self.plan(layout) for layout in self.layouts()]
 
     def plan(self, layout: Layout) -> Plan:
@@ -179,19 +234,25 @@ class Job:
         speed, sent = find_speed(self.shape, layout, self.gpu, rows, self.seq_len)
         hours = self.tokens / speed / 3_600
         memory = find_memory(self.shape, layout, rows, self.seq_len)
-        return Plan(layout, memory, speed, sent, hours / 24, hours * self.gpus * self.gpu.watts / 1e6)
+        return Plan(
+            layout, memory, speed, sent, hours / 24, hours * self.gpus * self.gpu.watts / 1e6
+        )
 
     def fits(self, plan: Plan) -> bool:
         return plan.memory.total <= USABLE * self.gpu.gib * 2**30
 
     def best(self, most: int = 3) -> list[Plan]:
-        """The fastest plans of different meshes that fit; of those within half a percent, the ones that need least memory.
+        """The fastest plans of different meshes that fit; of those within half a percent, the ones
+        that need least memory.
 
         Raises ValueError where none does, naming what is too large and what would fit.
         """
         plans = self.plans()
         found: dict[Parallel, Plan] = {}
-        for plan in sorted(plans, key=lambda plan: (-round(math.log(plan.tokens_per_second) * 200), plan.memory.total)):
+        for plan in sorted(
+            plans,
+            key=lambda plan: (-round(math.log(plan.tokens_per_second) * 200), plan.memory.total),
+        ):
             if self.fits(plan):
                 found.setdefault(plan.layout.parallel, plan)
         if not found:
@@ -201,14 +262,19 @@ class Job:
     def _too_large(self, plan: Plan) -> str:
         part, size = max(vars(plan.memory).items(), key=lambda item: item[1])
         short = (
-            f"nothing fits {self.gpus} x {self.kind}: at best {plan.memory.total / 2**30:,.1f} GiB a GPU of "
+            f"nothing fits {self.gpus} x {self.kind}: at best {plan.memory.total / 2**30:,.1f} "
+            "GiB a GPU of "
             f"{USABLE * self.gpu.gib:,.1f} usable, of which {part} {size / 2**30:,.1f}"
         )
         held = {name: getattr(self, name) for name in FACTORS if getattr(self, name) is not None}
         free: dict[str, Any] = dict.fromkeys(held)
         if held and (plans := [plan for plan in replace(self, **free).plans() if self.fits(plan)]):
             best = max(plans, key=lambda plan: plan.tokens_per_second).layout
-            changed = [_option(name, getattr(best, name)) for name in held if getattr(best, name) != held[name]]
+            changed = [
+                _option(name, getattr(best, name))
+                for name in held
+                if getattr(best, name) != held[name]
+            ]
             return f"{short}; {' '.join(changed)} would fit"
         without = f" without {' '.join(_option(*item) for item in held.items())}" if held else ""
         for more in (2**doubled for doubled in range(1, 13)):
@@ -223,19 +289,26 @@ class Job:
         return f"{short}; take shorter rows (--seq) or a smaller model"
 
     def _would_fit(self, **changes: Any) -> bool:
-        """Whether anything fits with changes to this job. Only the layout of each mesh that needs least memory is tried."""
+        """Whether anything fits with changes to this job. Only the layout of each mesh that needs
+        least memory is tried."""
         try:
             job = replace(self, **changes)
-            # `layouts` yields the layout of a mesh with the least memory last, because it recomputes and has the smallest
-            # microbatches. accumulate = 1 is tried separately, because it keeps no sum of gradients.
-            tightest = {(layout.parallel, layout.accumulate == 1): layout for layout in job.layouts()}
+            # `layouts` yields the layout of a mesh with the least memory last, because it
+            # recomputes and has the smallest microbatches. accumulate = 1 is tried separately,
+            # because it keeps no sum of gradients.
+            tightest = {
+                (layout.parallel, layout.accumulate == 1): layout for layout in job.layouts()
+            }
         except ValueError:
             return False
         return any(job.fits(job.plan(layout)) for layout in tightest.values())
 
 
-def compare_tensor(config: ModelConfig, gpus: int = 8, seq_len: int = 2_048, kind: str = "h100") -> list[Plan]:
-    """Plans for tensor = 1, 2, 4, 8, the other GPUs sharing the weights; each data rank reads 8,192 tokens at a time.
+def compare_tensor(
+    config: ModelConfig, gpus: int = 8, seq_len: int = 2_048, kind: str = "h100"
+) -> list[Plan]:
+    """Plans for tensor = 1, 2, 4, 8, the other GPUs sharing the weights; each data rank reads 8,192
+    tokens at a time.
 
     Sizes that do not divide the GPUs, the model or its rows are left out.
     """
@@ -244,9 +317,17 @@ def compare_tensor(config: ModelConfig, gpus: int = 8, seq_len: int = 2_048, kin
     for tensor in (1, 2, 4, 8):
         try:
             job = Job(
-                config=config, gpus=gpus, kind=kind, seq_len=seq_len, replicate=1, context=1, tensor=tensor,
-                batch_tokens=rows * seq_len * max(1, gpus // tensor), accumulate=1, recompute=False,
-            )  # fmt: skip
+                config=config,
+                gpus=gpus,
+                kind=kind,
+                seq_len=seq_len,
+                replicate=1,
+                context=1,
+                tensor=tensor,
+                batch_tokens=rows * seq_len * max(1, gpus // tensor),
+                accumulate=1,
+                recompute=False,
+            )
             found += job.plans()
         except ValueError:
             if tensor == 1:

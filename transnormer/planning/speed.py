@@ -23,24 +23,29 @@ UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 
 def passes_share(config: ModelConfig) -> float:
     """What both passes of a model of this width reach of the rate of matrix products."""
     if config.mixer not in PASSES_SHARE:
-        raise ValueError(f"no run with model.mixer = {config.mixer} was measured: plans know {', '.join(PASSES_SHARE)}")
+        raise ValueError(
+            f"no run with model.mixer = {config.mixer} was measured: plans know "
+            f"{', '.join(PASSES_SHARE)}"
+        )
     shares = PASSES_SHARE[config.mixer]
     return float(np.interp(config.hidden_size, list(shares), list(shares.values())))
 
 
 def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
-    """Bytes that one GPU copies (read and written) in a step because of sharding. rows: as in `find_memory`.
+    """Bytes that one GPU copies (read and written) in a step because of sharding. rows: as in
+    `find_memory`.
 
-    In each pass FSDP casts the GPU's own weights from 4 bytes to 2, and copies every gathered weight to where it is
-    multiplied. It casts every gradient from 2 bytes to 4. Under `tensor` all tokens are copied four times a block.
-    """
+    In each pass FSDP casts the GPU's own weights from 4 bytes to 2, and copies every gathered
+    weight to where it is multiplied. It casts every gradient from 2 bytes to 4. Under `tensor` all
+    tokens are copied four times a block."""
     if layout.world == 1:
         return 0.0
     own, _ = shape.share(layout)
     weights = 2 * (6 * own + 4 * shape.blocks / layout.tensor) + 6 * shape.blocks / layout.tensor
     tokens = rows * seq_len // layout.context * (layout.tensor > 1)
     return layout.accumulate * (
-        FSDP_COPIES * weights + 16 * shape.config.num_hidden_layers * tokens * shape.config.hidden_size
+        FSDP_COPIES * weights
+        + 16 * shape.config.num_hidden_layers * tokens * shape.config.hidden_size
     )
 
 
@@ -49,46 +54,72 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
     config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
     words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     tokens = rows * seq_len // layout.context
-    # FSDP gathers a block once for each pass, and the last blocks only once because they stay gathered. Recomputation
-    # gathers nothing, because it runs while the block is gathered for the backward pass.
+    # FSDP gathers a block once for each pass, and the last blocks only once because they stay
+    # gathered. Recomputation gathers nothing, because it runs while the block is gathered for the
+    # backward pass.
     wide, groups = gathered(shape, tensor)
     twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
     gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
     whole = (shape.blocks + words) * 4 / tensor  # gradients in float32
-    blocks = (11 if layout.recompute else 8) * config.num_hidden_layers  # the last sums of each are not computed again
+    # the last sums of each are not computed again
+    blocks = (11 if layout.recompute else 8) * config.num_hidden_layers
     passes = 3 if layout.recompute else 2
     state = 4 * rows * config.num_attention_heads // tensor * config.head_dim**2
     exact = {
         "shard": layout.accumulate * (gather / tensor + whole) * (ranks - 1) / ranks,
-        "replicate": layout.accumulate * 2 * whole / ranks * (layout.replicate - 1) / layout.replicate,
+        "replicate": layout.accumulate
+        * 2
+        * whole
+        / ranks
+        * (layout.replicate - 1)
+        / layout.replicate,
         # The embedding's two exchanges in float32, the head's two in bfloat16.
-        "tensor": layout.accumulate * (blocks + 6) * tokens * 2 * config.hidden_size * (tensor - 1) / tensor,
-        "context": layout.accumulate * passes * config.num_hidden_layers * state * (layout.context - 1),
-    }  # fmt: skip
+        "tensor": layout.accumulate
+        * (blocks + 6)
+        * tokens
+        * 2
+        * config.hidden_size
+        * (tensor - 1)
+        / tensor,
+        "context": layout.accumulate
+        * passes
+        * config.num_hidden_layers
+        * state
+        * (layout.context - 1),
+    }
     return {kind: int(sent) for kind, sent in exact.items()}
 
 
-def find_speed(shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int) -> tuple[float, dict[str, int]]:
+def find_speed(
+    shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int
+) -> tuple[float, dict[str, int]]:
     """(tokens a second of all GPUs, `sent_bytes`).
 
-    Weights travel while blocks are computed (`EXPOSED`); for everything else that is sent the GPUs wait. It is assumed
-    that no GPU waits for its host. Small models, `tensor` and `context` reach that only with `train.graph = true`.
-    """
+    Weights travel while blocks are computed (`EXPOSED`); for everything else that is sent the GPUs
+    wait. It is assumed that no GPU waits for its host. Small models, `tensor` and `context` reach
+    that only with `train.graph = true`."""
     config = shape.config
     flops = shape.flops_per_token
     if layout.recompute:
         flops += (flops - 6 * config.vocab_size * config.hidden_size) / 3
     tokens = rows * layout.accumulate * layout.replicate * layout.shard * seq_len
     memory = gpu.tbps * 1e12 * COPY_SHARE
-    passes = tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * passes_share(config))
+    passes = (
+        tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * passes_share(config))
+    )
     passes += copied_bytes(shape, layout, rows, seq_len) / memory
     update = shape.share(layout)[0] * UPDATE_BYTES / memory
     sent = sent_bytes(shape, layout, rows, seq_len)
     spans = {
-        "tensor": layout.tensor, "context": layout.tensor * layout.context,
-        "shard": layout.tensor * layout.context * layout.shard, "replicate": layout.world,
-    }  # fmt: skip
+        "tensor": layout.tensor,
+        "context": layout.tensor * layout.context,
+        "shard": layout.tensor * layout.context * layout.shard,
+        "replicate": layout.world,
+    }
     link, network = gpu.link * LINK_SHARE, gpu.network * NETWORK_SHARE
-    wait = {kind: sent[kind] / ((link if span <= gpu.node else network) * 1e9) for kind, span in spans.items()}
+    wait = {
+        kind: sent[kind] / ((link if span <= gpu.node else network) * 1e9)
+        for kind, span in spans.items()
+    }
     passes = max(passes + EXPOSED * wait["shard"], wait["shard"])
     return tokens / (passes + update + wait["tensor"] + wait["context"] + wait["replicate"]), sent

@@ -1,1 +1,2 @@
-"""Training: a run in one recipe, the loop, checkpoints that a kill cannot spoil, metrics and curves."""
+"""Training: a run in one recipe, the loop, checkpoints that a kill cannot spoil, metrics and
+curves."""

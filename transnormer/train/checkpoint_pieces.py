@@ -1,4 +1,5 @@
-"""Sharded tensors in safetensors files, read by torch.distributed.checkpoint onto any mesh. Nothing is pickled."""
+"""Sharded tensors in safetensors files, read by torch.distributed.checkpoint onto any mesh. Nothing
+is pickled."""
 
 from __future__ import annotations
 
@@ -17,12 +18,14 @@ from .mesh import Mesh
 RANDOM = "_rng/"  # in the name of a random state, before the rank whose it is
 
 
-def pieces(tensors: Iterable[tuple[str, Any]], mesh: Mesh) -> Iterator[tuple[str, Tensor, list[int], list[int]]]:
-    """(name, local tensor, where it begins in the whole, the whole's shape) of what this process is to write.
+def pieces(
+    tensors: Iterable[tuple[str, Any]], mesh: Mesh
+) -> Iterator[tuple[str, Tensor, list[int], list[int]]]:
+    """(name, local tensor, where it begins in the whole, the whole's shape) of what this process is
+    to write.
 
-    Of what several processes hold alike one writes, chosen by the name. Plain tensors are the first process', but for
-    the random states, of which each has its own.
-    """
+    Of what several processes hold alike one writes, chosen by the name. Plain tensors are the first
+    process', but for the random states, of which each has its own."""
     from torch.distributed.checkpoint import DefaultSavePlanner
 
     for name, tensor in tensors:
@@ -32,7 +35,9 @@ def pieces(tensors: Iterable[tuple[str, Any]], mesh: Mesh) -> Iterator[tuple[str
             continue
         grid, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
         alike = [n for n, placement in enumerate(tensor.placements) if placement.is_replicate()]
-        if place is None or any(place[n] != zlib.crc32(name.encode()) % grid.size(n) for n in alike):
+        if place is None or any(
+            place[n] != zlib.crc32(name.encode()) % grid.size(n) for n in alike
+        ):
             continue
         planner = DefaultSavePlanner()
         planner.set_up_planner({name: tensor.detach()})
@@ -53,18 +58,23 @@ def optimizer_state(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     room: dict[str, Tensor] = {}
-    stored: dict[str, Any] = dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+    stored: dict[str, Any] = dict(
+        HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    )
     for name, kind in stored.items():
         if "/" not in name:
             continue
         like, dtype = parameters.get(name.partition("/")[2]), kind.properties.dtype
         fits = like is not None and like.shape == kind.size
-        room[name] = torch.empty_like(like, dtype=dtype) if fits else torch.empty(kind.size, dtype=dtype)  # type: ignore[arg-type]
+        room[name] = (
+            torch.empty_like(like, dtype=dtype) if fits else torch.empty(kind.size, dtype=dtype)
+        )  # type: ignore[arg-type]
     return room
 
 
 def read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, sharded or not, from the folder's files by name; each process reads what it needs by itself."""
+    """Fill tensors, sharded or not, from the folder's files by name; each process reads what it
+    needs by itself."""
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():  # that this process reads alone, as it is asked to

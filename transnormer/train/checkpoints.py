@@ -1,16 +1,16 @@
 """Checkpoints that a kill at any moment cannot spoil, written while training goes on.
 
-A checkpoint is a folder with config.json, tokenizer.json, the weights, and what training needs beside them. A run on one
-process writes the weights whole, so that the folder is a model by itself. In a run on several processes each writes the
-pieces that it holds and where they belong, so that any other mesh can read them (with torch.distributed.checkpoint;
-nothing is pickled), and `transnormer.load` as well. The weights of a model with adapters are written merged, so that they
+A checkpoint is a folder with config.json, tokenizer.json, the weights, and what training needs
+beside them. A run on one process writes the weights whole, so that the folder is a model by itself.
+In a run on several processes each writes the pieces that it holds and where they belong, so that
+any other mesh can read them (with torch.distributed.checkpoint; nothing is pickled), and
+`transnormer.load` as well. The weights of a model with adapters are written merged, so that they
 can be used as they are. Training goes on from the adapters, which lie in a folder inside.
 
-A thread of each process writes its part from copies in host memory, under a hidden name. At the end of each step the
-ranks tell each other whether they have finished. When all have, the first rank seals the folder and renames it, so that a
-folder with the name of a checkpoint is always whole. A checkpoint that is damaged later is named and set aside, and it is
-never deleted.
-"""
+A thread of each process writes its part from copies in host memory, under a hidden name. At the end
+of each step the ranks tell each other whether they have finished. When all have, the first rank
+seals the folder and renames it, so that a folder with the name of a checkpoint is always whole. A
+checkpoint that is damaged later is named and set aside, and it is never deleted."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ WINDOW = 32  # how many of the last losses a spike is told by (`step.refusal`)
 class Origin:
     """What a run depends on.
 
-    data: the fingerprint of its data. base: the fingerprint of the weights under its adapter, where it trains one.
-    """
+    data: the fingerprint of its data. base: the fingerprint of the weights under its adapter, where
+    it trains one."""
 
     data: str
     chat_template: str | None = None
@@ -60,11 +60,13 @@ class Origin:
 
 @dataclass
 class RunProgress:
-    """How far a run is. A checkpoint holds it beside the weights, the optimizer state and the random states.
+    """How far a run is. A checkpoint holds it beside the weights, the optimizer state and the
+    random states.
 
     position: how many samples all steps have read, refused ones included.
     refused: how many steps in a row, up to the last one, were refused.
-    refused_in_all: how many were refused in the whole run, also before it went back to a checkpoint.
+    refused_in_all: how many were refused in the whole run, also before it went back to a
+        checkpoint.
     losses: the losses of the last steps that were applied, where spikes are watched for.
     skipped: the samples (from, to) that were passed over when the run went back.
     """
@@ -77,7 +79,8 @@ class RunProgress:
     skipped: list[list[int]] = field(default_factory=list)
 
     def pass_step(self, position: int, refused: bool, losses: list[float]) -> None:
-        """Count a step that read the samples up to `position`. losses: its loss, where spikes are watched for."""
+        """Count a step that read the samples up to `position`. losses: its loss, where spikes are
+        watched for."""
         self.step, self.position = self.step + 1, position
         self.refused = self.refused + 1 if refused else 0
         self.refused_in_all += refused
@@ -86,13 +89,14 @@ class RunProgress:
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints of a run. Every rank has one and calls the same methods in the same order.
+    """Writes and reads the checkpoints of a run. Every rank has one and calls the same methods in
+    the same order.
 
-    A save has two phases: all ranks write, then the first rank seals. `flags` says how far this rank is. The caller sums
-    the flags of all ranks at the end of each step and gives the sums to `advance`, which begins the next phase or raises
-    what went wrong: OSError on the rank that could not write, FailedOnOtherRank on the others. Earlier checkpoints are
-    untouched by a save that fails.
-    """
+    A save has two phases: all ranks write, then the first rank seals. `flags` says how far this
+    rank is. The caller sums the flags of all ranks at the end of each step and gives the sums to
+    `advance`, which begins the next phase or raises what went wrong: OSError on the rank that could
+    not write, FailedOnOtherRank on the others. Earlier checkpoints are untouched by a save that
+    fails."""
 
     def __init__(self, parent: Path, mesh: Mesh, origin: Origin, keep: Checkpoint):
         self._parent, self._mesh, self._origin, self._keep = parent, mesh, origin, keep
@@ -100,7 +104,8 @@ class Checkpoints:
         self._job: Future[Any] | None = None
         self._phase: str | None = None
         self._partial, self._prune = parent, False
-        self._host: dict[str, Tensor] = {}  # the memory that copies are made into, kept from one save to the next
+        # the memory that copies are made into, kept from one save to the next
+        self._host: dict[str, Tensor] = {}
         if mesh.first:
             parent.mkdir(exist_ok=True)
             clear_partial(parent)
@@ -110,20 +115,28 @@ class Checkpoints:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if isinstance(error, Exception) and self._mesh.world == 1:
-            self.settle()  # what was begun is finished; raised over `error` only where that fails too
+            # what was begun is finished; raised over `error` only where that fails too
+            self.settle()
         self._writer.shutdown()
 
     # Writing.
 
-    def save(self, model: LanguageModel, optimizer: torch.optim.Optimizer, progress: RunProgress) -> None:
-        """Begin to write the checkpoint of `progress`, after the one before is done. Returns when all is copied."""
+    def save(
+        self, model: LanguageModel, optimizer: torch.optim.Optimizer, progress: RunProgress
+    ) -> None:
+        """Begin to write the checkpoint of `progress`, after the one before is done. Returns when
+        all is copied."""
         self.settle()
         mesh, origin = self._mesh, self._origin
         self._partial = self._parent / f".step-{progress.step:07d}.partial"
-        self._prune = progress.refused == 0  # otherwise the last checkpoint before the refused steps must stay
+        # otherwise the last checkpoint before the refused steps must stay
+        self._prune = progress.refused == 0
         tensors = model.state_dict()
         weights = tensors.items() if origin.adapter is None else lora.merged(model, tensors)
         state = optimizer_tensors(model, optimizer) | {
@@ -135,18 +148,27 @@ class Checkpoints:
             _name(WEIGHTS, PIECES, mesh): self._copies(weights),
             _name(OPTIMIZER, OPTIMIZER_PIECES, mesh): self._copies(sorted(state.items())),
         }
-        adapter = {} if origin.adapter is None else self._copies(whole(lora.adapter_tensors(model)))[0]
+        adapter = (
+            {} if origin.adapter is None else self._copies(whole(lora.adapter_tensors(model)))[0]
+        )
         copied = torch.cuda.Event() if mesh.device.type == "cuda" else None
         if copied is not None:
             copied.record()
-        record = json.dumps(asdict(progress) | {"data": origin.data, "base": origin.base, "mesh": mesh.shape}) + "\n"
+        record = (
+            json.dumps(
+                asdict(progress) | {"data": origin.data, "base": origin.base, "mesh": mesh.shape}
+            )
+            + "\n"
+        )
 
         def write() -> dict[str, dict[str, object]]:
             if copied is not None:
                 copied.synchronize()
             folder = self._partial
             folder.mkdir(exist_ok=True)
-            hashes = {name: write_pieces(folder / name, *content) for name, content in files.items()}
+            hashes = {
+                name: write_pieces(folder / name, *content) for name, content in files.items()
+            }
             if mesh.first:
                 _describe(folder, model, origin)
                 write_text(folder / RECORD, record)
@@ -156,12 +178,13 @@ class Checkpoints:
 
         self._phase, self._job = "written", self._writer.submit(write)
 
-    def _copies(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    def _copies(
+        self, tensors: Iterable[tuple[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """Copy what this process writes of the tensors to the host.
 
-        Returns (the copies; their offsets in the whole tensors, or None on one process, whose tensors are whole). Copies
-        from a GPU are complete only after a `torch.cuda.Event`.
-        """
+        Returns (the copies; their offsets in the whole tensors, or None on one process, whose
+        tensors are whole). Copies from a GPU are complete only after a `torch.cuda.Event`."""
         copies, layout = {}, {}
         for name, piece, begin, shape in checkpoint_pieces.pieces(tensors, self._mesh):
             held = self._host.get(name)
@@ -193,7 +216,11 @@ class Checkpoints:
             self._phase = self._job = None
             return
         assert self._job is not None
-        known = {name: wanted for each in self._mesh.gather(self._job.result()) for name, wanted in each.items()}
+        known = {
+            name: wanted
+            for each in self._mesh.gather(self._job.result())
+            for name, wanted in each.items()
+        }
         self._phase = "sealed"
         self._job = self._writer.submit(self._seal, known) if self._mesh.first else None
 
@@ -222,17 +249,20 @@ class Checkpoints:
     def resume(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> RunProgress:
         """Load the newest good checkpoint into model and optimizer; without any, a run's beginning.
 
-        A damaged one that is newer is named and set aside. Raises ValueError where none is good, and where the model,
-        the data, or the weights under the adapter are not those of the checkpoint, naming what differs.
-        """
+        A damaged one that is newer is named and set aside. Raises ValueError where none is good,
+        and where the model, the data, or the weights under the adapter are not those of the
+        checkpoint, naming what differs."""
         folder, later = self._newest(lambda record: True)
         if folder is None and later:
             wrong = self._damage(later[0])
-            raise self._mesh.failure(f"{later[0]}: {wrong}; none is good: to start again, move {self._parent} away")
+            raise self._mesh.failure(
+                f"{later[0]}: {wrong}; none is good: to start again, move {self._parent} away"
+            )
         return RunProgress() if folder is None else self._load(folder, later, model, optimizer)
 
     def go_back(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> RunProgress | None:
-        """Load the newest good checkpoint that was not written directly after a refused step, and remove those after it.
+        """Load the newest good checkpoint that was not written directly after a refused step, and
+        remove those after it.
 
         Returns None where there is none.
         """
@@ -254,37 +284,65 @@ class Checkpoints:
         return next((wrong for wrong in found if wrong is not None), None)
 
     def _load(
-        self, folder: Path, later: list[Path], model: LanguageModel, optimizer: torch.optim.Optimizer
+        self,
+        folder: Path,
+        later: list[Path],
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
     ) -> RunProgress:
         """Read a checkpoint, then see to it that those after it count no longer."""
         progress = self._mesh.together(lambda: self._read(folder, model, optimizer))
         for other in later:
             wrong = self._damage(other)  # which every process must ask
             if self._mesh.first and wrong is not None:
-                say(f"{other}: {wrong}; it is now {set_aside(other).name}, and the run goes on from {folder.name}")
+                say(
+                    f"{other}: {wrong}; it is now {set_aside(other).name}, and the run goes on "
+                    f"from {folder.name}"
+                )
             elif self._mesh.first:
                 remove(other)
         assert progress is not None
         return progress
 
-    def _read(self, folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> RunProgress:
+    def _read(
+        self, folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer
+    ) -> RunProgress:
         record, origin, mesh = _record(folder), self._origin, self._mesh
         if record["data"] != origin.data:
-            raise ValueError(f"{folder} was trained on other data than data.path holds now; give another run=NAME")
+            raise ValueError(
+                f"{folder} was trained on other data than data.path holds now; give another "
+                "run=NAME"
+            )
         if record["base"] != origin.base:
-            raise ValueError(f"{folder} was trained on other weights than model.from holds now; give another run=NAME")
-        if (other := difference(ModelConfig.from_json(folder / "config.json"), model.config)) is not None:
+            raise ValueError(
+                f"{folder} was trained on other weights than model.from holds now; give another "
+                "run=NAME"
+            )
+        if (
+            other := difference(ModelConfig.from_json(folder / "config.json"), model.config)
+        ) is not None:
             raise ValueError(f"{folder} is of another model: {other}; give another run=NAME")
         before, now = record.get("mesh"), mesh.shape
         if before != now:
-            say(f"{folder.name} was written by the mesh {_words(before or {})}; this one is {_words(now)}")
+            say(
+                f"{folder.name} was written by the mesh {_words(before or {})}; this one is "
+                f"{_words(now)}"
+            )
         if origin.adapter is None:
             checkpoint_pieces.read(folder, model.state_dict())
         else:
             lora.load_adapter(folder / lora.FOLDER, model)
         optimizer_state = checkpoint_pieces.optimizer_state(folder, model)
-        random = {name: optimizer_state.pop(name) for name in list(optimizer_state) if checkpoint_pieces.RANDOM in name}
-        mine = {name: drawn for name, drawn in random.items() if before == now and name.endswith(f"/{mesh.rank}")}
+        random = {
+            name: optimizer_state.pop(name)
+            for name in list(optimizer_state)
+            if checkpoint_pieces.RANDOM in name
+        }
+        mine = {
+            name: drawn
+            for name, drawn in random.items()
+            if before == now and name.endswith(f"/{mesh.rank}")
+        }
         checkpoint_pieces.read(folder, optimizer_state | mine)
         optimizer.state.clear()
         if optimizer_state:  # there is none before the first step that was not refused
@@ -304,7 +362,8 @@ def read_progress(folder: Path) -> RunProgress:
 
 
 def damaged(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint; None where all is as it was written. rank, ranks: look at a share of the files."""
+    """What is wrong with a checkpoint; None where all is as it was written. rank, ranks: look at a
+    share of the files."""
     try:
         names = sorted(json.loads((folder / SEAL).read_text(encoding="utf-8")))[rank::ranks]
     except (OSError, ValueError, TypeError):

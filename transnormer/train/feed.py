@@ -1,4 +1,5 @@
-"""The batches that this rank reads: those of the next step, which a thread prepares ahead, and its part of validation."""
+"""The batches that this rank reads: those of the next step, which a thread prepares ahead, and its
+part of validation."""
 
 from __future__ import annotations
 
@@ -13,9 +14,8 @@ from .mesh import Mesh
 class StepBatches(NamedTuple):
     """The microbatches of one step on this rank.
 
-    learned: the number of target tokens in them that count toward the loss. samples: the step's first sample in the
-    order of the data, and the one after its last, over all ranks.
-    """
+    learned: the number of target tokens in them that count toward the loss. samples: the step's
+    first sample in the order of the data, and the one after its last, over all ranks."""
 
     microbatches: list[Batch]
     learned: int
@@ -23,7 +23,8 @@ class StepBatches(NamedTuple):
 
 
 class Feed:
-    """Gives the `StepBatches` of one step after another. A thread reads ahead, so `next` does not wait for the disk."""
+    """Gives the `StepBatches` of one step after another. A thread reads ahead, so `next` does not
+    wait for the disk."""
 
     def __init__(self, loader: Loader, accumulate: int, mesh: Mesh):
         self._loader, self._accumulate, self._mesh = loader, accumulate, mesh
@@ -60,13 +61,19 @@ class Feed:
         return StepBatches(batches, learned, (first, self._loader.position))
 
 
-def validation(data: TokenData, mesh: Mesh, *, seq_len: int, rows: int, tokens: int, reset_state: bool) -> list[Batch]:
-    """This rank's batches of the first `tokens` tokens of a split, which are the same in every evaluation.
+def validation(
+    data: TokenData, mesh: Mesh, *, seq_len: int, rows: int, tokens: int, reset_state: bool
+) -> list[Batch]:
+    """This rank's batches of the first `tokens` tokens of a split, which are the same in every
+    evaluation.
 
-    Every rank gets equally many batches of one shape. Rows that fill up the last batch have no target that counts.
+    Every rank gets equally many batches of one shape. Rows that fill up the last batch have no
+    target that counts.
     rows: the rows of a microbatch over all data ranks together.
     """
-    length = min(seq_len, data.tokens - 1) // (mesh.context * mesh.tensor) * (mesh.context * mesh.tensor)
+    length = (
+        min(seq_len, data.tokens - 1) // (mesh.context * mesh.tensor) * (mesh.context * mesh.tensor)
+    )
     if length < 1:
         return []
     loader = Loader(data, seq_len=length, batch_size=1, seed=0, reset_state=reset_state)

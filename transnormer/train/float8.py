@@ -1,4 +1,5 @@
-"""Products of the blocks in float8, by torchao: rounded on the way into a product, kept and learned as before."""
+"""Products of the blocks in float8, by torchao: rounded on the way into a product, kept and learned
+as before."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from ..model.layers import Linear
 def load(device: torch.device) -> Any:
     """torchao's module. Raises ValueError where it is missing or the GPU has no such products."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(f"train.float8 needs an Ada, Hopper or newer GPU, not {torch.cuda.get_device_name(device)}")
+        raise ValueError(
+            "train.float8 needs an Ada, Hopper or newer GPU, not "
+            f"{torch.cuda.get_device_name(device)}"
+        )
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of libraries in it that other machines need
     try:
@@ -28,18 +32,20 @@ def load(device: torch.device) -> Any:
 
 
 def convert(model: LanguageModel, scaling: str, device: torch.device) -> None:
-    """Make the maps of the blocks multiply in float8 (e4m3, gradients in e5m2 where torchao does so), in place.
+    """Make the maps of the blocks multiply in float8 (e4m3, gradients in e5m2 where torchao does
+    so), in place.
 
-    scaling: one factor for a whole tensor ("tensorwise"), the fastest, or for each of its rows ("rowwise"), the more
-    exact; both are found anew at every product, from what this process multiplies. Weights stay what they are, under the
-    same names. Maps whose width is no multiple of 16, which the hardware asks for, stay in bfloat16, and so do embedding,
-    head and loss. Raises ValueError as `load`.
-    """
+    scaling: one factor for a whole tensor ("tensorwise"), the fastest, or for each of its rows
+    ("rowwise"), the more exact; both are found anew at every product, from what this process
+    multiplies. Weights stay what they are, under the same names. Maps whose width is no multiple of
+    16, which the hardware asks for, stay in bfloat16, and so do embedding, head and loss. Raises
+    ValueError as `load`."""
     float8 = load(device)
     config = dataclasses.replace(
         float8.Float8LinearConfig.from_recipe_name(scaling),
         pad_inner_dim=True,  # tokens need be no multiple of 16
-        emulate=device.type == "cpu",  # whose own products know one factor a tensor alone before torch 2.13
+        # whose own products know one factor a tensor alone before torch 2.13
+        emulate=device.type == "cpu",
     )
     for block in model.blocks():
         float8.convert_to_float8_training(block, config=config, module_filter_fn=_fits)

@@ -1,4 +1,5 @@
-"""The training loop, read top to bottom: the same on one process and on many, which torchrun starts."""
+"""The training loop, read top to bottom: the same on one process and on many, which torchrun
+starts."""
 
 from __future__ import annotations
 
@@ -37,20 +38,32 @@ from .setup import describe, only_one, open_data
 from .step import MicrobatchRunner, StepResult, agree, evaluation, gradients, refusal
 from .stopping import Interrupted as Interrupted
 from .stopping import StopRequests, stop_requests
-from .validate import check_memory, check_same, check_settings, check_tokenizer, check_vocabulary, resets_state
+from .validate import (
+    check_memory,
+    check_same,
+    check_settings,
+    check_tokenizer,
+    check_vocabulary,
+    resets_state,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """How a run ended. The last two fields describe the call that returned the summary, all others the whole run.
+    """How a run ended. The last two fields describe the call that returned the summary, all others
+    the whole run.
 
-    final_loss: the training loss of the last step that was applied, in nats per token; NaN where metrics.jsonl is lost.
+    final_loss: the training loss of the last step that was applied, in nats per token; NaN where
+        metrics.jsonl is lost.
     valid_loss, valid_bits_per_byte: the last evaluation, None where there was none.
-    tokens: how many the steps of the finished run read. Steps that were undone by going back do not count.
-    refused: how many steps were refused in the whole run. Steps that were undone by going back count too.
-    seconds: the time this call spent on steps, evaluations and checkpoints; 0 where the run was finished before.
-    peak_memory_bytes: the most that tensors took on one GPU in this call; None on a CPU, or where nothing was trained.
-    """
+    tokens: how many the steps of the finished run read. Steps that were undone by going back do not
+        count.
+    refused: how many steps were refused in the whole run. Steps that were undone by going back
+        count too.
+    seconds: the time this call spent on steps, evaluations and checkpoints; 0 where the run was
+        finished before.
+    peak_memory_bytes: the most that tensors took on one GPU in this call; None on a CPU, or where
+    nothing was trained."""
 
     folder: Path
     steps: int
@@ -66,11 +79,12 @@ class RunSummary:
 def train(recipe: Recipe, runs: str | Path = "runs") -> RunSummary:
     """Run a recipe to its end, or on from where it was stopped, in the folder `runs`/<run>.
 
-    It may be called many times in one process: a call leaves no compiled code, GPU memory, signal handlers or random
-    state behind. In a process group that the caller has started it trains on all ranks, and leaves the group to the caller.
+    It may be called many times in one process: a call leaves no compiled code, GPU memory, signal
+    handlers or random state behind. In a process group that the caller has started it trains on all
+    ranks, and leaves the group to the caller.
 
-    Raises ValueError or OSError (one line: what is wrong and what to do) on one process, and FailedOnOtherRank on the
-    others; and Interrupted on all after SIGINT, SIGTERM or SIGHUP on any.
+    Raises ValueError or OSError (one line: what is wrong and what to do) on one process, and
+    FailedOnOtherRank on the others; and Interrupted on all after SIGINT, SIGTERM or SIGHUP on any.
     """
     run = Path(runs) / recipe.run
     try:
@@ -87,7 +101,9 @@ def _run(recipe: Recipe, run: Path, mesh: Mesh) -> RunSummary:
         if mesh.gather(mesh.together(lambda: _finished(run, recipe), first=True))[0]:
             say(f"run {recipe.run} is finished: {recipe.train.steps} steps, in {run}")
             return _summary(recipe, run, mesh, seconds=0.0, peak_memory_bytes=None)
-        base = mesh.together(lambda: None if recipe.base is None else load(recipe.base, dtype=torch.float32))
+        base = mesh.together(
+            lambda: None if recipe.base is None else load(recipe.base, dtype=torch.float32)
+        )
         mesh.together(lambda: _prepare(recipe, base), first=True)
         data = mesh.together(lambda: TokenData(recipe.data.path, "train"))
         assert data is not None
@@ -107,7 +123,8 @@ def _run(recipe: Recipe, run: Path, mesh: Mesh) -> RunSummary:
 
 @contextmanager
 def _restored(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
-    """Give the process back as it was: its random state, the console, compiled code, the GPU's memory."""
+    """Give the process back as it was: its random state, the console, compiled code, the GPU's
+    memory."""
     quiet, gpus = console.quiet, [mesh.device] if mesh.device.type == "cuda" else []
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
@@ -124,31 +141,43 @@ def _restored(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def _summary(recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memory_bytes: int | None) -> RunSummary:
-    """Read from the run's folder by the first process, and the same on all but for their own `seconds`."""
+def _summary(
+    recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memory_bytes: int | None
+) -> RunSummary:
+    """Read from the run's folder by the first process, and the same on all but for their own
+    `seconds`."""
 
     def read() -> dict[str, Any]:
         metrics = run / METRICS
         lines = read_metrics(metrics) if metrics.exists() else []
-        applied = [line["loss"] for line in lines if "refused" not in line and line.get("loss") is not None]
+        applied = [
+            line["loss"] for line in lines if "refused" not in line and line.get("loss") is not None
+        ]
         valid: dict[str, Any] = next((line for line in reversed(lines) if "valid_loss" in line), {})
         progress = read_progress(step_folders(run / CHECKPOINTS)[0])
         return {
-            "steps": progress.step, "refused": progress.refused_in_all, "final_loss": applied[-1] if applied else math.nan,
-            "valid_loss": valid.get("valid_loss"), "valid_bits_per_byte": valid.get("valid_bits_per_byte"),
-        }  # fmt: skip
+            "steps": progress.step,
+            "refused": progress.refused_in_all,
+            "final_loss": applied[-1] if applied else math.nan,
+            "valid_loss": valid.get("valid_loss"),
+            "valid_bits_per_byte": valid.get("valid_bits_per_byte"),
+        }
 
     found = mesh.gather(mesh.together(read, first=True))[0]
     assert found is not None
     peaks = [peak for peak in mesh.gather(peak_memory_bytes) if peak is not None]
     return RunSummary(
-        folder=run, tokens=found["steps"] * recipe.train.batch_tokens, seconds=seconds,
-        peak_memory_bytes=max(peaks, default=None), **found,
-    )  # fmt: skip
+        folder=run,
+        tokens=found["steps"] * recipe.train.batch_tokens,
+        seconds=seconds,
+        peak_memory_bytes=max(peaks, default=None),
+        **found,
+    )
 
 
 def _finished(run: Path, recipe: Recipe) -> bool:
-    """Whether nothing is left to do. ValueError where the folder is another run's, or has made more steps already."""
+    """Whether nothing is left to do. ValueError where the folder is another run's, or has made more
+    steps already."""
     checkpoints = step_folders(run / CHECKPOINTS)
     check_same(run, recipe, bool(checkpoints))
     if not checkpoints or damaged(checkpoints[0]):
@@ -156,7 +185,8 @@ def _finished(run: Path, recipe: Recipe) -> bool:
     step = int(checkpoints[0].name[5:])
     if step > recipe.train.steps:
         raise ValueError(
-            f"{run} has made {step} steps already, more than train.steps = {recipe.train.steps}; write more, or give "
+            f"{run} has made {step} steps already, more than train.steps = {recipe.train.steps}; "
+            "write more, or give "
             f"another run=NAME"
         )
     return step == recipe.train.steps
@@ -186,9 +216,14 @@ def _config(recipe: Recipe, base: LanguageModel | None, data: TokenData, mesh: M
 def _loader(recipe: Recipe, data: TokenData, mesh: Mesh) -> Loader:
     """Gives this rank its rows of every microbatch."""
     return Loader(
-        data, seq_len=recipe.train.seq_len, batch_size=recipe.rows // mesh.data_ranks, seed=recipe.train.seed,
-        rank=mesh.data_rank, ranks=mesh.data_ranks, reset_state=resets_state(recipe, data),
-    )  # fmt: skip
+        data,
+        seq_len=recipe.train.seq_len,
+        batch_size=recipe.rows // mesh.data_ranks,
+        seed=recipe.train.seed,
+        rank=mesh.data_rank,
+        ranks=mesh.data_ranks,
+        reset_state=resets_state(recipe, data),
+    )
 
 
 @contextmanager
@@ -206,7 +241,12 @@ def _model(
 ) -> tuple[LanguageModel, Origin]:
     """What is trained, new or from `base`, and what its checkpoints are tied to."""
     torch.manual_seed(recipe.train.seed)
-    tokenizer, template, adapter, under = load_tokenizer(recipe.data.path), data.chat_template, None, None
+    tokenizer, template, adapter, under = (
+        load_tokenizer(recipe.data.path),
+        data.chat_template,
+        None,
+        None,
+    )
     if base is not None and recipe.base is not None:
         folder = find_model(recipe.base)
         template = template or find_template(folder, tokenizer)
@@ -238,13 +278,16 @@ def _model(
             whole = base.state_dict()
             for name, tensor in model.state_dict().items():
                 fill(tensor, whole[name].to(mesh.device))
-    if mesh.world > 1:  # lora.dropout, which alone draws after this line, must draw another mask on each rank
+    # lora.dropout, which alone draws after this line, must draw another mask on each rank
+    if mesh.world > 1:
         torch.manual_seed(settings.seed + mesh.rank)
     model.tokenizer = tokenizer
     return model, Origin(data=data.fingerprint, chat_template=template, adapter=adapter, base=under)
 
 
-def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, loader: Loader, mesh: Mesh) -> None:
+def _train(
+    recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, loader: Loader, mesh: Mesh
+) -> None:
     """Every step of the run that is left, with its evaluations and checkpoints."""
     settings, steps = recipe.train, recipe.train.steps
     optimizer = new_optimizer(model, recipe.optim)
@@ -253,10 +296,18 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, load
     model.train()
     with (
         Checkpoints(run / CHECKPOINTS, mesh, origin, recipe.checkpoint) as checkpoints,
-        Feed(loader, settings.accumulate, mesh) as feed, MicrobatchRunner(model, mesh, settings) as runner,
+        Feed(loader, settings.accumulate, mesh) as feed,
+        MicrobatchRunner(model, mesh, settings) as runner,
         stop_requests(at_once=mesh.world == 1) as stop,
-    ):  # fmt: skip
-        recovery = Recovery(checkpoints, model, optimizer, mesh, settings.patience, _probe(recipe, model, loader, mesh))
+    ):
+        recovery = Recovery(
+            checkpoints,
+            model,
+            optimizer,
+            mesh,
+            settings.patience,
+            _probe(recipe, model, loader, mesh),
+        )
         progress = checkpoints.resume(model, optimizer)
         feed.seek(progress.position)
         if mesh.first:
@@ -266,20 +317,40 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, load
             while progress.step < steps:
                 # One step on all ranks.
                 began, step, batches = time.perf_counter(), progress.step + 1, next(feed)
-                outcome = take_step(recipe, model, optimizer, runner, batches, progress, mesh, stop, checkpoints.flags)
-                progress.pass_step(batches.samples[1], not outcome.applied, [outcome.loss] if settings.spike else [])
+                outcome = take_step(
+                    recipe,
+                    model,
+                    optimizer,
+                    runner,
+                    batches,
+                    progress,
+                    mesh,
+                    stop,
+                    checkpoints.flags,
+                )
+                progress.pass_step(
+                    batches.samples[1],
+                    not outcome.applied,
+                    [outcome.loss] if settings.spike else [],
+                )
                 checkpoints.advance(*outcome.saving)
 
                 # What is known of it.
                 speed = settings.batch_tokens / (time.perf_counter() - began)
                 line = {
-                    "step": step, "loss": outcome.loss, "gradient_norm": outcome.gradient_norm,
-                    "tokens": step * settings.batch_tokens, "learning_rate": optimizer.param_groups[0]["lr"],
+                    "step": step,
+                    "loss": outcome.loss,
+                    "gradient_norm": outcome.gradient_norm,
+                    "tokens": step * settings.batch_tokens,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
                     "tokens_per_second": round(speed, 1),
-                } | went_back  # fmt: skip
+                } | went_back
                 if not outcome.applied:
                     first, last_sample = batches.samples
-                    say(f"step {step}: {outcome.refusal}; not applied (samples {first:,} to {last_sample:,})")
+                    say(
+                        f"step {step}: {outcome.refusal}; not applied (samples {first:,} to "
+                        f"{last_sample:,})"
+                    )
                     line |= {"refused": outcome.refusal, "samples": batches.samples}
                 went_back, last = {}, step == steps
                 saves = bool(last or outcome.stop or _due(step, recipe.checkpoint))
@@ -288,8 +359,11 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, load
                 metrics.write(line)
                 show(step, outcome.loss, speed)
 
-                # Ruined weights are never saved. The run goes back to the newest checkpoint from before the trouble.
-                trouble = recovery.trouble(progress, outcome.refusal, line.get("valid_loss"), saves=saves, last=last)
+                # Ruined weights are never saved. The run goes back to the newest checkpoint from
+                # before the trouble.
+                trouble = recovery.trouble(
+                    progress, outcome.refusal, line.get("valid_loss"), saves=saves, last=last
+                )
                 if trouble is not None:
                     progress = recovery.go_back(progress, trouble)
                     went_back = {"went_back": {"after_step": step, "for": trouble}}
@@ -304,7 +378,8 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, load
                 if outcome.stop and not last:
                     checkpoints.settle()
                     raise Interrupted(
-                        f"stopped and saved at step {step}; the same command goes on from there", outcome.stop
+                        f"stopped and saved at step {step}; the same command goes on from there",
+                        outcome.stop,
                     )
         checkpoints.settle()
         metrics.close()
@@ -312,18 +387,27 @@ def _train(recipe: Recipe, run: Path, model: LanguageModel, origin: Origin, load
 
 
 def take_step(
-    recipe: Recipe, model: LanguageModel, optimizer: torch.optim.Optimizer, runner: MicrobatchRunner,
-    batches: StepBatches, progress: RunProgress, mesh: Mesh, stop: StopRequests, saving: tuple[int, int],
-) -> StepResult:  # fmt: skip
-    """Take the step after `progress`, or refuse it. All ranks do the same and return the same result."""
+    recipe: Recipe,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    runner: MicrobatchRunner,
+    batches: StepBatches,
+    progress: RunProgress,
+    mesh: Mesh,
+    stop: StopRequests,
+    saving: tuple[int, int],
+) -> StepResult:
+    """Take the step after `progress`, or refuse it. All ranks do the same and return the same
+    result."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe.optim, progress.step + 1, recipe.train.steps)
     loss = gradients(runner, batches, mesh)
-    stop.at_once = False  # the first step has compiled everything; a stop now waits for the step, and saves it
+    # the first step has compiled everything; a stop now waits for the step, and saves it
+    stop.at_once = False
     gradient_norm = clip(model, mesh, recipe.optim.clip)
     not_finite, read_result = agree(mesh, loss, gradient_norm, stop, saving)
-    # Without a spike rule the fused AdamW update is queued before the host reads the result, because its kernel reads
-    # `not_finite` on the device. Other optimizers cannot, and step below.
+    # Without a spike rule the fused AdamW update is queued before the host reads the result,
+    # because its kernel reads `not_finite` on the device. Other optimizers cannot, and step below.
     queued = not recipe.train.spike and step_unless(optimizer, not_finite)
     result = read_result()
     result = result._replace(refusal=refusal(result, progress.losses, recipe.train.spike))
@@ -348,8 +432,11 @@ def _due(step: int, recipe: Checkpoint) -> bool:
     return any(every and step % every == 0 for every in (recipe.every, recipe.keep_every))
 
 
-def _probe(recipe: Recipe, model: LanguageModel, loader: Loader, mesh: Mesh) -> Callable[[], float] | None:
-    """Measures the loss of one micro-batch of the training split, always the same one, without gradients.
+def _probe(
+    recipe: Recipe, model: LanguageModel, loader: Loader, mesh: Mesh
+) -> Callable[[], float] | None:
+    """Measures the loss of one micro-batch of the training split, always the same one, without
+    gradients.
 
     Of rows in segments it reads the first segment, so that it needs no more memory than training.
     """
@@ -364,11 +451,17 @@ def _probe(recipe: Recipe, model: LanguageModel, loader: Loader, mesh: Mesh) -> 
 def _evaluation(
     recipe: Recipe, model: LanguageModel, mesh: Mesh, reset_state: bool
 ) -> Callable[[str], dict[str, float]] | None:
-    """Measures the validation split, and says so after a text; None where there is nothing in it to learn."""
+    """Measures the validation split, and says so after a text; None where there is nothing in it to
+    learn."""
     valid = TokenData(recipe.data.path, "valid")
     settings = recipe.train
     batches = validation(
-        valid, mesh, seq_len=settings.seq_len, rows=recipe.rows, tokens=recipe.eval.tokens, reset_state=reset_state
+        valid,
+        mesh,
+        seq_len=settings.seq_len,
+        rows=recipe.rows,
+        tokens=recipe.eval.tokens,
+        reset_state=reset_state,
     )
     measure = evaluation(model, batches, mesh, settings.dtype)
     if measure is None:

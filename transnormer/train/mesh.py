@@ -1,10 +1,10 @@
 """One run on many processes: the mesh they form, and what each of them is in it.
 
-The mesh has four dimensions, the last of which changes fastest from one rank to the next: `replicate` and `shard` read
-different rows, `context` different slices of the same rows, `tensor` different heads and columns of the same tokens.
-Losses are sums over tokens divided by the tokens of the whole step, and gradients are summed, never averaged: so every
-mesh computes what one process does.
-"""
+The mesh has four dimensions, the last of which changes fastest from one rank to the next:
+`replicate` and `shard` read different rows, `context` different slices of the same rows, `tensor`
+different heads and columns of the same tokens. Losses are sums over tokens divided by the tokens of
+the whole step, and gradients are summed, never averaged: so every mesh computes what one process
+does."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class FailedOnOtherRank(Exception):
 class Mesh:
     """What this process is in the run. One process alone has no process group and no meshes.
 
-    ranks: the DeviceMesh with the dimensions replicate, shard and tensor. Its `shard` joins shard and context, because
-        FSDP shards weights over both.
+    ranks: the DeviceMesh with the dimensions replicate, shard and tensor. Its `shard` joins shard
+        and context, because FSDP shards weights over both.
     context_mesh: the DeviceMesh of the ranks that read slices of the same rows.
     """
 
@@ -55,7 +55,12 @@ class Mesh:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {"replicate": self.replicate, "shard": self.shard, "context": self.context, "tensor": self.tensor}
+        return {
+            "replicate": self.replicate,
+            "shard": self.shard,
+            "context": self.context,
+            "tensor": self.tensor,
+        }
 
     @property
     def world(self) -> int:
@@ -63,7 +68,8 @@ class Mesh:
 
     @property
     def first(self) -> bool:
-        """Whether this process prints, and writes the files of which there is one. Every rank writes pieces of checkpoints."""
+        """Whether this process prints, and writes the files of which there is one. Every rank
+        writes pieces of checkpoints."""
         return self.rank == 0
 
     @property
@@ -84,21 +90,24 @@ class Mesh:
         return self.rank % self.tensor
 
     def split(self, batch: Batch) -> Batch:
-        """The slice of each row that this context rank reads. cu_seqlens stay those of the whole rows.
+        """The slice of each row that this context rank reads. cu_seqlens stay those of the whole
+        rows.
 
         Raises ValueError where the rows' tokens are no multiple of context x tensor.
         """
         length = batch.ids.shape[1]
         if length % (self.context * self.tensor):
             raise ValueError(
-                f"parallel.context x tensor = {self.context * self.tensor} does not divide rows of {length} tokens"
+                f"parallel.context x tensor = {self.context * self.tensor} does not divide rows "
+                f"of {length} tokens"
             )
         part = length // self.context
         mine = slice(self.context_rank * part, (self.context_rank + 1) * part)
         return Batch(batch.ids[:, mine], batch.targets[:, mine], batch.cu_seqlens)
 
     def gather(self, x: T) -> list[T]:
-        """What every rank gives, in their order, on every rank. Small things: it goes through pickle, over the network."""
+        """What every rank gives, in their order, on every rank. Small things: it goes through
+        pickle, over the network."""
         if self.ranks is None:
             return [x]
         found: list[Any] = [None] * self.world
@@ -106,10 +115,11 @@ class Mesh:
         return found
 
     def together(self, work: Callable[[], T], first: bool = False) -> T | None:
-        """What `work` returns, run on every rank, or on the first alone while the others wait (and get None).
+        """What `work` returns, run on every rank, or on the first alone while the others wait (and
+        get None).
 
-        An OSError or ValueError anywhere ends all: the first rank that has one raises it, the others FailedOnOtherRank.
-        """
+        An OSError or ValueError anywhere ends all: the first rank that has one raises it, the
+        others FailedOnOtherRank."""
         result, error = None, None
         if self.first or not first:
             try:
@@ -124,11 +134,13 @@ class Mesh:
         return result
 
     def failure(self, message: str) -> Exception:
-        """For what every rank raises alike: ValueError on the first, FailedOnOtherRank on the others."""
+        """For what every rank raises alike: ValueError on the first, FailedOnOtherRank on the
+        others."""
         return ValueError(message) if self.first else FailedOnOtherRank()
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of x over all that read different tokens, the same on every rank. x: of any shape, on `device`."""
+        """The sum of x over all that read different tokens, the same on every rank. x: of any
+        shape, on `device`."""
         if self.ranks is None:
             return x
         x = x.clone()
@@ -140,9 +152,11 @@ class Mesh:
 
 @contextmanager
 def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
-    """This process' place among those that torchrun started, or alone; ends the process group afterwards.
+    """This process' place among those that torchrun started, or alone; ends the process group
+    afterwards.
 
-    A process group that the caller has started is used as it is, with the caller's current GPU, and is left standing.
+    A process group that the caller has started is used as it is, with the caller's current GPU, and
+    is left standing.
     device: as in `find_device`; of several GPUs each process takes the one of its LOCAL_RANK.
     Raises ValueError where the mesh does not fit the processes, or there are too few GPUs for them.
     """
@@ -156,10 +170,14 @@ def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
         local = torch.cuda.current_device() if given else int(os.environ["LOCAL_RANK"])
         there = torch.cuda.device_count()
         if found.index is not None:
-            raise ValueError(f"train.device = {device} names one GPU, and there are {world} processes; write cuda")
+            raise ValueError(
+                f"train.device = {device} names one GPU, and there are {world} processes; write "
+                "cuda"
+            )
         if local >= there:
             raise ValueError(
-                f"this machine has {there} GPUs, and torchrun started more processes; start it with --nproc-per-node={there}"
+                f"this machine has {there} GPUs, and torchrun started more processes; start it "
+                f"with --nproc-per-node={there}"
             )
         found = torch.device("cuda", local)
         torch.cuda.set_device(found)
@@ -170,18 +188,22 @@ def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
         yield make_mesh(parallel, found)
         dist.barrier()
     finally:
-        gc.collect()  # what still holds a group's buffers would outlive it and abort the process at its exit
+        # what still holds a group's buffers would outlive it and abort the process at its exit
+        gc.collect()
         if not given:
             dist.destroy_process_group()
 
 
 def make_mesh(parallel: Parallel, device: torch.device) -> Mesh:
-    """The mesh over all processes of the default process group, whatever its backend. ValueError as in `sizes`."""
+    """The mesh over all processes of the default process group, whatever its backend. ValueError as
+    in `sizes`."""
     from torch.distributed.device_mesh import init_device_mesh
 
     replicate, shard, context, tensor = found = sizes(parallel, dist.get_world_size())
     ranks = init_device_mesh(
-        device.type, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor")
+        device.type,
+        (replicate, shard * context, tensor),
+        mesh_dim_names=("replicate", "shard", "tensor"),
     )
     context_mesh = None
     if context > 1:

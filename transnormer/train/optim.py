@@ -22,30 +22,41 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam remembers of a paramete
 def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
     """The recipe's optimizer of what is trained.
 
-    Weight decay is on matrices and embeddings alone: not on norms' gains, biases, LRPE's angles. Parameters may be
-    DTensors, if all are. Raises ValueError where 8 bits cannot be had.
-    """
-    spared = {id(p) for module in model.modules() if isinstance(module, LRPE) for p in module.parameters()}
+    Weight decay is on matrices and embeddings alone: not on norms' gains, biases, LRPE's angles.
+    Parameters may be DTensors, if all are. Raises ValueError where 8 bits cannot be had."""
+    spared = {
+        id(p) for module in model.modules() if isinstance(module, LRPE) for p in module.parameters()
+    }
     inner = _inner_matrices(model) if recipe.name == "muon" else {}
-    groups: list[Group] = [{"params": [], "weight_decay": decay} for decay in (recipe.weight_decay, 0.0)]
+    groups: list[Group] = [
+        {"params": [], "weight_decay": decay} for decay in (recipe.weight_decay, 0.0)
+    ]
     for p in model.parameters():
         if p.requires_grad and p not in inner:
             groups[p.dim() <= 1 or id(p) in spared]["params"].append(p)
     groups = [group | {"state_names": MOMENTS} for group in groups if group["params"]]
-    settings: Group = {"lr": recipe.lr, "betas": (recipe.betas[0], recipe.betas[1]), "eps": recipe.eps}
+    settings: Group = {
+        "lr": recipe.lr,
+        "betas": (recipe.betas[0], recipe.betas[1]),
+        "eps": recipe.eps,
+    }
     if recipe.bits == 8:
         return _in_8_bits(groups, recipe.name, settings)
-    adam = (torch.optim.Adam if recipe.name == "adam" else torch.optim.AdamW)(groups, **settings, fused=True)
+    adam = (torch.optim.Adam if recipe.name == "adam" else torch.optim.AdamW)(
+        groups, **settings, fused=True
+    )
     if not inner:
         return adam
     blocks = [
-        {"params": [p for p in inner if inner[p] == shape], "blocks": shape} for shape in dict.fromkeys(inner.values())
+        {"params": [p for p in inner if inner[p] == shape], "blocks": shape}
+        for shape in dict.fromkeys(inner.values())
     ]
     return OptimizerGroup(Muon(blocks, lr=recipe.lr, weight_decay=recipe.weight_decay), adam)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> bool:
-    """Step where the scalar `bad` is 0 and change nothing where it is 1, which nobody has read yet; False if it cannot."""
+    """Step where the scalar `bad` is 0 and change nothing where it is 1, which nobody has read yet;
+    False if it cannot."""
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return False
     optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's own gradient scaler tells the fused kernels
@@ -58,10 +69,13 @@ def _in_8_bits(groups: list[Group], name: str, settings: Group) -> torch.optim.O
     try:
         import bitsandbytes as bnb
     except ImportError as error:
-        raise ValueError("optim.bits = 8 needs bitsandbytes: pip install 'transnormer[bits]'") from error
+        raise ValueError(
+            "optim.bits = 8 needs bitsandbytes: pip install 'transnormer[bits]'"
+        ) from error
     if any(hasattr(p, "placements") for group in groups for p in group["params"]):
         raise ValueError(
-            "optim.bits = 8 is for one process; several share the optimizer state already: write optim.bits = 32"
+            "optim.bits = 8 is for one process; several share the optimizer state already: write "
+            "optim.bits = 32"
         )
     kind = bnb.optim.Adam8bit if name == "adam" else bnb.optim.AdamW8bit
     optimizer: torch.optim.Optimizer = kind(
@@ -74,7 +88,8 @@ def _in_8_bits(groups: list[Group], name: str, settings: Group) -> torch.optim.O
 
 
 def _inner_matrices(model: LanguageModel) -> dict[Tensor, tuple[int, int]]:
-    """How each trained matrix of the blocks interleaves the rows of several maps: (maps, rows that stand together)."""
+    """How each trained matrix of the blocks interleaves the rows of several maps: (maps, rows that
+    stand together)."""
     found: dict[Tensor, tuple[int, int]] = {}
     for block in model.layers:
         maps = [module for module in block.modules() if isinstance(module, nn.Linear)]
@@ -103,12 +118,17 @@ class OptimizerGroup(torch.optim.Optimizer):
 
 
 def learning_rate(recipe: Optim, step: int, steps: int) -> float:
-    """The rate of a step (from 1): linear warm-up, then cosine, constant, or constant and a linear end (wsd)."""
+    """The rate of a step (from 1): linear warm-up, then cosine, constant, or constant and a linear
+    end (wsd)."""
     if step <= recipe.warmup_steps:
         return recipe.lr * step / recipe.warmup_steps
     if recipe.schedule == "constant":
         return recipe.lr
-    start = recipe.warmup_steps if recipe.schedule == "cosine" else steps - int(recipe.decay_share * steps)
+    start = (
+        recipe.warmup_steps
+        if recipe.schedule == "cosine"
+        else steps - int(recipe.decay_share * steps)
+    )
     done = max(0.0, (step - start) / max(1, steps - start))  # 0 ... 1 over the falling part
     share = (1 + math.cos(math.pi * done)) / 2 if recipe.schedule == "cosine" else 1 - done
     return recipe.lr * (recipe.min_lr + (1 - recipe.min_lr) * share)
@@ -118,10 +138,11 @@ def learning_rate(recipe: Optim, step: int, steps: int) -> float:
 
 
 def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer remembers, by name, e.g. "exp_avg/layers.0.glu.up_proj.weight"; whole numbers as int64.
+    """What the optimizer remembers, by name, e.g. "exp_avg/layers.0.glu.up_proj.weight"; whole
+    numbers as int64.
 
-    KeyError where FSDP has gathered the model, whose parameters then are others: `state_dict` cuts it again.
-    """
+    KeyError where FSDP has gathered the model, whose parameters then are others: `state_dict` cuts
+    it again."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{kind}/{names[p]}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -130,9 +151,14 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
     }
 
 
-def load_optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; every trained parameter must have its state. Raises ValueError naming one without."""
-    wanted = {p: set(group["state_names"]) for group in optimizer.param_groups for p in group["params"]}
+def load_optimizer_tensors(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; every trained parameter must have its state. Raises
+    ValueError naming one without."""
+    wanted = {
+        p: set(group["state_names"]) for group in optimizer.param_groups for p in group["params"]
+    }
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         kind, _, name = key.partition("/")

@@ -1,4 +1,5 @@
-"""Fits the model to a mesh, and does there what is done otherwise on one process: clipping, and gathering whole tensors."""
+"""Fits the model to a mesh, and does there what is done otherwise on one process: clipping, and
+gathering whole tensors."""
 
 from __future__ import annotations
 
@@ -17,23 +18,32 @@ from .mesh import Mesh
 
 
 def parallelize(
-    model: LanguageModel, mesh: Mesh, *, recompute: bool = False, compile: bool = False, dtype: str = "float32",
+    model: LanguageModel,
+    mesh: Mesh,
+    *,
+    recompute: bool = False,
+    compile: bool = False,
+    dtype: str = "float32",
     float8: str = "",
-) -> None:  # fmt: skip
+) -> None:
     """Turn the whole model into this rank's part of it, in place. The order of the steps matters:
 
-    1. `tensor` replaces layers by their parallel forms, while weights are still plain tensors; `context` tells the mixers
-       which ranks share their rows.
-    2. float8 replaces the blocks' linear maps, which must be those that the rank will multiply with.
-    3. Softmax blocks drop their state, because training would otherwise keep all keys and values to the last block.
-    4. Recomputation wraps a block's forward pass before the compiler does, so that the compiler sees it and skips the
-       part of the recomputation whose results are not needed. With softmax attention under `tensor` it wraps the
-       compiled block instead, because torch 2.13 would save the mesh as if it were a tensor.
+    1. `tensor` replaces layers by their parallel forms, while weights are still plain tensors;
+       `context` tells the mixers which ranks share their rows.
+    2. float8 replaces the blocks' linear maps, which must be those that the rank will multiply
+    with.
+    3. Softmax blocks drop their state, because training would otherwise keep all keys and values to
+    the last block.
+    4. Recomputation wraps a block's forward pass before the compiler does, so that the compiler
+       sees it and skips the part of the recomputation whose results are not needed. With softmax
+       attention under `tensor` it wraps the compiled block instead, because torch 2.13 would save
+       the mesh as if it were a tensor.
     5. FSDP shards the weights last, because its hooks must run around all of that.
 
-    The model may lie on the meta device; `model.to_empty` and `init_weights` then give it the values that one process
-    would have. recompute: keep only each block's input in the forward pass and compute the rest again in the backward
-    pass. compile: the blocks. dtype: of matrix products, as in the recipe; most weights are gathered in it (`sharding.shard` names the others).
+    The model may lie on the meta device; `model.to_empty` and `init_weights` then give it the
+    values that one process would have. recompute: keep only each block's input in the forward pass
+    and compute the rest again in the backward pass. compile: the blocks. dtype: of matrix products,
+    as in the recipe; most weights are gathered in it (`sharding.shard` names the others).
     float8: how the blocks' products are scaled (`float8.convert`), "" for none.
     """
     if mesh.ranks is not None:
@@ -59,18 +69,22 @@ def parallelize(
 
 
 def _recompute(block: nn.Module) -> Callable[..., Any]:
-    """torch's checkpointing. It restores the random state, which a CUDA graph cannot record, only where dropout draws."""
+    """torch's checkpointing. It restores the random state, which a CUDA graph cannot record, only
+    where dropout draws."""
     draws = any(isinstance(module, nn.Dropout) and module.p for module in block.modules())
     return partial(checkpoint, use_reentrant=False, preserve_rng_state=draws)
 
 
-def _without_state(forward: Callable[..., tuple[Tensor, Any]], *inputs: Any) -> tuple[Tensor, tuple[()]]:
+def _without_state(
+    forward: Callable[..., tuple[Tensor, Any]], *inputs: Any
+) -> tuple[Tensor, tuple[()]]:
     """A block's output without its state."""
     return forward(*inputs)[0], ()
 
 
 def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
-    """Scale the gradients so that their norm over all ranks is at most `most` (0: leave them); returns the norm.
+    """Scale the gradients so that their norm over all ranks is at most `most` (0: leave them);
+    returns the norm.
 
     Nothing is read on the host; where the norm is not finite, neither are the gradients afterwards.
     """
@@ -82,7 +96,8 @@ def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
 
 
 def reshard(model: nn.Module, mesh: Mesh) -> None:
-    """Let go of gathered weights that a forward pass kept for a backward pass, where there was none."""
+    """Let go of gathered weights that a forward pass kept for a backward pass, where there was
+    none."""
     if mesh.ranks is not None:
         from . import sharding
 
@@ -90,7 +105,8 @@ def reshard(model: nn.Module, mesh: Mesh) -> None:
 
 
 def full_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of whole weights by name on the CPU of rank 0, gathered one at a time; {} on the others. All ranks call it."""
+    """Copies of whole weights by name on the CPU of rank 0, gathered one at a time; {} on the
+    others. All ranks call it."""
     first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
     for name, tensor in whole(model.state_dict()):
         if first:

@@ -20,10 +20,11 @@ from ..config import SIZES, TRANSFORMER, ModelConfig, nearest
 from ..data.chat import FORMATS
 from ..planning.mesh_sizes import Parallel
 
-KINDS: dict[str, dict[str, Any]] = {"published": {}, "transformer": TRANSFORMER}  # in the model's words
+# in the model's words
+KINDS: dict[str, dict[str, Any]] = {"published": {}, "transformer": TRANSFORMER}
 OPTIMIZERS = ("adamw", "adam", "muon")
-# What may change when a run goes on. Nothing of it decides what a step learns but train.steps, which decides the length
-# of the schedule (`optim.learning_rate`): a run may be made longer.
+# What may change when a run goes on. Nothing of it decides what a step learns but train.steps,
+# which decides the length of the schedule (`optim.learning_rate`): a run may be made longer.
 MOVABLE = re.compile(
     r"(parallel|checkpoint|eval)\..*"
     r"|train\.(steps|accumulate|recompute|segment|compile|graph|device|patience|tensorboard)"
@@ -38,7 +39,8 @@ class Data:
     path: str = ""  # a prepared folder; made from `text` on the first run if it is not there
     text: tuple[str, ...] = ()
     text_field: str = "text"  # of jsonl and parquet files
-    format: str = "text"  # or how the records of `text` hold conversations: messages, prompt, alpaca
+    # or how the records of `text` hold conversations: messages, prompt, alpaca
+    format: str = "text"
     chat_template: str = ""  # a file with theirs; by default the model's own, or else ours
     vocab_size: int = 0  # of the tokenizer trained on `text`
     tokenizer: str = ""  # or a tokenizer to take instead; by default that of model.from
@@ -53,14 +55,19 @@ class Train:
     seq_len: int = 2_048
     accumulate: int = 1  # micro-batches a step
     dtype: str = "float32"  # of the matrix products; weights and optimizer stay in float32
-    float8: str = ""  # of the blocks' products, by torchao: how they are scaled, tensorwise or rowwise
+    # of the blocks' products, by torchao: how they are scaled, tensorwise or rowwise
+    float8: str = ""
     recompute: bool = False  # activations in the backward pass instead of storing them
-    segment: int = 0  # tokens of a row held at a time, the others read twice: rows of any length; 0: whole rows
+    # tokens of a row held at a time, the others read twice: rows of any length; 0: whole rows
+    segment: int = 0
     compile: bool = False  # the blocks, by torch.compile
-    graph: bool = False  # a micro-batch's passes as one CUDA graph: for models too small to keep a GPU waiting
-    reset_state: bool | None = None  # at the borders of documents; by default for conversations alone
+    # a micro-batch's passes as one CUDA graph: for models too small to keep a GPU waiting
+    graph: bool = False
+    # at the borders of documents; by default for conversations alone
+    reset_state: bool | None = None
     patience: int = 3  # refused steps in a row after which the run goes back to its last checkpoint
-    spike: float = 0.0  # refuse a step whose loss is so many standard deviations above the last ones; 0: none for that
+    # refuse a step whose loss is so many standard deviations above the last ones; 0: none for that
+    spike: float = 0.0
     device: str = "auto"
     seed: int = 0
     tensorboard: bool = False
@@ -96,17 +103,20 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Adapters to train instead of the weights: W + alpha / rank * B A, with A [rank, in] and B [out, rank]."""
+    """Adapters to train instead of the weights: W + alpha / rank * B A, with A [rank, in] and B
+    [out, rank]."""
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0  # of what A reads
-    targets: tuple[str, ...] = ()  # ends of the names of linear maps in the blocks, e.g. qkvu_proj; by default all
+    # ends of the names of linear maps in the blocks, e.g. qkvu_proj; by default all
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a run depends on. `model` holds `size`, `kind` and any field of ModelConfig, or `from` alone."""
+    """Everything a run depends on. `model` holds `size`, `kind` and any field of ModelConfig, or
+    `from` alone."""
 
     run: str
     model: dict[str, Any] = field(default_factory=dict)
@@ -120,11 +130,12 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Read a TOML file and apply `key=value` overrides, e.g. `optim.lr=1e-3`; `run` defaults to the file's name.
+        """Read a TOML file and apply `key=value` overrides, e.g. `optim.lr=1e-3`; `run` defaults to
+        the file's name.
 
-        Files and folders that the TOML file names are looked for in the working directory, then beside the TOML file.
-        Raises ValueError or OSError with one line that names the key, the value and what would fit.
-        """
+        Files and folders that the TOML file names are looked for in the working directory, then
+        beside the TOML file. Raises ValueError or OSError with one line that names the key, the
+        value and what would fit."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such recipe")
@@ -137,13 +148,18 @@ class Recipe:
         named = _split(overrides)
         for key, text in named.items():
             _set(values, key, _parse(key, text))
-        replaced: set[str] = set()  # a size or kind asked for is that one, whatever model the file describes
+        # a size or kind asked for is that one, whatever model the file describes
+        replaced: set[str] = set()
         if "model.size" in named:
             replaced |= {*next(iter(SIZES.values())), "head_dim"}
         if "model.kind" in named:
             replaced |= set(TRANSFORMER)
         if replaced:
-            values["model"] = {k: v for k, v in values["model"].items() if k not in replaced or f"model.{k}" in named}
+            values["model"] = {
+                k: v
+                for k, v in values["model"].items()
+                if k not in replaced or f"model.{k}" in named
+            }
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -154,10 +170,13 @@ class Recipe:
         """From nested tables, every key and type checked."""
         recipe: Recipe = _build(cls, values, "")
         if not re.fullmatch(r"[\w][\w.-]*", recipe.run):
-            raise ValueError(f"run = {recipe.run!r}, but must be a name of letters, digits, '.', '_' and '-'")
+            raise ValueError(
+                f"run = {recipe.run!r}, but must be a name of letters, digits, '.', '_' and '-'"
+            )
         recipe._check()
         data = recipe.data
-        if not data.text:  # they are made already: what else the table says of making them is true of no data
+        # they are made already: what else the table says of making them is true of no data
+        if not data.text:
             data = Data(path=data.path, format=data.format, chat_template=data.chat_template)
         return dataclasses.replace(recipe, data=data)
 
@@ -169,67 +188,99 @@ class Recipe:
                 raise ValueError(f"unknown key model.{key}{nearest(key, fields, 'model.')}")
         if "from" in self.model:
             if not isinstance(self.model["from"], str) or not self.model["from"]:
-                raise ValueError(f"model.from = {self.model['from']!r}, but must be a model's folder")
+                raise ValueError(
+                    f"model.from = {self.model['from']!r}, but must be a model's folder"
+                )
             if more := [f"model.{key}" for key in self.model if key != "from"]:
                 raise ValueError(f"model.from says what the model is; remove {', '.join(more)}")
         elif self.lora is not None:
             raise ValueError("lora needs model.from, the folder of the model to adapt")
         for key, word, words in (
-            ("train.dtype", train.dtype, DTYPES), ("optim.schedule", optim.schedule, SCHEDULES),
+            ("train.dtype", train.dtype, DTYPES),
+            ("optim.schedule", optim.schedule, SCHEDULES),
             ("train.float8", train.float8, SCALINGS),
             ("optim.name", optim.name, OPTIMIZERS),
             ("data.format", self.data.format, ("text", *FORMATS)),
             ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
             ("model.kind", self.model.get("kind", "published"), tuple(KINDS)),
-        ):  # fmt: skip
+        ):
             _check_choice(key, word, words)
         for key, number in (
-            ("train.steps", train.steps), ("train.seq_len", train.seq_len), ("train.accumulate", train.accumulate),
-            ("train.batch_tokens", train.batch_tokens), ("checkpoint.keep", self.checkpoint.keep),
+            ("train.steps", train.steps),
+            ("train.seq_len", train.seq_len),
+            ("train.accumulate", train.accumulate),
+            ("train.batch_tokens", train.batch_tokens),
+            ("checkpoint.keep", self.checkpoint.keep),
             ("train.patience", train.patience),
-            ("optim.lr", optim.lr), ("eval.tokens", self.eval.tokens), ("lora.rank", lora.rank),
-            ("lora.alpha", lora.alpha), ("parallel.replicate", self.parallel.replicate),
-            ("parallel.context", self.parallel.context), ("parallel.tensor", self.parallel.tensor),
-        ):  # fmt: skip
+            ("optim.lr", optim.lr),
+            ("eval.tokens", self.eval.tokens),
+            ("lora.rank", lora.rank),
+            ("lora.alpha", lora.alpha),
+            ("parallel.replicate", self.parallel.replicate),
+            ("parallel.context", self.parallel.context),
+            ("parallel.tensor", self.parallel.tensor),
+        ):
             if number <= 0:
                 raise ValueError(f"{key} = {number}, but must be positive")
         for key, number, least, most in (
-            ("optim.min_lr", optim.min_lr, 0, 1), ("optim.decay_share", optim.decay_share, 0, 1),
-            ("train.seed", train.seed, 0, 2**31 - 1), ("data.seed", self.data.seed, 0, 2**63 - 1),
-            ("optim.eps", optim.eps, 0, 1), ("data.vocab_size", self.data.vocab_size, 0, 2**24),
+            ("optim.min_lr", optim.min_lr, 0, 1),
+            ("optim.decay_share", optim.decay_share, 0, 1),
+            ("train.seed", train.seed, 0, 2**31 - 1),
+            ("data.seed", self.data.seed, 0, 2**63 - 1),
+            ("optim.eps", optim.eps, 0, 1),
+            ("data.vocab_size", self.data.vocab_size, 0, 2**24),
             ("lora.dropout", lora.dropout, 0, 1),
-        ):  # fmt: skip
+        ):
             if not least <= number <= most:
                 raise ValueError(f"{key} = {number}, but must be from {least} to {most}")
         for key, number in (
-            ("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every), ("optim.clip", optim.clip),
-            ("optim.warmup_steps", optim.warmup_steps), ("optim.weight_decay", optim.weight_decay),
-            ("parallel.shard", self.parallel.shard), ("train.segment", train.segment), ("train.spike", train.spike),
+            ("checkpoint.every", self.checkpoint.every),
+            ("eval.every", self.eval.every),
+            ("optim.clip", optim.clip),
+            ("optim.warmup_steps", optim.warmup_steps),
+            ("optim.weight_decay", optim.weight_decay),
+            ("parallel.shard", self.parallel.shard),
+            ("train.segment", train.segment),
+            ("train.spike", train.spike),
             ("checkpoint.keep_every", self.checkpoint.keep_every),
-        ):  # fmt: skip
+        ):
             if number < 0:
                 raise ValueError(f"{key} = {number}, but must be 0 or more")
         if train.batch_tokens % (train.seq_len * train.accumulate):
             raise ValueError(
-                f"train.batch_tokens = {train.batch_tokens} is not a multiple of train.seq_len x train.accumulate = "
+                f"train.batch_tokens = {train.batch_tokens} is not a multiple of train.seq_len x "
+                "train.accumulate = "
                 f"{train.seq_len * train.accumulate}"
             )
-        if train.float8 and (train.dtype != "bfloat16" or self.parallel.tensor > 1 or self.lora is not None):
-            raise ValueError("train.float8 needs train.dtype = bfloat16, parallel.tensor = 1 and no lora")
+        if train.float8 and (
+            train.dtype != "bfloat16" or self.parallel.tensor > 1 or self.lora is not None
+        ):
+            raise ValueError(
+                "train.float8 needs train.dtype = bfloat16, parallel.tensor = 1 and no lora"
+            )
         if train.segment and lora.dropout:
             raise ValueError(
-                "train.segment reads rows twice, and lora.dropout would drop out something else; set it to 0"
+                "train.segment reads rows twice, and lora.dropout would drop out something else; "
+                "set it to 0"
             )
         if train.graph and train.recompute and lora.dropout:
             raise ValueError(
-                "train.graph cannot recompute what lora.dropout dropped out; set one of the three to 0 or false"
+                "train.graph cannot recompute what lora.dropout dropped out; set one of the three "
+                "to 0 or false"
             )
         if optim.bits not in ((32,) if optim.name == "muon" else (32, 8)):
-            raise ValueError(f"optim.bits = {optim.bits}, but must be 32, or 8 with optim.name = adamw or adam")
+            raise ValueError(
+                f"optim.bits = {optim.bits}, but must be 32, or 8 with optim.name = adamw or adam"
+            )
         if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-            raise ValueError(f"optim.betas = {list(optim.betas)}, but must be two numbers from 0 to below 1")
+            raise ValueError(
+                f"optim.betas = {list(optim.betas)}, but must be two numbers from 0 to below 1"
+            )
         if not self.data.path:
-            raise ValueError("data.path is missing: the prepared folder, or where to put what is made from data.text")
+            raise ValueError(
+                "data.path is missing: the prepared folder, or where to put what is made from "
+                "data.text"
+            )
 
     @property
     def base(self) -> Path | None:
@@ -246,7 +297,8 @@ class Recipe:
         config = _named(self.model.get("size", "10m"), {"vocab_size": vocab_size} | self.model)
         if config.vocab_size < vocab_size:
             raise ValueError(
-                f"model.vocab_size = {config.vocab_size}, but the tokenizer of {self.data.path} has {vocab_size} words"
+                f"model.vocab_size = {config.vocab_size}, but the tokenizer of {self.data.path} "
+                f"has {vocab_size} words"
             )
         return config
 
@@ -257,24 +309,33 @@ class Recipe:
         """
         values = dataclasses.asdict(self)
         if not self.data.text:
-            known = ("path", "format", "chat_template")  # which `check_content` compares, unless they are the defaults
+            # which `check_content` compares, unless they are the defaults
+            known = ("path", "format", "chat_template")
             values["data"] = {
-                key: getattr(self.data, key) for key in known if getattr(self.data, key) != getattr(Data, key)
+                key: getattr(self.data, key)
+                for key in known
+                if getattr(self.data, key) != getattr(Data, key)
             }
         lines = [f"run = {_toml(values.pop('run'))}"]
         for table, content in values.items():
             if content is None:
                 continue
             lines += ["", f"[{table}]"]
-            lines += [f"{key} = {_toml(value)}" for key, value in content.items() if value is not None]
+            lines += [
+                f"{key} = {_toml(value)}" for key, value in content.items() if value is not None
+            ]
         return "\n".join(lines) + "\n"
 
     def difference(self, other: Recipe) -> str | None:
-        """The first setting in which two recipes differ, as text; None where they are equal but for MOVABLE ones."""
+        """The first setting in which two recipes differ, as text; None where they are equal but for
+        MOVABLE ones."""
         mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
         for key in [*mine, *theirs]:
             if not MOVABLE.fullmatch(key) and mine.get(key) != theirs.get(key):
-                return f"{key} was {json.dumps(mine.get(key))} and is now {json.dumps(theirs.get(key))}"
+                return (
+                    f"{key} was {json.dumps(mine.get(key))} and is now "
+                    f"{json.dumps(theirs.get(key))}"
+                )
         return None
 
 
@@ -283,7 +344,8 @@ def _toml(value: object) -> str:
 
 
 def _build(kind: type, values: object, prefix: str) -> Any:
-    """A dataclass from a table, refusing unknown keys and wrong types; ints are taken for floats."""
+    """A dataclass from a table, refusing unknown keys and wrong types; ints are taken for
+    floats."""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix.rstrip('.')} must be a table of settings, not {values!r}")
     hints = typing.get_type_hints(kind)
@@ -303,14 +365,25 @@ def _build(kind: type, values: object, prefix: str) -> Any:
             raise ValueError(f"{prefix}{key} = {value}, but must be a finite number")
         if typing.get_origin(wanted) is tuple:
             item = typing.get_args(wanted)[0]
-            value = tuple(value) if isinstance(value, (list, tuple)) else (value,) if value != "" else ()
-            fits = all(type(part) is item or (item is float and type(part) is int) for part in value)
+            value = (
+                tuple(value)
+                if isinstance(value, (list, tuple))
+                else (value,)
+                if value != ""
+                else ()
+            )
+            fits = all(
+                type(part) is item or (item is float and type(part) is int) for part in value
+            )
         else:
             fits = type(value) is (typing.get_origin(wanted) or wanted)
         if not fits:
-            word = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}.get(
-                wanted, "a list or table"
-            )
+            word = {
+                int: "a whole number",
+                float: "a number",
+                bool: "true or false",
+                str: "text, in quotes",
+            }.get(wanted, "a list or table")
             shown = value if isinstance(value, (date, time)) else repr(value)  # TOML has them, too
             raise ValueError(f"{prefix}{key} = {shown}, but must be {word}")
         built[key] = value
@@ -327,7 +400,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _split(overrides: Sequence[str], example: str = "optim.lr=1e-3") -> dict[str, str]:
-    """Setting -> text of `key=value` overrides. Raises ValueError for anything else, and for a setting given twice."""
+    """Setting -> text of `key=value` overrides. Raises ValueError for anything else, and for a
+    setting given twice."""
     named: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -335,16 +409,19 @@ def _split(overrides: Sequence[str], example: str = "optim.lr=1e-3") -> dict[str
         if not equals:
             raise ValueError(f"{override!r} is not an override; write key=value, e.g. {example}")
         if key in named:
-            raise ValueError(f"{key} is given twice, as {named[key]!r} and {text.strip()!r}; write it once")
+            raise ValueError(
+                f"{key} is given twice, as {named[key]!r} and {text.strip()!r}; write it once"
+            )
         named[key] = text.strip()
     return named
 
 
 def _parse(key: str, text: str) -> Any:
-    """What an override says: a TOML value, or else the text itself. `run=second` and `run=2024_05_01` need no quotes.
+    """What an override says: a TOML value, or else the text itself. `run=second` and
+    `run=2024_05_01` need no quotes.
 
-    A setting that is text, or a list of texts, keeps what was written, however much it looks like a number or a date.
-    """
+    A setting that is text, or a list of texts, keeps what was written, however much it looks like a
+    number or a date."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -361,13 +438,15 @@ def _type(key: str) -> Any:
     """The type of a setting, e.g. int of train.steps; None where there is no such setting."""
     table, _, name = key.partition(".")
     if table == "model":
-        return typing.get_type_hints(ModelConfig).get(name, str)  # the others are size, kind and from
+        # the others are size, kind and from
+        return typing.get_type_hints(ModelConfig).get(name, str)
     kinds = {"train": Train, "data": Data, "optim": Optim, "lora": Lora}
     return typing.get_type_hints(kinds.get(table, Recipe)).get(name or table)
 
 
 def _look_beside(folder: Path, values: dict[str, Any]) -> None:
-    """Complete, in place, what a recipe in `folder` calls by names that are there, and not in the working directory."""
+    """Complete, in place, what a recipe in `folder` calls by names that are there, and not in the
+    working directory."""
 
     def found(name: object) -> object:
         if isinstance(name, list):
@@ -378,8 +457,12 @@ def _look_beside(folder: Path, values: dict[str, Any]) -> None:
         return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     for table, key in (
-        ("data", "path"), ("data", "text"), ("data", "tokenizer"), ("data", "chat_template"), ("model", "from"),
-    ):  # fmt: skip
+        ("data", "path"),
+        ("data", "text"),
+        ("data", "tokenizer"),
+        ("data", "chat_template"),
+        ("model", "from"),
+    ):
         settings = values.get(table)
         if isinstance(settings, dict) and settings.get(key):
             settings[key] = found(settings[key])
@@ -395,16 +478,21 @@ def _named(size: str, model: dict[str, Any]) -> ModelConfig:
     """The configuration of a named size with the fields that a recipe's table `model` names."""
     kind = model.get("kind", "published")
     _check_choice("model.kind", kind, tuple(KINDS))
-    return ModelConfig.named(size, **KINDS[kind] | {k: v for k, v in model.items() if k not in ("size", "kind")})
+    return ModelConfig.named(
+        size, **KINDS[kind] | {k: v for k, v in model.items() if k not in ("size", "kind")}
+    )
 
 
 def model_overrides(size: str, overrides: Sequence[str]) -> ModelConfig:
-    """A named size with `model.key=value` overrides, as a recipe takes them. Raises ValueError for any other."""
+    """A named size with `model.key=value` overrides, as a recipe takes them. Raises ValueError for
+    any other."""
     fields: dict[str, Any] = {}
     for key, text in _split(overrides, "model.hidden_size=4096").items():
         table, _, name = key.partition(".")
         if table != "model" or not name:
-            raise ValueError(f"{f'{key}={text}'!r} is no field of the model; write e.g. model.hidden_size=4096")
+            raise ValueError(
+                f"{f'{key}={text}'!r} is no field of the model; write e.g. model.hidden_size=4096"
+            )
         fields[name] = _parse(key, text)
     return _named(size.lower(), fields)
 
@@ -412,5 +500,9 @@ def model_overrides(size: str, overrides: Sequence[str]) -> ModelConfig:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}

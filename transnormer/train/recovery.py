@@ -1,4 +1,5 @@
-"""Runs that go wrong: how that is known before it is saved, and how a run goes on from before it went wrong."""
+"""Runs that go wrong: how that is known before it is saved, and how a run goes on from before it
+went wrong."""
 
 from __future__ import annotations
 
@@ -17,28 +18,44 @@ ADVICE = "try run=NAME with a lower optim.lr or a longer warm-up"
 
 
 class Recovery:
-    """Knows when a run cannot go on from its weights, and goes back to its newest checkpoint. All ranks call it alike.
+    """Knows when a run cannot go on from its weights, and goes back to its newest checkpoint. All
+    ranks call it alike.
 
-    patience: refused steps in a row that are too many. probe: measures the loss of the present weights, in nats per
-    token, None where no token can be learned.
-    """
+    patience: refused steps in a row that are too many. probe: measures the loss of the present
+    weights, in nats per token, None where no token can be learned."""
 
     def __init__(
-        self, checkpoints: Checkpoints, model: LanguageModel, optimizer: torch.optim.Optimizer, mesh: Mesh,
-        patience: int, probe: Callable[[], float] | None,
-    ):  # fmt: skip
-        self._checkpoints, self._model, self._optimizer, self._mesh = checkpoints, model, optimizer, mesh
+        self,
+        checkpoints: Checkpoints,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        mesh: Mesh,
+        patience: int,
+        probe: Callable[[], float] | None,
+    ):
+        self._checkpoints, self._model, self._optimizer, self._mesh = (
+            checkpoints,
+            model,
+            optimizer,
+            mesh,
+        )
         self._patience, self._probe = patience, probe
         self._returns: list[int] = []  # the steps that the run went back to
 
     def trouble(
-        self, progress: RunProgress, refused: str | None, valid_loss: float | None, *, saves: bool, last: bool
+        self,
+        progress: RunProgress,
+        refused: str | None,
+        valid_loss: float | None,
+        *,
+        saves: bool,
+        last: bool,
     ) -> str | None:
         """Why the run must not go on from these weights, or end with them; None where it may.
 
-        refused: why the last step was. valid_loss: what these weights have, where that is known. saves: they are about
-        to be saved; then their loss is measured on other tokens, because an update that ruins them shows in the losses
-        of later steps alone. last: the run ends here.
+        refused: why the last step was. valid_loss: what these weights have, where that is known.
+        saves: they are about to be saved; then their loss is measured on other tokens, because an
+        update that ruins them shows in the losses of later steps alone. last: the run ends here.
         """
         if refused and last and progress.refused == progress.step:
             return f"all {progress.step} steps were refused (the last: {refused})"
@@ -52,22 +69,27 @@ class Recovery:
         return f"the {name} is {loss}"
 
     def go_back(self, progress: RunProgress, why: str) -> RunProgress:
-        """The newest checkpoint from before the steps that were refused, loaded, to go on with the samples after them.
+        """The newest checkpoint from before the steps that were refused, loaded, to go on with the
+        samples after them.
 
-        Passing over only them would change nothing, as they never reached the weights: all samples since the checkpoint
-        are passed over. Raises ValueError where there is no checkpoint, or going back to it did not help.
-        """
+        Passing over only them would change nothing, as they never reached the weights: all samples
+        since the checkpoint are passed over. Raises ValueError where there is no checkpoint, or
+        going back to it did not help."""
         back = self._checkpoints.go_back(self._model, self._optimizer)
         why = f"step {progress.step}: {why}"
         if back is None:
-            raise self._mesh.failure(f"{why}; the run diverged, and there is no checkpoint to go back to; {ADVICE}")
+            raise self._mesh.failure(
+                f"{why}; the run diverged, and there is no checkpoint to go back to; {ADVICE}"
+            )
         if self._returns[-RETURNS:] == [back.step] * RETURNS:
             raise self._mesh.failure(
-                f"{why}; the run diverged, and went back to step {back.step} {RETURNS} times, with other samples; {ADVICE}"
+                f"{why}; the run diverged, and went back to step {back.step} {RETURNS} times, "
+                f"with other samples; {ADVICE}"
             )
         self._returns.append(back.step)
         say(
-            f"{why}; going back to step {back.step}; samples {back.position:,} to {progress.position:,} are passed over"
+            f"{why}; going back to step {back.step}; samples {back.position:,} to "
+            f"{progress.position:,} are passed over"
         )
         back.skipped.append([back.position, progress.position])
         back.position, back.refused_in_all = progress.position, progress.refused_in_all

@@ -1,4 +1,5 @@
-"""What runs tell of themselves, for `transnormer info` and `transnormer compare`: steps, losses, data, time, settings."""
+"""What runs tell of themselves, for `transnormer info` and `transnormer compare`: steps, losses,
+data, time, settings."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run's folder as it stands. Losses are nats a token, None where there is none yet; times are seconds."""
+    """A run's folder as it stands. Losses are nats a token, None where there is none yet; times are
+    seconds."""
 
     folder: Path
     settings: dict[str, Any]  # "optim.lr" -> 0.006, every setting of the recipe
@@ -43,8 +45,13 @@ class RunReport:
 
     @property
     def loss(self) -> float | None:
-        """The mean over the last fiftieth of the steps that reached the weights: there the picture's line ends."""
-        losses = [line["loss"] for line in self.lines if line["loss"] is not None and "refused" not in line]
+        """The mean over the last fiftieth of the steps that reached the weights: there the
+        picture's line ends."""
+        losses = [
+            line["loss"]
+            for line in self.lines
+            if line["loss"] is not None and "refused" not in line
+        ]
         return statistics.fmean(losses[-max(1, len(losses) // 50) :]) if losses else None
 
     @property
@@ -54,7 +61,8 @@ class RunReport:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over all steps: the first ones compile, and some wait for an evaluation or a checkpoint."""
+        """The median over all steps: the first ones compile, and some wait for an evaluation or a
+        checkpoint."""
         speeds = [line["tokens_per_second"] for line in self.lines if line.get("tokens_per_second")]
         return statistics.median(speeds) if speeds else None
 
@@ -66,7 +74,8 @@ class RunReport:
 
 
 def read_run(folder: str | Path) -> RunReport:
-    """Read what a run's folder says. Raises OSError or ValueError in one line where it is no run, or a file is damaged."""
+    """Read what a run's folder says. Raises OSError or ValueError in one line where it is no run,
+    or a file is damaged."""
     folder = Path(folder)
     if not is_run(folder):
         wrong = "not a run, because it has no recipe.toml" if folder.is_dir() else "no such run"
@@ -79,7 +88,11 @@ def read_run(folder: str | Path) -> RunReport:
         raise ValueError(f"{folder / RECIPE}: damaged ({error})") from error
     settings: dict[str, Any] = {}
     for key, value in tables.items():
-        settings |= {f"{key}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {key: value}
+        settings |= (
+            {f"{key}.{name}": x for name, x in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
     metrics, record = folder / METRICS, folder / STARTS
     lines = read_metrics(metrics) if metrics.is_file() else []
     started: dict[str, Any] = {"starts": [], "parameters": None}
@@ -99,28 +112,46 @@ def describe_run(run: RunReport) -> list[str]:
     """What `transnormer info` says of a run: one line each for steps, losses, data and time."""
     settings = run.settings
     refused = f", {run.refused:,} of them refused" if run.refused else ""
-    done = f"run             {run.folder}: {run.steps:,} of {settings['train.steps']:,} steps{refused}"
+    done = (
+        f"run             {run.folder}: {run.steps:,} of {settings['train.steps']:,} steps{refused}"
+    )
     said = [done]
     if run.loss is not None:
         said.append(f"training loss   {run.loss:.4f} nats per token, the mean of the last steps")
     if run.validations:
         last, best = run.validations[-1], min(run.validations, key=lambda line: line["valid_loss"])
-        lowest = "" if best is last else f"; lowest {best['valid_loss']:.4f} at step {best['step']:,}"
-        bits = f" ({last['valid_bits_per_byte']:.4f} bits per byte)" if "valid_bits_per_byte" in last else ""
-        said.append(f"validation loss {last['valid_loss']:.4f}{bits} at step {last['step']:,}{lowest}")
+        lowest = (
+            "" if best is last else f"; lowest {best['valid_loss']:.4f} at step {best['step']:,}"
+        )
+        bits = (
+            f" ({last['valid_bits_per_byte']:.4f} bits per byte)"
+            if "valid_bits_per_byte" in last
+            else ""
+        )
+        said.append(
+            f"validation loss {last['valid_loss']:.4f}{bits} at step {last['step']:,}{lowest}"
+        )
     text = ", ".join(settings.get("data.text", []))
     said.append(
-        f"data            {settings['data.path']}{f', from {text}' if text else ''}; {run.tokens:,} tokens read"
+        f"data            {settings['data.path']}{f', from {text}' if text else ''}; "
+        f"{run.tokens:,} tokens read"
     )
     if run.tokens_per_second is not None:
         speed = f"{run.tokens_per_second:,.0f} tokens/s"
-        started = f"; started {run.starts[-1]['time']} on {run.starts[-1]['device']}" if run.starts else ""
+        started = (
+            f"; started {run.starts[-1]['time']} on {run.starts[-1]['device']}"
+            if run.starts
+            else ""
+        )
         said.append(f"time            {spoken(run.seconds)} of training at {speed}{started}")
     return said
 
 
-def compare(folders: Sequence[str | Path], picture: str | Path | None = None) -> tuple[Table, Table | None]:
-    """(losses and speeds, the settings that differ or None where none does) of runs, one column a run.
+def compare(
+    folders: Sequence[str | Path], picture: str | Path | None = None
+) -> tuple[Table, Table | None]:
+    """(losses and speeds, the settings that differ or None where none does) of runs, one column a
+    run.
 
     picture: a PNG to draw the runs' losses into. Raises OSError or ValueError as `read_run` does.
     """
@@ -129,7 +160,10 @@ def compare(folders: Sequence[str | Path], picture: str | Path | None = None) ->
 
     if picture is not None:
         if Path(picture).suffix.lower() != ".png":
-            raise ValueError(f"{picture}: the picture is a PNG; name it so, e.g. {Path(picture).with_suffix('.png')}")
+            raise ValueError(
+                f"{picture}: the picture is a PNG; name it so, e.g. "
+                f"{Path(picture).with_suffix('.png')}"
+            )
         check_can_write(picture)
     runs = [read_run(folder) for folder in dict.fromkeys(map(Path, folders))]
     names = _names(runs)
@@ -144,15 +178,27 @@ def compare(folders: Sequence[str | Path], picture: str | Path | None = None) ->
             shown.add_row(Text(name), *map(Text, cells))
         return shown
 
-    figures = table("losses and speed", {name: [_cell(run, name) for run in runs] for name in FIGURES})
+    figures = table(
+        "losses and speed", {name: [_cell(run, name) for run in runs] for name in FIGURES}
+    )
     keys = dict.fromkeys(key for run in runs for key in run.settings if key != "run")
     settings = {key: [_toml(run.settings.get(key)) for run in runs] for key in keys}
     differing = {key: cells for key, cells in settings.items() if len(set(cells)) > 1}
     return figures, table("settings that differ", differing) if differing else None
 
 
-FIGURES = ("steps", "tokens", "training loss", "validation loss", "lowest validation loss", "bits per byte",
-           "parameters", "tokens/s", "training time", "device")  # fmt: skip
+FIGURES = (
+    "steps",
+    "tokens",
+    "training loss",
+    "validation loss",
+    "lowest validation loss",
+    "bits per byte",
+    "parameters",
+    "tokens/s",
+    "training time",
+    "device",
+)
 
 
 def _cell(run: RunReport, figure: str) -> str:
@@ -163,7 +209,9 @@ def _cell(run: RunReport, figure: str) -> str:
         "tokens": f"{run.tokens:,}",
         "training loss": None if run.loss is None else f"{run.loss:.4f}",
         "validation loss": f"{valid[-1]['valid_loss']:.4f}" if valid else None,
-        "lowest validation loss": f"{min(line['valid_loss'] for line in valid):.4f}" if valid else None,
+        "lowest validation loss": f"{min(line['valid_loss'] for line in valid):.4f}"
+        if valid
+        else None,
         "bits per byte": f"{valid[-1]['valid_bits_per_byte']:.4f}" if valid else None,
         "parameters": None if run.parameters is None else f"{run.parameters:,}",
         "tokens/s": None if speed is None else f"{speed:,.0f}",
@@ -174,7 +222,8 @@ def _cell(run: RunReport, figure: str) -> str:
 
 
 def _names(runs: Sequence[RunReport]) -> list[str]:
-    """What the runs are called: the names of their folders, or their paths where two have the same name."""
+    """What the runs are called: the names of their folders, or their paths where two have the same
+    name."""
     names = [run.folder.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 

@@ -1,11 +1,13 @@
-"""Training on rows of any length in the memory of a segment: the state is all that one part of a row tells the next.
+"""Training on rows of any length in the memory of a segment: the state is all that one part of a
+row tells the next.
 
-A first pass reads the segments from left to right and keeps the states between them. A second goes back from right to
-left: each segment is read again from its state, and its gradients and that of its state are taken from its loss and
-from the gradient of the state it leaves. That is exact, where a cut of the gradient (truncated backpropagation) is not.
-It takes a third more time than holding the whole row, as recomputation of activations does. Sharded weights are gathered,
-and gradients summed over the processes, for every segment.
-"""
+A first pass reads the segments from left to right and keeps the states between them. A second goes
+back from right to
+left: each segment is read again from its state, and its gradients and that of its state are taken
+from its loss and from the gradient of the state it leaves. That is exact, where a cut of the
+gradient (truncated backpropagation) is not. It takes a third more time than holding the whole row,
+as recomputation of activations does. Sharded weights are gathered, and gradients summed over the
+processes, for every segment."""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ from ..model.state import State
 from ..ops.loss import linear_cross_entropy
 
 
-def backward(model: LanguageModel, ids: Tensor, targets: Tensor, segment: int, weight: Tensor | float) -> Tensor:
+def backward(
+    model: LanguageModel, ids: Tensor, targets: Tensor, segment: int, weight: Tensor | float
+) -> Tensor:
     """Add the gradients of weight x the summed loss to the parameters; returns that loss, detached.
 
     ids, targets: int64 [B, T] as in `LanguageModel.loss`. segment: tokens of a row held at a time.
     Raises ValueError for softmax attention, whose state is all that was read.
     """
     if model.config.mixer != "gla":
-        raise ValueError("train.segment needs linear attention (model.mixer = gla): only its state has one size")
+        raise ValueError(
+            "train.segment needs linear attention (model.mixer = gla): only its state has one size"
+        )
     starts = range(0, ids.shape[1], segment)
     states: list[State | None] = [None]
     with torch.no_grad():
@@ -38,11 +44,14 @@ def backward(model: LanguageModel, ids: Tensor, targets: Tensor, segment: int, w
             for leaf in _parts(before.layers):
                 leaf.requires_grad_()
         part = slice(start, start + segment)
-        # A weight's cast made for an earlier segment is older than this one's forward pass, and backward would come to
-        # it last: after FSDP has summed the gradients of the weight's block, which then lack it.
+        # A weight's cast made for an earlier segment is older than this one's forward pass, and
+        # backward would come to it last: after FSDP has summed the gradients of the weight's block,
+        # which then lack it.
         torch.clear_autocast_cache()
         x, after = model.hidden(ids[:, part], before)
-        loss = linear_cross_entropy(x, model.head_weight, targets[:, part], reduction="sum") * weight
+        loss = (
+            linear_cross_entropy(x, model.head_weight, targets[:, part], reduction="sum") * weight
+        )
         left = _parts(after.layers) if d_state else []
         with torch.autocast(ids.device.type, enabled=False):  # which is for forward passes
             torch.autograd.backward([loss, *left], [None, *d_state])

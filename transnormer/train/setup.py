@@ -1,4 +1,5 @@
-"""What is done before the first step: the run's folder is locked, its data are opened, and its start is written down."""
+"""What is done before the first step: the run's folder is locked, its data are opened, and its
+start is written down."""
 
 from __future__ import annotations
 
@@ -31,14 +32,19 @@ def open_data(recipe: Recipe) -> TokenData:
     wanted, path = recipe.data, Path(recipe.data.path)
     check_content(wanted)
     asked: dict[str, Any] = {
-        "vocab_size": wanted.vocab_size or None, "tokenizer": wanted.tokenizer or None, "split": wanted.split,
-        "seed": wanted.seed, "text_field": wanted.text_field, "format": wanted.format,
+        "vocab_size": wanted.vocab_size or None,
+        "tokenizer": wanted.tokenizer or None,
+        "split": wanted.split,
+        "seed": wanted.seed,
+        "text_field": wanted.text_field,
+        "format": wanted.format,
         "chat_template": wanted.chat_template or None,
-    }  # fmt: skip
+    }
     if not path.exists():
         if not wanted.text:
             raise FileNotFoundError(
-                f"data.path = {path}: no such folder; make it with `transnormer prepare`, or set data.text"
+                f"data.path = {path}: no such folder; make it with `transnormer prepare`, or set "
+                "data.text"
             )
         if recipe.base is not None and not wanted.tokenizer:
             asked["tokenizer"] = find_model(recipe.base)
@@ -54,7 +60,8 @@ def open_data(recipe: Recipe) -> TokenData:
                 with_ = f"without data.{key}" if made is None else f"with data.{key} = {made!r}"
                 says = "does not set it" if value is None else f"says {value!r}"
                 raise ValueError(
-                    f"{path} was prepared {with_}, but the recipe {says}; choose another data.path, or remove the "
+                    f"{path} was prepared {with_}, but the recipe {says}; choose another "
+                    "data.path, or remove the "
                     f"folder to prepare it again"
                 )
     return TokenData(path, "train")
@@ -65,10 +72,16 @@ def _same_files(some: list[str], others: list[str]) -> bool:
     return [os.path.realpath(name) for name in some] == [os.path.realpath(name) for name in others]
 
 
-def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, mesh: Mesh, done: int) -> None:
-    """Say what is about to run, and add this start to run.json: command, versions, commit, device."""
+def describe(
+    recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, mesh: Mesh, done: int
+) -> None:
+    """Say what is about to run, and add this start to run.json: command, versions, commit,
+    device."""
     epochs = recipe.train.steps * recipe.train.accumulate * recipe.rows / loader.count
-    trained, all_of_them = sum(p.numel() for p in model.parameters() if p.requires_grad), model.parameter_count()
+    trained, all_of_them = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        model.parameter_count(),
+    )
     count = f"{all_of_them:,}" if trained == all_of_them else f"{trained:,} of {all_of_them:,}"
     where = f"on {mesh.device}" if mesh.world == 1 else f"on {mesh.world} processes"
     say(
@@ -80,25 +93,32 @@ def describe(recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, me
     if (cut := loader.cut_warning()) is not None:
         say(f"warning: {loader.data.name}: {cut}")
     optim, steps = recipe.optim, recipe.train.steps
-    whole = steps - int(optim.decay_share * steps) if optim.schedule == "wsd" else steps  # before the rate must fall
+    # before the rate must fall
+    whole = steps - int(optim.decay_share * steps) if optim.schedule == "wsd" else steps
     if optim.warmup_steps > whole:
         say(
-            f"warning: optim.warmup_steps = {optim.warmup_steps:,} is longer than the {whole:,} steps that the run has "
-            f"for it; the learning rate does not get beyond {whole / optim.warmup_steps:.0%} of optim.lr"
+            f"warning: optim.warmup_steps = {optim.warmup_steps:,} is longer than the {whole:,} "
+            "steps that the run has "
+            f"for it; the learning rate does not get beyond {whole / optim.warmup_steps:.0%} of "
+            "optim.lr"
         )
     path = run / STARTS
     starts = _starts(path) if path.exists() and done else []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     said = {"time": now, "after_step": done, "processes": mesh.world}
     starts.append(said | provenance(mesh.device, command=shlex.join(sys.argv)))
-    write_text(path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n")
+    write_text(
+        path, json.dumps({"parameters": model.parameter_count(), "starts": starts}, indent=2) + "\n"
+    )
 
 
 def _starts(path: Path) -> list[Any]:
     """The starts that a run.json tells of. Raises ValueError where it is not one."""
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
-        raise ValueError(f"{path}: damaged, or not the record of a run's starts; remove it to begin a new one")
+        raise ValueError(
+            f"{path}: damaged, or not the record of a run's starts; remove it to begin a new one"
+        )
     return list(record["starts"])
 
 
@@ -106,13 +126,15 @@ def _starts(path: Path) -> list[Any]:
 def only_one(run: Path) -> Iterator[None]:
     """Make the run's folder and hold its lock; the system lets go of it however the process ends.
 
-    Raises ValueError where another process holds it, OSError naming the folder where nothing can be written there.
-    """
+    Raises ValueError where another process holds it, OSError naming the folder where nothing can be
+    written there."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / ".lock").open("w")
     except OSError as error:
-        raise OSError(f"{run}: nothing can be written there ({error.strerror}); train where you may write") from error
+        raise OSError(
+            f"{run}: nothing can be written there ({error.strerror}); train where you may write"
+        ) from error
     with file:
         try:
             import fcntl

@@ -1,12 +1,14 @@
-"""What a mesh does to a model: tensor ranks get heads and columns, context ranks slices of rows, and FSDP2 shards weights.
+"""What a mesh does to a model: tensor ranks get heads and columns, context ranks slices of rows,
+and FSDP2 shards weights.
 
-Between the products of the blocks a tensor rank holds a part of the tokens, [B, T / N, D], so norms and additions work on
-that part. A mixer or GLU gathers all tokens, computes its own heads or columns of them, and its last product adds up the
-ranks' results and scatters the sums over the tokens. The modules say themselves which part is cut how (`SHARDS`).
+Between the products of the blocks a tensor rank holds a part of the tokens, [B, T / N, D], so norms
+and additions work on that part. A mixer or GLU gathers all tokens, computes its own heads or
+columns of them, and its last product adds up the ranks' results and scatters the sums over the
+tokens. The modules say themselves which part is cut how (`SHARDS`).
 
-With `tensor = 2`, for example, each rank computes the gate of the mixer for half of the heads, as it does q, k and v. The
-norm over all heads then needs sums from both ranks (`_NormOfShards`), so norm and gate are two operations instead of one.
-"""
+With `tensor = 2`, for example, each rank computes the gate of the mixer for half of the heads, as
+it does q, k and v. The norm over all heads then needs sums from both ranks (`_NormOfShards`), so
+norm and gate are two operations instead of one."""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -45,16 +52,20 @@ def cut(model: LanguageModel, mesh: Mesh) -> None:
 
 
 def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
-    """Shard the weights by FSDP2, in place: the blocks, and then the rest (embedding, last norm, head).
+    """Shard the weights by FSDP2, in place: the blocks, and then the rest (embedding, last norm,
+    head).
 
-    dtype: the dtype in which weights are gathered; None keeps their own. Three kinds keep it in any case. The rest does,
-    because the residual stream begins as rows of the embedding. Blocks with LRPE do, because an angle times a million
-    tokens needs all its bits. Blocks with LayerNorm do, because the CPU takes its gains in float32 only.
-    """
+    dtype: the dtype in which weights are gathered; None keeps their own. Three kinds keep it in any
+    case. The rest does, because the residual stream begins as rows of the embedding. Blocks with
+    LRPE do, because an angle times a million tokens needs all its bits. Blocks with LayerNorm do,
+    because the CPU takes its gains in float32 only."""
     assert mesh.ranks is not None
     over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
     blocks = model.blocks()
-    wide = [any(isinstance(module, (LRPE, nn.LayerNorm)) for module in block.modules()) for block in blocks]
+    wide = [
+        any(isinstance(module, (LRPE, nn.LayerNorm)) for module in block.modules())
+        for block in blocks
+    ]
     dtypes = [None if each else dtype for each in wide]
     sizes = [
         sum(local(p).numel() * (narrow or p.dtype).itemsize for p in block.parameters())
@@ -66,15 +77,22 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False
         )
-        fully_shard([blocks[n] for n in numbers], mesh=over, mp_policy=policy, reshard_after_forward=not last)
+        fully_shard(
+            [blocks[n] for n in numbers],
+            mesh=over,
+            mp_policy=policy,
+            reshard_after_forward=not last,
+        )
     fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    # `forward` and `loss` call `hidden`, which reads all weights but the head's; these stay gathered.
+    # `forward` and `loss` call `hidden`, which reads all weights but the head's; these stay
+    # gathered.
     register_fsdp_forward_method(model, "hidden")
     if over.size() == 1:
         return  # FSDP would divide by its factor although nothing is summed
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # gradients are summed; gloo has no other reduction here
+            # gradients are summed; gloo has no other reduction here
+            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
@@ -91,11 +109,14 @@ def clip(model: nn.Module, mesh: Mesh, most: float) -> Tensor:
     assert mesh.ranks is not None
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     shares = [local(gradient) for gradient in gradients]
-    counted: list[list[Tensor]] = [[], []]  # those that differ between tensor ranks, and those that are equal
+    # those that differ between tensor ranks, and those that are equal
+    counted: list[list[Tensor]] = [[], []]
     for gradient, share in zip(gradients, shares, strict=True):
         counted[_is_whole(gradient)].append(share)
     nothing = torch.zeros((), device=mesh.device)
-    squares = [torch.nn.utils.get_total_norm(part).square() if part else nothing for part in counted]
+    squares = [
+        torch.nn.utils.get_total_norm(part).square() if part else nothing for part in counted
+    ]
     square = squares[0] + squares[1] / mesh.tensor
     for name in ("shard", "tensor"):
         if mesh.ranks[name].size() > 1:
@@ -125,7 +146,9 @@ def _cut_by_tensor(model: LanguageModel, mesh: DeviceMesh, rank: int) -> None:
     if model.lm_head is not None:  # only its weight is ever used
         _distribute(model.lm_head, mesh, Shard(0))
     _cut_norm(model.norm, mesh)
-    every = PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=whole, use_local_output=False)
+    every = PrepareModuleOutput(
+        output_layouts=tokens, desired_output_layouts=whole, use_local_output=False
+    )
     parallelize_module(model.norm, mesh, every)
     for block in model.blocks():
         _cut_norm(block.mixer_norm, mesh)
@@ -135,7 +158,9 @@ def _cut_by_tensor(model: LanguageModel, mesh: DeviceMesh, rank: int) -> None:
             _cut_module(module, mesh)
             layouts = (tokens, *[None] * others), (whole, *[None] * others)
             parallelize_module(
-                module, mesh, PrepareModuleInput(input_layouts=layouts[0], desired_input_layouts=layouts[1])
+                module,
+                mesh,
+                PrepareModuleInput(input_layouts=layouts[0], desired_input_layouts=layouts[1]),
             )
 
 
@@ -146,11 +171,15 @@ def _cut_module(module: Any, mesh: DeviceMesh) -> None:
         part = parts.get(path)
         if part is None:
             continue
-        assert word not in ("columns", "rows") or isinstance(part, nn.Linear), f"{path} is adapted, and is not cut"
+        assert word not in ("columns", "rows") or isinstance(part, nn.Linear), (
+            f"{path} is adapted, and is not cut"
+        )
         if word == "columns":
             parallelize_module(part, mesh, ColwiseParallel(), src_data_rank=None)
         elif word == "rows":
-            parallelize_module(part, mesh, RowwiseParallel(output_layouts=Shard(1)), src_data_rank=None)
+            parallelize_module(
+                part, mesh, RowwiseParallel(output_layouts=Shard(1)), src_data_rank=None
+            )
         elif word == "norm":
             setattr(module, path, _NormOfShards(part, mesh))
         else:
@@ -160,7 +189,8 @@ def _cut_module(module: Any, mesh: DeviceMesh) -> None:
 
 
 def _cut_norm(norm: nn.Module, mesh: DeviceMesh) -> None:
-    """Let each rank norm its own tokens, which are whole. The gradients of the gains are summed over the ranks."""
+    """Let each rank norm its own tokens, which are whole. The gradients of the gains are summed
+    over the ranks."""
     if any(True for _ in norm.parameters()):
         parallelize_module(norm, mesh, SequenceParallel(use_local_output=True))
 
@@ -173,9 +203,8 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Any) -> None:
 
 
 def _embed_words(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
-    """Look up ids in an embedding that is sharded by the vocabulary. Each rank gives zeros for ids that it does not hold;
-    the sum over the ranks is scattered over the tokens.
-    """
+    """Look up ids in an embedding that is sharded by the vocabulary. Each rank gives zeros for ids
+    that it does not hold; the sum over the ranks is scattered over the tokens."""
     weight = local(module.weight)
     first = mesh.get_local_rank() * len(weight)
     index = ids - first
@@ -187,18 +216,22 @@ def _embed_words(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
 
 
 def _embed_positions(module: Any, mesh: DeviceMesh, positions: Tensor) -> Tensor:
-    """Look up the positions of this rank's own tokens in a learned table that every rank holds whole."""
+    """Look up the positions of this rank's own tokens in a learned table that every rank holds
+    whole."""
     mine = positions.chunk(mesh.size(), dim=-1)[mesh.get_local_rank()]
     return F.embedding(mine, module.weight.to_local(grad_placements=[Partial()]))
 
 
 class _NormOfShards(nn.Module):
-    """The norm over all heads where each rank has some: one or two sums a token are exchanged, and it is exact."""
+    """The norm over all heads where each rank has some: one or two sums a token are exchanged, and
+    it is exact."""
 
     def __init__(self, norm: Any, mesh: DeviceMesh) -> None:
         super().__init__()
         if type(norm) not in (SimpleRMSNorm, nn.RMSNorm, nn.LayerNorm):
-            raise ValueError(f"parallel.tensor knows no sums over ranks for the norm {type(norm).__name__}")
+            raise ValueError(
+                f"parallel.tensor knows no sums over ranks for the norm {type(norm).__name__}"
+            )
         self.eps, self.mesh, self.centers = norm.eps, mesh, isinstance(norm, nn.LayerNorm)
         self.weight, self.bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         _distribute(self, mesh, Shard(0))
@@ -222,7 +255,8 @@ class _NormOfShards(nn.Module):
         return y.to(x.dtype)
 
     def _mean(self, x: Tensor) -> Tensor:
-        """[..., 1]: over the columns of all ranks. Whatever each makes of it, the gradients are summed."""
+        """[..., 1]: over the columns of all ranks. Whatever each makes of it, the gradients are
+        summed."""
         part = DTensor.from_local(x.sum(-1, keepdim=True), self.mesh, [Partial()], run_check=False)
         total = part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return total / (x.shape[-1] * self.mesh.size())

@@ -1,4 +1,5 @@
-"""What happens in one step on all processes: gradients, and what is agreed before any of it reaches the weights."""
+"""What happens in one step on all processes: gradients, and what is agreed before any of it reaches
+the weights."""
 
 from __future__ import annotations
 
@@ -27,10 +28,9 @@ from .stopping import STOPS
 class StepResult(NamedTuple):
     """What every rank knows about a step.
 
-    loss: the mean over the tokens learned in this step, in nats. gradient_norm: before clipping. stop: the signal that
-    asked the run to stop. saving: the sums of `Checkpoints.flags`. refusal: why the step was not applied to the
-    weights, None where it was.
-    """
+    loss: the mean over the tokens learned in this step, in nats. gradient_norm: before clipping.
+    stop: the signal that asked the run to stop. saving: the sums of `Checkpoints.flags`. refusal:
+    why the step was not applied to the weights, None where it was."""
 
     loss: float
     gradient_norm: float
@@ -45,15 +45,17 @@ class StepResult(NamedTuple):
 
 
 class MicrobatchRunner:
-    """Runs the forward and backward pass of a microbatch, eagerly or by replaying a recorded CUDA graph.
+    """Runs the forward and backward pass of a microbatch, eagerly or by replaying a recorded CUDA
+    graph.
 
-    It is called with the microbatch and the number that its summed loss is divided by, and adds the gradients to those
-    that earlier microbatches of the step left in the model.
-    """
+    It is called with the microbatch and the number that its summed loss is divided by, and adds the
+    gradients to those that earlier microbatches of the step left in the model."""
 
     def __init__(self, model: LanguageModel, mesh: Mesh, settings: Train):
         self.model, self._mesh, self._settings = model, mesh, settings
-        self._graph = Graph(model, self._both, adds=settings.accumulate > 1) if settings.graph else None
+        self._graph = (
+            Graph(model, self._both, adds=settings.accumulate > 1) if settings.graph else None
+        )
 
     def __enter__(self) -> MicrobatchRunner:
         return self
@@ -64,7 +66,8 @@ class MicrobatchRunner:
             self._graph = None  # which holds on to this, and so to the model
 
     def __call__(self, batch: Batch, learned: Tensor) -> Tensor:
-        """Returns the loss. Where the passes cannot be recorded, one rank raises ValueError, the others FailedOnOtherRank."""
+        """Returns the loss. Where the passes cannot be recorded, one rank raises ValueError, the
+        others FailedOnOtherRank."""
         ids, targets, cu_seqlens = batch
         if self._graph is None:
             return self._both(ids, targets, learned, cu_seqlens)
@@ -78,23 +81,34 @@ class MicrobatchRunner:
         try:
             self._graph.record(*inputs)
         except ValueError as error:
-            raise ValueError(f"train.graph = true, but this step cannot be recorded ({error}); write false") from error
+            raise ValueError(
+                f"train.graph = true, but this step cannot be recorded ({error}); write false"
+            ) from error
 
-    def _both(self, ids: Tensor, targets: Tensor, learned: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def _both(
+        self, ids: Tensor, targets: Tensor, learned: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         with autocast(self._mesh, self._settings.dtype):
             if self._settings.segment:
-                return segments.backward(self.model, ids, targets, self._settings.segment, 1 / learned)
+                return segments.backward(
+                    self.model, ids, targets, self._settings.segment, 1 / learned
+                )
             loss = summed_loss(self.model, Batch(ids, targets, cu_seqlens)) / learned
         loss.backward()
         return loss.detach()
 
 
 def gradients(runner: MicrobatchRunner, batches: StepBatches, mesh: Mesh) -> Tensor:
-    """Leave the step's gradients in the model. Returns this rank's part of the loss; the parts of all ranks add up to it.
+    """Leave the step's gradients in the model. Returns this rank's part of the loss; the parts of
+    all ranks add up to it.
 
-    The loss is the mean over all tokens that the step learns from, on every rank and in every microbatch.
-    """
-    learned = mesh.total(torch.full((), batches.learned, dtype=torch.float64, device=mesh.device)).clamp(min=1).float()
+    The loss is the mean over all tokens that the step learns from, on every rank and in every
+    microbatch."""
+    learned = (
+        mesh.total(torch.full((), batches.learned, dtype=torch.float64, device=mesh.device))
+        .clamp(min=1)
+        .float()
+    )
     loss = torch.zeros((), device=mesh.device)
     for batch in batches.microbatches:
         loss += runner(batch.to(mesh.device), learned)
@@ -106,17 +120,19 @@ def agree(
 ) -> tuple[Tensor, Callable[[], StepResult]]:
     """Let all ranks agree on the step, by one sum over all of them.
 
-    stop: the signals that this rank received. saving: this rank's `Checkpoints.flags`.
-    Returns (a scalar on the device, 1 where loss or norm is not finite on any rank and 0 otherwise; a function that
-    reads the result). The function is the only place in a step where the host waits for the device. It does not wait
-    for work that was queued after this call.
-    """
+    stop: the signals that this rank received. saving: this rank's `Checkpoints.flags`. Returns (a
+    scalar on the device, 1 where loss or norm is not finite on any rank and 0 otherwise; a function
+    that reads the result). The function is the only place in a step where the host waits for the
+    device. It does not wait for work that was queued after this call."""
     cuda = mesh.device.type == "cuda"
-    flags = torch.tensor([*(float(number in stop) for number in STOPS), *saving], dtype=torch.float32)
+    flags = torch.tensor(
+        [*(float(number in stop) for number in STOPS), *saving], dtype=torch.float32
+    )
     if cuda:
         flags = flags.pin_memory().to(mesh.device, non_blocking=True)
     not_finite_here = ~(loss.isfinite() & gradient_norm.isfinite())
-    counted = loss if mesh.tensor_rank == 0 else torch.zeros_like(loss)  # tensor ranks have the same one
+    # tensor ranks have the same one
+    counted = loss if mesh.tensor_rank == 0 else torch.zeros_like(loss)
     sums = torch.cat([torch.stack([counted, not_finite_here.float()]), flags])
     if mesh.ranks is not None:
         dist.all_reduce(sums)
@@ -135,7 +151,9 @@ def agree(
         signals = [int(number) for number, count in zip(STOPS, stop_counts, strict=True) if count]
         if failed and math.isfinite(total) and math.isfinite(norm):
             norm = math.nan  # what was not finite was on another rank
-        return StepResult(total, norm, signals[0] if signals else None, (int(writing), int(write_failed)))
+        return StepResult(
+            total, norm, signals[0] if signals else None, (int(writing), int(write_failed))
+        )
 
     return not_finite, read_result
 
@@ -154,8 +172,11 @@ def refusal(result: StepResult, losses: Sequence[float], spike: float) -> str | 
     return None
 
 
-def evaluation(model: LanguageModel, batches: list[Batch], mesh: Mesh, dtype: str) -> Callable[[], float] | None:
-    """A function that returns the loss, in nats per learned token, of all processes' batches; None where there is none."""
+def evaluation(
+    model: LanguageModel, batches: list[Batch], mesh: Mesh, dtype: str
+) -> Callable[[], float] | None:
+    """A function that returns the loss, in nats per learned token, of all processes' batches; None
+    where there is none."""
     learned = sum(batch.learned for batch in batches)
     if not any(mesh.gather(learned)):
         return None
@@ -168,7 +189,8 @@ def evaluation(model: LanguageModel, batches: list[Batch], mesh: Mesh, dtype: st
             with autocast(mesh, dtype):
                 nats += summed_loss(model, batch.to(mesh.device))
         model.train()
-        reshard(model, mesh)  # a recorded step gathers for itself, and would leave the next evaluation these weights
+        # a recorded step gathers for itself, and would leave the next evaluation these weights
+        reshard(model, mesh)
         total, count = mesh.total(torch.stack([nats, torch.full_like(nats, learned)])).tolist()
         return float(total / count)
 

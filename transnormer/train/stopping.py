@@ -20,7 +20,8 @@ class Interrupted(Exception):
 
 
 class StopRequests(list[int]):
-    """The signals that asked this process to stop. While `at_once` is set, Ctrl-C is obeyed and not noted here."""
+    """The signals that asked this process to stop. While `at_once` is set, Ctrl-C is obeyed and not
+    noted here."""
 
     at_once = False
 
@@ -29,9 +30,10 @@ class StopRequests(list[int]):
 def stop_requests(at_once: bool) -> Iterator[StopRequests]:
     """Note SIGINT, SIGTERM and SIGHUP in a list; a second SIGINT (Ctrl-C) has its usual effect.
 
-    A second SIGTERM does not, because torchrun hands one to its processes again where a scheduler has sent it to all.
-    at_once: a first SIGINT, too, has its usual effect until the caller clears `StopRequests.at_once`.
-    """
+    A second SIGTERM does not, because torchrun hands one to its processes again where a scheduler
+    has sent it to all.
+    at_once: a first SIGINT, too, has its usual effect until the caller clears
+    `StopRequests.at_once`."""
     received = StopRequests()
     received.at_once = at_once
     previous: dict[int, Any] = {}

@@ -1,8 +1,9 @@
-"""Refusals of settings that do not fit the data, the model, the mesh, the machine or each other, before a run allocates.
+"""Refusals of settings that do not fit the data, the model, the mesh, the machine or each other,
+before a run allocates.
 
-`recipe.py` says what a single value may be. What only a library can tell is refused where the library is called:
-`float8.py`, `lora.py`, 8-bit optimizers in `optim.py`. Each refusal is a ValueError of one line that says what would fit.
-"""
+`recipe.py` says what a single value may be. What only a library can tell is refused where the
+library is called: `float8.py`, `lora.py`, 8-bit optimizers in `optim.py`. Each refusal is a
+ValueError of one line that says what would fit."""
 
 from __future__ import annotations
 
@@ -29,27 +30,37 @@ def check_settings(recipe: Recipe, config: ModelConfig, data: TokenData, mesh: M
     check_mesh(config, recipe.parallel, mesh.world, seq_len=length, rows=recipe.rows)
     if config.position == "ape" and config.max_position_embeddings < length:
         raise ValueError(
-            f"model.max_position_embeddings = {config.max_position_embeddings} is below train.seq_len = {length}"
+            f"model.max_position_embeddings = {config.max_position_embeddings} is below "
+            f"train.seq_len = {length}"
         )
     if recipe.lora is not None and mesh.tensor > 1:
-        raise ValueError(f"parallel.tensor = {mesh.tensor} cannot cut adapted maps; with lora it must be 1")
+        raise ValueError(
+            f"parallel.tensor = {mesh.tensor} cannot cut adapted maps; with lora it must be 1"
+        )
     if settings.segment and (config.mixer != "gla" or mesh.context > 1 or resets):
         raise ValueError(
-            f"train.segment = {settings.segment} needs linear attention (model.mixer = gla), whole rows "
+            f"train.segment = {settings.segment} needs linear attention (model.mixer = gla), "
+            "whole rows "
             f"(parallel.context = 1) and train.reset_state = false"
         )
     if settings.segment % mesh.tensor:
-        raise ValueError(f"parallel.tensor = {mesh.tensor} does not divide train.segment = {settings.segment}")
+        raise ValueError(
+            f"parallel.tensor = {mesh.tensor} does not divide train.segment = {settings.segment}"
+        )
     if settings.graph and resets:
         raise ValueError(
-            "train.graph = true needs micro-batches of one shape; conversations and train.reset_state = true give several"
+            "train.graph = true needs micro-batches of one shape; conversations and "
+            "train.reset_state = true give several"
         )
     if settings.graph and mesh.device.type != "cuda":
-        raise ValueError(f"train.graph = true needs a GPU, and the device is {mesh.device.type}; write false")
+        raise ValueError(
+            f"train.graph = true needs a GPU, and the device is {mesh.device.type}; write false"
+        )
 
 
 def resets_state(recipe: Recipe, data: TokenData) -> bool:
-    """Whether the state begins anew where a document begins: as the recipe says, otherwise for conversations alone."""
+    """Whether the state begins anew where a document begins: as the recipe says, otherwise for
+    conversations alone."""
     return bool(data.flags) if recipe.train.reset_state is None else recipe.train.reset_state
 
 
@@ -57,31 +68,42 @@ def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
     """Refuse to go on with other settings. A start that saved nothing binds nobody."""
     path = run / RECIPE
     if run.exists() and not run.is_dir():
-        raise ValueError(f"{run} is a file, where the run's folder should be; give another run=NAME or remove it")
+        raise ValueError(
+            f"{run} is a file, where the run's folder should be; give another run=NAME or remove it"
+        )
     if path.exists():
         before = Recipe.load(path)
         if begun and (difference := before.difference(recipe)):
             raise ValueError(
-                f"{run} was started with other settings: {difference}; give another run=NAME or remove {run}"
+                f"{run} was started with other settings: {difference}; give another run=NAME or "
+                f"remove {run}"
             )
         if begun and before.train.steps != recipe.train.steps:
-            say(f"train.steps was {before.train.steps} and is now {recipe.train.steps}; so is the schedule's length")
+            say(
+                f"train.steps was {before.train.steps} and is now {recipe.train.steps}; so is the "
+                "schedule's length"
+            )
     elif run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
-        raise ValueError(f"{run} exists and is not a run of ours; give another run=NAME or remove it")
+        raise ValueError(
+            f"{run} exists and is not a run of ours; give another run=NAME or remove it"
+        )
 
 
 def check_vocabulary(recipe: Recipe) -> None:
-    """Refuse an impossible config, and a vocabulary smaller than any tokenizer's, before text is prepared."""
+    """Refuse an impossible config, and a vocabulary smaller than any tokenizer's, before text is
+    prepared."""
     words = recipe.model.get("vocab_size", SMALLEST)
     if type(words) is int and 0 < words < SMALLEST and not Path(recipe.data.path).exists():
         raise ValueError(
-            f"model.vocab_size = {words}, but a tokenizer has at least {SMALLEST} words: every byte and the end of text"
+            f"model.vocab_size = {words}, but a tokenizer has at least {SMALLEST} words: every "
+            "byte and the end of text"
         )
     recipe.model_config(1)
 
 
 def check_content(wanted: Data) -> None:
-    """Refuse a data.format or data.chat_template that is not that of a folder which `prepare` made earlier.
+    """Refuse a data.format or data.chat_template that is not that of a folder which `prepare` made
+    earlier.
 
     Defaults are not compared.
     """
@@ -89,11 +111,15 @@ def check_content(wanted: Data) -> None:
     if wanted.text or not path.exists():  # then the folder is made, or compared, as a whole
         return
     source = {"format": "text"} | TokenData(path, "train").source
-    for key, value, nothing in (("format", wanted.format, "text"), ("chat_template", wanted.chat_template, "")):
+    for key, value, nothing in (
+        ("format", wanted.format, "text"),
+        ("chat_template", wanted.chat_template, ""),
+    ):
         if value != nothing and value != (made := source.get(key)):
             with_ = f"without data.{key}" if made is None else f"with data.{key} = {made!r}"
             raise ValueError(
-                f"{path} was prepared {with_}, but the recipe says {value!r}; choose another data.path, or remove the setting"
+                f"{path} was prepared {with_}, but the recipe says {value!r}; choose another "
+                "data.path, or remove the setting"
             )
 
 
@@ -103,11 +129,16 @@ def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> Non
     if data.vocab_size > base.config.vocab_size:
         sizes = f"{path} has {data.vocab_size:,} words, {folder} {base.config.vocab_size:,}"
         if base.tokenizer is None:
-            raise ValueError(f"{sizes}; prepare its text again with a smaller --vocab-size and another --out")
-        raise ValueError(f"{sizes}; prepare its text again with --tokenizer {folder} and another --out")
+            raise ValueError(
+                f"{sizes}; prepare its text again with a smaller --vocab-size and another --out"
+            )
+        raise ValueError(
+            f"{sizes}; prepare its text again with --tokenizer {folder} and another --out"
+        )
     if base.tokenizer is not None and base.tokenizer.to_str() != load_tokenizer(path).to_str():
         raise ValueError(
-            f"{path} was not encoded with the tokenizer of {folder}; prepare its text again with --tokenizer {folder} "
+            f"{path} was not encoded with the tokenizer of {folder}; prepare its text again with "
+            f"--tokenizer {folder} "
             f"and another --out"
         )
 
@@ -115,10 +146,9 @@ def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> Non
 def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
     """Refuse, before allocating, what cannot fit this process.
 
-    It counts float32 weights, and for trained weights also the gradient and AdamW's two moments. On a CPU it counts
-    weights and moments twice, because a checkpoint copies them. Of the activations it counts only those that every
-    implementation needs: what the projections read and wrote.
-    """
+    It counts float32 weights, and for trained weights also the gradient and AdamW's two moments. On
+    a CPU it counts weights and moments twice, because a checkpoint copies them. Of the activations
+    it counts only those that every implementation needs: what the projections read and wrote."""
     trained = weights = config.parameter_count()
     if recipe.lora is not None:
         with torch.device("meta"):
@@ -127,26 +157,37 @@ def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
     kept = 1 if recipe.train.recompute else config.num_hidden_layers
     floats = kept * (4 * config.inner_size + 2 * config.intermediate_size + 2 * config.hidden_size)
     tokens = recipe.rows * (recipe.train.segment or recipe.train.seq_len) // mesh.data_ranks
-    activations = tokens * floats * (2 if recipe.train.dtype == "bfloat16" else 4) // (mesh.context * mesh.tensor)
+    activations = (
+        tokens
+        * floats
+        * (2 if recipe.train.dtype == "bfloat16" else 4)
+        // (mesh.context * mesh.tensor)
+    )
     device, share = mesh.device, mesh.world // mesh.replicate
-    there = recipe.base is not None and device.type == "cpu" and mesh.world == 1  # the weights are, then
+    # the weights are, then
+    there = recipe.base is not None and device.type == "cpu" and mesh.world == 1
     copied = 4 * weights + 8 * trained if device.type == "cpu" else 0
     needed = ((0 if there else 4 * weights) + 12 * trained + copied) // share + activations
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if needed > free:
         raise ValueError(
             f"training {trained:,} parameters with {tokens:,} tokens at a time needs more than "
-            f"{needed / 2**30:,.1f} GiB, {activations / 2**30:,.1f} of them for activations; {free / 2**30:,.1f} GiB of "
-            f"{device.type} memory are free. Choose a smaller model or batch, a larger train.accumulate, or train.recompute = true"
+            f"{needed / 2**30:,.1f} GiB, {activations / 2**30:,.1f} of them for activations; "
+            f"{free / 2**30:,.1f} GiB of "
+            f"{device.type} memory are free. Choose a smaller model or batch, a larger "
+            "train.accumulate, or train.recompute = true"
         )
 
 
 def _free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or less where a container (cgroup v2) allows less."""
+    """Bytes that this process may still take: the machine's, or less where a container (cgroup v2)
+    allows less."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = (
+            (group / name).read_text().strip() for name in ("memory.max", "memory.current")
+        )
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))

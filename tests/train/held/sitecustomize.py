@@ -1,8 +1,8 @@
 """Python imports this first where this folder is on its path, as `runs.environment` puts it there.
 
-The training step that reads the sample whose number stands in the file "hold" of the working folder then waits until
-that file is gone. A test that ends a run in its midst so has all the time it needs, however fast the run is.
-"""
+The training step that reads the sample whose number stands in the file "hold" of the working folder
+then waits until that file is gone. A test that ends a run in its midst so has all the time it
+needs, however fast the run is."""
 
 import sys
 import time
@@ -19,7 +19,8 @@ def wait_for_the_file_to_go(passes: Any, share: Any, *rest: Any) -> Any:
     return loss
 
 
-if " ".join(sys.orig_argv[1:]).removeprefix("-u ").startswith("-m transnormer train "):  # not torchrun above it
+# not torchrun above it
+if " ".join(sys.orig_argv[1:]).removeprefix("-u ").startswith("-m transnormer train "):
     from transnormer.train import loop
 
     gradients = loop.gradients
