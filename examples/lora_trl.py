@@ -1,5 +1,4 @@
-"""Fine-tune with TRL and peft's LoRA, merge the adapter, and compare the merged model's logits with
-the unmerged ones.
+"""Fine-tune with TRL and peft's LoRA, and compare the merged model's logits with the unmerged ones.
 
 python examples/lora_trl.py runs/demo
 """
@@ -20,19 +19,16 @@ from transnormer.formats.folders import find_model
 folder = find_model(Path(sys.argv[1]))  # of a run, its newest checkpoint
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokenizer.chat_template = tokenizer.chat_template or DEFAULT
-records = load_dataset(
-    "json", data_files=str(Path(__file__).with_name("instructions.jsonl")), split="train"
-)
-settings = SFTConfig(
-    "runs/lora_trl", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4,
-    max_length=256, packing=True,
-    assistant_only_loss=True, logging_steps=10, save_strategy="no", report_to="none", bf16=False,
+file = str(Path(__file__).with_name("instructions.jsonl"))
+train = load_dataset("json", data_files=file, split="train")
+args = SFTConfig(
+    "runs/lora_trl", max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4, bf16=False,
+    max_length=256, packing=True, assistant_only_loss=True, logging_steps=10, save_strategy="no",
+    report_to="none",
 )  # fmt: skip
-adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 model = AutoModelForCausalLM.from_pretrained(folder)
-trainer = SFTTrainer(
-    model, settings, train_dataset=records, processing_class=tokenizer, peft_config=adapter
-)
+trainer = SFTTrainer(model, args, train_dataset=train, processing_class=tokenizer, peft_config=lora)
 trainer.train()
 ids = torch.tensor([tokenizer("Who goes there?")["input_ids"]])
 unmerged = trainer.model.eval()(ids).logits

@@ -9,7 +9,13 @@ from collections.abc import Callable
 import torch.multiprocessing as mp
 
 multiprocessing.set_forkserver_preload(
-    ["pytest", "torch._dynamo", "transnormer.train.loop", "tests.frozen"]
+    [
+        "pytest",
+        "torch._dynamo",
+        "matplotlib.backends.backend_agg",
+        "transnormer.train.loop",
+        "tests.frozen",
+    ]
 )
 
 

@@ -29,11 +29,11 @@ os.environ.setdefault("MPLCONFIGDIR", str(REPOSITORY / "build" / "matplotlib"))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """One where there is a GPU, which some tests fill; else one a core, and at most four, which
-    need 8 GB of memory."""
+    """One where there is a GPU, which some tests fill; else one more than cores, because many tests
+    wait, and at most four, which need 8 GB of memory."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:  # pytest-xdist obeys it
         return None
-    return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+    return 1 if torch.cuda.is_available() else min(4, (os.cpu_count() or 1) + 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.interpreter import language_replaced_once
+from tests.interpreter import faster_interpreter
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _fast_interpreter() -> Iterator[None]:
-    with language_replaced_once():
+    with faster_interpreter():
         yield
 
 

@@ -17,7 +17,7 @@ from oracle import Case, assert_no_further, distance, draw, exact, plain
 from torch import Tensor
 
 from tests.children import run_processes
-from tests.interpreter import language_replaced_once
+from tests.interpreter import faster_interpreter
 from transnormer.ops import context as contexts
 from transnormer.ops.context import Context
 from transnormer.ops.lightning import lightning_attention
@@ -60,7 +60,7 @@ def work(rank: int, folder: str) -> None:
     context = Context.of(dist.group.WORLD)
     found = {}
     for name, (case, backend) in cases().items():
-        with language_replaced_once():
+        with faster_interpreter():
             ours = {key: whole(part) for key, part in segment(case, context, backend).items()}
         if rank == 0:
             true = exact(dataclasses.replace(case, d_last=torch.zeros_like(case.d_last)))

@@ -34,7 +34,7 @@ from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import Optim
 
 from ..children import run_processes
-from ..interpreter import language_replaced_once
+from ..interpreter import faster_interpreter
 
 TINY = {
     "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -145,7 +145,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def _with_kernels(case: Case) -> dict[str, Any]:
-    with language_replaced_once(), pytest.MonkeyPatch.context() as patch:
+    with faster_interpreter(), pytest.MonkeyPatch.context() as patch:
         for module in (lightning, loss, lrpe, norm):
             patch.setattr(
                 module, "triton_refusal", lambda *x, named: dispatch.triton_refusal(*x, named=True)

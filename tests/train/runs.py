@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,19 +76,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def train_on_two(*overrides: str, recipe: str = "tiny.toml", folder: Path = Path()) -> None:
-    """`train` on two processes on the CPU, in the working folder or another one."""
+def train_on_two(*runs: Sequence[str], recipe: str = "tiny.toml", folder: Path = Path()) -> None:
+    """`train` on two processes on the CPU, in the working folder or another one: run after run,
+    each with its overrides."""
     with tempfile.TemporaryDirectory() as meeting:
-        run_processes(_train, f"{meeting}/store", folder.resolve(), recipe, overrides, count=2)
+        run_processes(_train, f"{meeting}/store", folder.resolve(), recipe, runs, count=2)
 
 
-def _train(rank: int, store: str, folder: Path, recipe: str, overrides: tuple[str, ...]) -> None:
+def _train(rank: int, store: str, folder: Path, recipe: str, runs: Sequence[Sequence[str]]) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     loop.plot = lambda *_: None
     loop.start = lambda parallel, device: parallel_start(parallel, "cpu")  # type: ignore[attr-defined]
-    loop.train(load(recipe, *overrides))
+    for overrides in runs:
+        loop.train(load(recipe, *overrides))
     dist.destroy_process_group()
 
 

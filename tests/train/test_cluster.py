@@ -179,7 +179,7 @@ def wait_for(
 def test_a_lost_process_and_a_stop_leave_no_trace_in_the_curve(
     hosts: Hosts, tmp_path: Path
 ) -> None:
-    train_on_two(*SETTINGS, "run=whole", folder=tmp_path)
+    train_on_two((*SETTINGS, "run=whole"), folder=tmp_path)
     whole = curve(tmp_path, "whole")
     assert [step for step, *_ in whole] == list(range(1, STEPS + 1))
 

@@ -119,6 +119,10 @@ def curve(run: str) -> list[tuple[int, float, float | None]]:
     return [(line["step"], line["loss"], line.get("valid_loss")) for line in lines]
 
 
+def means(curve: list[tuple[int, float, float | None]]) -> list[float]:
+    return [loss for _, loss, _ in curve]
+
+
 def weights(run: Path | str) -> dict[str, torch.Tensor]:
     return transnormer.load(run).state_dict()
 
@@ -373,63 +377,54 @@ def remembered(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        (),
-        ("parallel.context=2", "train.recompute=true"),
-        ("parallel.replicate=2", "lora.dropout=0.3"),
-    ],
-    ids=str,
-)
-def test_adapters_on_two_processes(work: Path, mesh: tuple[str, ...]) -> None:
+MESHES = {
+    "shard": (),
+    "context": ("parallel.context=2", "train.recompute=true"),
+    "replicate": ("parallel.replicate=2", "lora.dropout=0.3"),
+}
+
+
+def test_adapters_on_two_processes(work: Path) -> None:
     """Those of one process; merged, saved for peft; and gone on with from a step that was also
     evaluated."""
     options = ("lora.rank=4", "checkpoint.every=4", "checkpoint.keep=9", "train.steps=24")
-    dropout = [option for option in mesh if "dropout" in option]
-    train(tune("run=one", *options, *dropout))
-    train_on_two("run=two", *options, *mesh, recipe="tune.toml")
-    one, two = (step_folders(Path("runs") / run / "checkpoints") for run in ("one", "two"))
-    assert (
-        len(
-            {
-                (folder / lora.FOLDER / "adapter_config.json").read_text()
-                for folder in (one[0], two[0])
-            }
+    runs = {name: (f"run={name}", *options, *mesh) for name, mesh in MESHES.items()}
+    for name, dropout in (("one", ()), ("one-replicate", ("lora.dropout=0.3",))):
+        train(tune(f"run={name}", *options, *dropout))
+    train_on_two(*runs.values(), recipe="tune.toml")
+    base, whole = weights("base"), {name: (curve(name), weights(f"runs/{name}")) for name in runs}
+    for name, (losses, merged) in whole.items():
+        dropout = name == "replicate"
+        alone = "one-replicate" if dropout else "one"
+        one, two = (step_folders(Path("runs") / run / "checkpoints") for run in (alone, name))
+        config = f"{lora.FOLDER}/adapter_config.json"
+        assert (one[0] / config).read_text() == (two[0] / config).read_text()
+        assert len(remembered(one[3])) > 0
+        assert remembered(two[3]).keys() == remembered(one[3]).keys() | {"torch_rng/1"}
+        # each drops out its own
+        assert not torch.equal(*(remembered(two[3])[f"torch_rng/{rank}"] for rank in (0, 1)))
+        if not dropout:
+            assert means(losses) == pytest.approx(means(curve("one")), rel=1e-3)
+            for each, tensor in weights("runs/one").items():
+                assert (merged[each] - tensor).norm() <= 0.02 * (tensor - base[each]).norm(), each
+        ids = torch.randint(300, (2, 30))
+        theirs = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained("base"), str(two[0] / lora.FOLDER)
         )
-        == 1
-    )
-    assert len(remembered(one[3])) > 0
-    assert remembered(two[3]).keys() == remembered(one[3]).keys() | {"torch_rng/1"}
-    # each drops out its own
-    assert not torch.equal(*(remembered(two[3])[f"torch_rng/{rank}"] for rank in (0, 1)))
-    whole, merged, base = curve("two"), weights("runs/two"), weights("base")
-    if not dropout:
-        assert [loss for _, loss, _ in whole] == pytest.approx(
-            [loss for _, loss, _ in curve("one")], rel=1e-3
+        torch.testing.assert_close(
+            transnormer.load(f"runs/{name}")(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4
         )
-        for name, tensor in weights("runs/one").items():
-            assert (merged[name] - tensor).norm() <= 0.02 * (tensor - base[name]).norm(), name
-    ids = torch.randint(300, (2, 30))
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained("base"), str(two[0] / lora.FOLDER)
-    )
-    torch.testing.assert_close(
-        transnormer.load("runs/two")(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4
-    )
-    for folder in two[:3]:  # back to step 12
-        shutil.rmtree(folder)
-    if mesh:
-        train_on_two("run=two", *options, *mesh, recipe="tune.toml")
-        assert curve("two") == whole
-        assert all(
-            torch.equal(tensor, merged[name]) for name, tensor in weights("runs/two").items()
-        )
-    else:
-        train(tune("run=two", *options))
-        assert [loss for _, loss, _ in curve("two")] == pytest.approx(
-            [loss for _, loss, _ in whole], rel=1e-3
-        )
+        for folder in two[:3]:  # back to step 12
+            shutil.rmtree(folder)
+    train(tune(*runs["shard"]))
+    assert means(curve("shard")) == pytest.approx(means(whole["shard"][0]), rel=1e-3)
+    again = [name for name in runs if name != "shard"]
+    train_on_two(*(runs[name] for name in again), recipe="tune.toml")
+    for name in again:
+        losses, merged = whole[name]
+        assert curve(name) == losses
+        found = weights(f"runs/{name}")
+        assert all(torch.equal(found[each], tensor) for each, tensor in merged.items())
 
 
 def test_a_run_of_all_weights_resumes_exactly(work: Path) -> None:

@@ -68,7 +68,7 @@ def undisturbed(*settings: str, processes: int) -> None:
     if processes == 1:
         train(tiny(*settings))
     else:
-        train_on_two(*settings)
+        train_on_two(settings)
 
 
 def wait_for_work(process: subprocess.Popen[str], steps: int, most: int) -> None:

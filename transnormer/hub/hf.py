@@ -367,10 +367,10 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         if kind is DynamicLayer:
             fits = (fits or not cache.layers) and not getattr(cache, "offloading", False)
         if not fits:
-            layers = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
             raise ValueError(
                 f"this cache was not made for the model: {type(cache).__name__} of "
-                f"{layers or 'no layers'}; "
+                f"{kinds or 'no layers'}; "
                 "make one by DynamicCache(config=model.config)"
             )
         if kind is LinearAttentionLayer:

@@ -65,10 +65,10 @@ def optimizer_state(folder: Path, model: LanguageModel) -> dict[str, Tensor]:
         if "/" not in name:
             continue
         like, dtype = parameters.get(name.partition("/")[2]), kind.properties.dtype
-        fits = like is not None and like.shape == kind.size
-        room[name] = (
-            torch.empty_like(like, dtype=dtype) if fits else torch.empty(kind.size, dtype=dtype)
-        )  # type: ignore[arg-type]
+        if like is not None and like.shape == kind.size:
+            room[name] = torch.empty_like(like, dtype=dtype)
+        else:
+            room[name] = torch.empty(kind.size, dtype=dtype)
     return room
 
 

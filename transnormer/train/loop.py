@@ -47,6 +47,8 @@ from .validate import (
     resets_state,
 )
 
+PICTURE_SECONDS = 10  # between two drawings of the curve while a run goes on
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
@@ -313,7 +315,7 @@ def _train(
         if mesh.first:
             describe(recipe, run, model, loader, mesh, progress.step)
         metrics = Metrics(run / METRICS, progress.step, settings.tensorboard, write=mesh.first)
-        with _drawn(recipe, run, mesh), progress_bar(steps, progress.step) as show:
+        with _picture(recipe, run, mesh) as redraw, progress_bar(steps, progress.step) as show:
             while progress.step < steps:
                 # One step on all ranks.
                 began, step, batches = time.perf_counter(), progress.step + 1, next(feed)
@@ -373,8 +375,8 @@ def _train(
                 if saves:
                     metrics.flush()
                     checkpoints.save(model, optimizer, progress)
-                if mesh.first and (last or "valid_loss" in line):
-                    plot(run / METRICS, run / CURVE, recipe.run)
+                if "valid_loss" in line:
+                    redraw()
                 if outcome.stop and not last:
                     checkpoints.settle()
                     raise Interrupted(
@@ -418,14 +420,23 @@ def take_step(
 
 
 @contextmanager
-def _drawn(recipe: Recipe, run: Path, mesh: Mesh) -> Iterator[None]:
-    """Draw the curve also of a run that diverges or is stopped."""
-    try:
-        yield
-    except (ValueError, Interrupted):
-        if mesh.first:
+def _picture(recipe: Recipe, run: Path, mesh: Mesh) -> Iterator[Callable[[], None]]:
+    """What draws the curve anew, unless it was drawn in the last PICTURE_SECONDS. It is drawn in
+    any case when the run ends, also when it diverges or is stopped."""
+    drawn = time.monotonic()
+
+    def redraw(*, now: bool = False) -> None:
+        nonlocal drawn
+        if mesh.first and (now or time.monotonic() - drawn > PICTURE_SECONDS):
             plot(run / METRICS, run / CURVE, recipe.run)
+            drawn = time.monotonic()
+
+    try:
+        yield redraw
+    except (ValueError, Interrupted):
+        redraw(now=True)
         raise
+    redraw(now=True)
 
 
 def _due(step: int, recipe: Checkpoint) -> bool:

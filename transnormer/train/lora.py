@@ -71,7 +71,7 @@ def inject(model: LanguageModel, recipe: Lora, base: Path) -> LoraConfig:
     names = {name.split(".", 2)[2] for name in targets(model, recipe)}
     config = LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.alpha,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.dropout,
         target_modules=sorted(names),  # type: ignore[arg-type]
         base_model_name_or_path=str(base),

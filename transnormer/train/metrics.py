@@ -204,8 +204,9 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
         (line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss") is not None
     ]
     refused = [line["tokens"] for line in lines if "refused" in line]
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    # fixed margins: laying out by what the text takes draws everything twice
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes = figure.add_axes((0.09, 0.21, 0.88, 0.7))
     axes.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(tokens[len(tokens) - len(mean) :], mean, color="tab:blue", label="training")
     if valid:
@@ -222,8 +223,7 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
     axes.set(xlabel="tokens read", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
-    # where no curve runs through it
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="lower center", ncols=3, frameon=False)  # below the curves
     try:
         replace_file(picture, lambda temporary: figure.savefig(temporary, format="png"))
     except OSError as error:  # a picture must not cost a run
