@@ -173,8 +173,8 @@ def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"training {trained:,} parameters with {tokens:,} tokens at a time needs more than "
             f"{least.total / 2**30:,.1f} GiB, {least.activations / 2**30:,.1f} of them for "
-            f"activations; {free / 2**30:,.1f} GiB of {device.type} memory are free. Choose a smaller model or batch, a larger "
-            "train.accumulate, or train.recompute = true"
+            f"activations; {free / 2**30:,.1f} GiB of {device.type} memory are free. "
+            "Choose a smaller model or batch, a larger train.accumulate, or train.recompute = true"
         )
 
 
