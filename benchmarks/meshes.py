@@ -32,7 +32,7 @@ from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import local
 from transnormer.planning.hardware import GPUS
-from transnormer.planning.memory import Layout, find_memory
+from transnormer.planning.memory import Layout, expected_memory
 from transnormer.planning.memory import measure as measure_shape
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.planning.speed import find_speed
@@ -309,7 +309,7 @@ def planned(
     shape = measure_shape(config, length)
     layout = Layout(mesh.replicate, mesh.shard, mesh.context, mesh.tensor, recompute=recompute)
     return {
-        "planned_bytes": find_memory(shape, layout, rows, length).allocated,
+        "planned_bytes": expected_memory(shape, layout, rows, length).allocated,
         "planned_tokens_per_second": round(find_speed(shape, layout, GPUS[kind], rows, length)[0]),
     }
 

@@ -14,7 +14,7 @@ from lib.report_training import Values
 from lib.results import GIB, Result, every, newest, spread, table
 from transnormer.config import ModelConfig
 from transnormer.planning.hardware import GPUS
-from transnormer.planning.memory import Layout, Shape, find_memory, measure
+from transnormer.planning.memory import Layout, Shape, expected_memory, measure
 from transnormer.planning.speed import find_speed
 
 
@@ -30,7 +30,7 @@ def planned(row: Result) -> tuple[float, float]:
         factors = {name: int(size) for name, size in map(str.split, row["mesh"].split(", "))}
     layout, shape = Layout(**factors), shape_of(row["size"], row["seq_len"])
     speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
-    return speed, find_memory(shape, layout, row["rows"], row["seq_len"]).allocated / GIB
+    return speed, expected_memory(shape, layout, row["rows"], row["seq_len"]).allocated / GIB
 
 
 def run_name(result: Result) -> str:

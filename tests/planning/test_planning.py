@@ -30,7 +30,13 @@ from transnormer.ops import gla, lightning, loss, lrpe, norm
 from transnormer.planning import hardware, memory, speed
 from transnormer.planning.check import check_plan, held, pretended, weight_bytes
 from transnormer.planning.hardware import GPUS
-from transnormer.planning.memory import WORKSPACE_BYTES, Layout, find_memory, measure, saved_bytes
+from transnormer.planning.memory import (
+    WORKSPACE_BYTES,
+    Layout,
+    expected_memory,
+    measure,
+    saved_bytes,
+)
 from transnormer.planning.search import BATCH_TOKENS, Job, compare_tensor, saving, spelled
 from transnormer.planning.speed import find_speed, sent_bytes
 from transnormer.train import sharding
@@ -64,7 +70,7 @@ def named(row: dict[str, Any]) -> ModelConfig:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']} {row['size']} {row['rows']}")
 def test_one_gpu_as_measured(row: dict[str, Any]) -> None:
     shape = measure(named(row), row["seq_len"])
-    memory = find_memory(shape, Layout(), row["rows"], row["seq_len"])
+    memory = expected_memory(shape, Layout(), row["rows"], row["seq_len"])
     assert memory.allocated == pytest.approx(row["peak_bytes"], rel=0.01)
     speed, sent = find_speed(shape, Layout(), GPUS["h100"], row["rows"], row["seq_len"])
     assert speed == pytest.approx(row["tokens_per_second"], rel=0.04)
@@ -120,7 +126,7 @@ def test_meshes_as_measured(row: dict[str, Any]) -> None:
     layout = Layout(**{name: int(size) for name, size in map(str.split, row["mesh"].split(", "))})
     shape = measure(ModelConfig.named(row["size"]), row["seq_len"])
     if row["peak_bytes"] is not None:
-        memory = find_memory(shape, layout, row["rows"], row["seq_len"])
+        memory = expected_memory(shape, layout, row["rows"], row["seq_len"])
         assert memory.allocated == pytest.approx(row["peak_bytes"], rel=0.01)
     speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
     # its kernels are short
@@ -276,7 +282,7 @@ def test_memory_and_collectives_as_traced(
         monkeypatch.setattr(memory, "GATHERED_BYTES", 0)
     config = SMALL.replace(**words)
     real, shape = trace(config, layout, rows, seq_len, monkeypatch), measure(config, seq_len)
-    planned = find_memory(shape, layout, rows, seq_len)
+    planned = expected_memory(shape, layout, rows, seq_len)
     assert planned.allocated - WORKSPACE_BYTES == pytest.approx(real.most, rel=0.1)
     sent, ranks = sent_bytes(shape, layout, rows, seq_len), layout.shard * layout.context
     assert sent["shard"] == pytest.approx(real.sent["c10d"] * (ranks - 1) / ranks, rel=0.01)
@@ -335,7 +341,7 @@ def test_shards_of_four_processes(tmp_path: Path) -> None:
                 rank,
             )
             if place == 0:
-                memory = find_memory(shape, replace(layout, accumulate=2), 4, 16)
+                memory = expected_memory(shape, replace(layout, accumulate=2), 4, 16)
                 assert [memory.weights, memory.gradients, memory.optimizer] == found
 
 

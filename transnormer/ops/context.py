@@ -24,15 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import lightning_torch
+from .collectives import all_gather, group_of, name_of
 from .decay import finite
 from .register import define, define_backward
-
-# by name, because an op cannot take a process group as an argument
-_groups: dict[str, dist.ProcessGroup] = {}
-# Its name since torch 2.13, and before.
-all_gather = (
-    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-)
 
 
 @dataclass(frozen=True)
@@ -41,13 +36,12 @@ class Context:
 
     rank: int
     ranks: int
-    group: str  # a name of the process group
+    group: str  # the process group's name (collectives.py)
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Context:
         """Ranks in the group's order hold segments in the row's."""
-        _groups[group.group_name] = group
-        return cls(group.rank(), group.size(), group.group_name)
+        return cls(group.rank(), group.size(), name_of(group))
 
 
 def attend_segment(
@@ -82,9 +76,16 @@ def attend_segment(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str,
-    rank: int, ranks: int, group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    rank: int,
+    ranks: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, last state; for the backward: the first state, and what each segment lets through of
     a state [R, H])."""
     edges = _Edges(q, cu_seqlens, rank)
@@ -100,16 +101,26 @@ def _forward(
 
         output, last = lightning_triton.forward(q, k, v, log_decay, state, edges.bounds)
     else:
-        output, last = torch.ops.transnormer.lightning_chunked(
-            q, k, v, log_decay, state, edges.bounds, 64
+        output, last = lightning_torch.chunked(
+            q, k, v, log_decay, state, edges.bounds, lightning_torch.CHUNK
         )
     return output, last, state, through
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str,
-    rank: int, ranks: int, group: str, state: Tensor, through: Tensor, d_output: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    rank: int,
+    ranks: int,
+    group: str,
+    state: Tensor,
+    through: Tensor,
+    d_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     edges = _Edges(q, cu_seqlens, rank)
     own = _weighted_sum(q, d_output, log_decay, edges, backend, to_end=False)
@@ -120,8 +131,8 @@ def _backward(
 
         found = lightning_triton.backward(q, k, v, log_decay, state, edges.bounds, d_output, d_last)
     else:
-        found = torch.ops.transnormer.lightning_chunked_backward(
-            q, k, v, log_decay, state, edges.bounds, 64, d_output, d_last
+        found = lightning_torch.chunked_backward(
+            q, k, v, log_decay, state, edges.bounds, lightning_torch.CHUNK, d_output, d_last
         )
     return found[0], found[1], found[2]
 
@@ -173,7 +184,7 @@ class _Edges:
 
 def _weighted_sum(
     a: Tensor, b: Tensor, log_decay: Tensor, edges: _Edges, backend: str, *, to_end: bool
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """sum over t of weight_t a_t^T b_t, [B, H, K, V], over the sequence that crosses an edge, in at
     least float32.
 
@@ -197,7 +208,7 @@ def _gather(state: Tensor, through: Tensor, ranks: int, group: str) -> tuple[Ten
     """Everybody's, in order: [R, B, H, K, V] and [R, H], in one exchange."""
     mine = torch.cat([state.flatten(), through])
     everybody = mine.new_empty(ranks * mine.numel())
-    all_gather(everybody, mine, group=_groups[group])
+    all_gather(everybody, mine, group=group_of(group))
     states, through = everybody.view(ranks, -1).split([state.numel(), through.numel()], dim=1)
     return states.unflatten(1, state.shape), through.contiguous()
 
@@ -250,14 +261,18 @@ _INPUTS = (
     "int ranks, str group"
 )
 _segment = define(
-    "lightning_segment", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _fake
-)
-torch.library.register_autograd(
-    "transnormer::lightning_segment", _differentiate, setup_context=_save_for_backward
+    "lightning_segment",
+    f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    save_for_backward=_save_for_backward,
+    differentiate=_differentiate,
 )
 _segment_backward = define_backward(
     "lightning_segment_backward",
     f"({_INPUTS}, Tensor state, Tensor through, Tensor d_output) -> (Tensor, Tensor, Tensor)",
-    _backward, _fake_backward, "lightning_attention",
-    "without a context those of backend='reference'",
-)  # fmt: skip
+    _backward,
+    _fake_backward,
+    op="lightning_attention",
+    instead="without a context those of backend='reference'",
+)

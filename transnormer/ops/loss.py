@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .context import all_gather
+from .collectives import all_gather
 from .dispatch import check_devices, choose, forward_mode, product_dtype, triton_refusal
 from .register import define, define_backward, refuse_second_derivative, without_autocast
 
@@ -135,10 +135,16 @@ def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
 @torch.no_grad()
 @without_autocast
 def _sliced_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, each: bool,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    backend: str,
+    each: bool,
     needs_x: bool,
-    needs_w: bool, shard: VocabShard | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    needs_w: bool,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N] or their sum, its gradient by x [N, D], its gradient by weight), gradients [0]
     where not wanted.
 
@@ -153,10 +159,16 @@ def _sliced_loss(
 @torch.no_grad()
 @without_autocast
 def _gradients_of_each(
-    x: Tensor, weight: Tensor, targets: Tensor, d_losses: Tensor, ignore_index: int, backend: str,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    d_losses: Tensor,
+    ignore_index: int,
+    backend: str,
     needs_x: bool,
-    needs_w: bool, shard: VocabShard | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    needs_w: bool,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, Tensor]:
     """Gradients by x [N, D] and weight of the losses times d_losses [N]; [0] where not wanted.
     Logits are made again.
 
@@ -173,10 +185,16 @@ def _gradients_of_each(
 
 
 def _walk(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, backend: str, needs_x: bool,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    backend: str,
+    needs_x: bool,
     needs_w: bool,
-    shard: VocabShard | None, factors: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shard: VocabShard | None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradients of their sum by x and weight), slice by slice.
 
     factors: [N], by which each loss counts in the sum whose gradient by the weight is taken.
@@ -215,9 +233,14 @@ def _walk(
 
 
 def _softmax_loss_(
-    logits: Tensor, targets: Tensor, losses: Tensor, vocab: int, ignore_index: int, gradient: bool,
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    vocab: int,
+    ignore_index: int,
+    gradient: bool,
     shard: VocabShard | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Fill in the losses [n] and, where wanted, write the gradient of their sum over the logits [n,
     pitch], which are lost."""
     of_vocab = logits[:, :vocab]
@@ -335,16 +358,19 @@ INSTEAD = "those of torch.nn.functional.cross_entropy of all logits"
 _INPUTS = "Tensor x, Tensor weight, Tensor targets"
 _op = define(
     "linear_cross_entropy",
-    (f"({_INPUTS}, int ignore_index, str backend, bool each, bool needs_x, bool needs_w) -> "
-     "(Tensor, Tensor, Tensor)"),
-    _sliced_loss, _fake,
-)  # fmt: skip
-torch.library.register_autograd(
-    "transnormer::linear_cross_entropy", _differentiate, setup_context=_save_for_backward
+    f"({_INPUTS}, int ignore_index, str backend, bool each, bool needs_x, bool needs_w)"
+    " -> (Tensor, Tensor, Tensor)",
+    _sliced_loss,
+    _fake,
+    save_for_backward=_save_for_backward,
+    differentiate=_differentiate,
 )
 _backward = define_backward(
     "linear_cross_entropy_backward",
-    (f"({_INPUTS}, Tensor d_losses, int ignore_index, str backend, bool needs_x, bool needs_w) -> "
-     "(Tensor, Tensor)"),
-    _gradients_of_each, _fake_backward, "linear_cross_entropy", INSTEAD,
-)  # fmt: skip
+    f"({_INPUTS}, Tensor d_losses, int ignore_index, str backend, bool needs_x, bool needs_w)"
+    " -> (Tensor, Tensor)",
+    _gradients_of_each,
+    _fake_backward,
+    op="linear_cross_entropy",
+    instead=INSTEAD,
+)

@@ -45,15 +45,28 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return body
 
 
-def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    save_for_backward: Callable[..., None] | None = None,
+    differentiate: Callable[..., Any] | None = None,
+) -> Any:
     """Register transnormer::name, to be seen by torch.compile and modes; returns the op. Its body
     runs without autocast.
 
-    torch.library.custom_op would do it in one line and add milliseconds to a call.
-    """
+    save_for_backward(ctx, inputs, output) and differentiate(ctx, *gradients) are its gradient, as
+    torch.library.register_autograd has it. torch.library.custom_op would do all this in one line
+    and add milliseconds to a call."""
     torch.library.define(f"transnormer::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"transnormer::{name}", "default", without_autocast(function))
     torch.library.register_fake(f"transnormer::{name}", fake)
+    if differentiate is not None:
+        torch.library.register_autograd(
+            f"transnormer::{name}", differentiate, setup_context=save_for_backward
+        )
     return getattr(torch.ops.transnormer, name)
 
 
@@ -76,8 +89,7 @@ def define_backward(
         refuse_second_derivative(op, instead)
 
     body = without_autocast(function)
-    registered = define(name, schema, function, fake)
-    torch.library.register_autograd(f"transnormer::{name}", refuse)
+    registered = define(name, schema, function, fake, differentiate=refuse)
 
     def call(*inputs: Any) -> Any:
         if direct(*inputs) and not (torch.is_grad_enabled() and _any_requires_grad(inputs)):
@@ -104,14 +116,17 @@ def differentiable(
     differentiate: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Register transnormer::name with its gradient; returns it as a function of the same arguments,
-    the first a tensor.
+    the first a tensor. Arguments as in `define`.
 
     In eager mode that goes straight to `function`, which launches kernels only; the dispatcher
-    would take longer than small kernels run. save_for_backward(ctx, inputs, output) and
-    differentiate(ctx, *gradients): as torch.library.register_autograd has it."""
-    op = define(name, schema, function, fake)
-    torch.library.register_autograd(
-        f"transnormer::{name}", differentiate, setup_context=save_for_backward
+    would take longer than small kernels run."""
+    op = define(
+        name,
+        schema,
+        function,
+        fake,
+        save_for_backward=save_for_backward,
+        differentiate=differentiate,
     )
 
     class Eager(torch.autograd.Function):

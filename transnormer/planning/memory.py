@@ -1,7 +1,8 @@
-"""The memory of one GPU in a training run with a given layout, in closed form.
+"""The memory of one process in a training run with a given layout, in closed form.
 
-The run is as the recipes have it: `train.dtype = bfloat16`, `train.compile = true`, AdamW in
-float32."""
+`least_memory` is what no implementation could do without, and alone refuses a run. The planner goes
+by `expected_memory`, which is what this one takes on a GPU, run as the recipes have it:
+`train.dtype = bfloat16`, `train.compile = true`, AdamW in float32."""
 
 from __future__ import annotations
 
@@ -232,7 +233,42 @@ def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
     return each, gathered_at_once([x * shape.block // tensor for x in each], each)
 
 
-def find_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
+@dataclass(frozen=True)
+class Least:
+    """Bytes that one process needs in any case; activations: those of them that are activations."""
+
+    total: int
+    activations: int
+
+
+def least_memory(
+    config: ModelConfig,
+    layout: Layout,
+    tokens: int,
+    *,
+    trained: int,
+    itemsize: int,
+    copied: bool,
+    loaded: bool,
+) -> Least:
+    """What a run needs that trains `trained` numbers, all weights or adapters beside them.
+
+    It counts float32 weights, and for trained numbers also the gradient and AdamW's two moments. Of
+    the activations it counts only those that every implementation needs: what the projections read
+    and wrote.
+    tokens: those of a micro-batch on one data rank that are in memory at a time, in all of its
+        context and tensor ranks together. itemsize: bytes of an activation. copied: a checkpoint
+        copies weights and moments. loaded: the weights are in memory already."""
+    weights = config.parameter_count()
+    kept = 1 if layout.recompute else config.num_hidden_layers
+    floats = kept * (4 * config.inner_size + 2 * config.intermediate_size + 2 * config.hidden_size)
+    activations = tokens * floats * itemsize // (layout.context * layout.tensor)
+    copies = 4 * weights + 8 * trained if copied else 0
+    held = (0 if loaded else 4 * weights) + 12 * trained + copies
+    return Least(held // (layout.world // layout.replicate) + activations, activations)
+
+
+def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
     """The memory of the GPU that needs most.
 
     rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context

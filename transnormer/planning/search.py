@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from .hardware import GPUS, USABLE, Gpu
-from .memory import Layout, Memory, Shape, find_memory, measure
+from .memory import Layout, Memory, Shape, expected_memory, measure
 from .mesh_sizes import Parallel, check_mesh, listed
 from .speed import find_speed
 
@@ -233,7 +233,7 @@ class Job:
         rows = self.rows // (layout.accumulate * layout.replicate * layout.shard)
         speed, sent = find_speed(self.shape, layout, self.gpu, rows, self.seq_len)
         hours = self.tokens / speed / 3_600
-        memory = find_memory(self.shape, layout, rows, self.seq_len)
+        memory = expected_memory(self.shape, layout, rows, self.seq_len)
         return Plan(
             layout, memory, speed, sent, hours / 24, hours * self.gpus * self.gpu.watts / 1e6
         )

@@ -33,7 +33,7 @@ def passes_share(config: ModelConfig) -> float:
 
 def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
     """Bytes that one GPU copies (read and written) in a step because of sharding. rows: as in
-    `find_memory`.
+    `expected_memory`.
 
     In each pass FSDP casts the GPU's own weights from 4 bytes to 2, and copies every gathered
     weight to where it is multiplied. It casts every gradient from 2 bytes to 4. Under `tensor` all
@@ -50,7 +50,7 @@ def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float
 
 
 def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
-    """What one GPU sends in a step, by kind of parallelism. rows: as in `find_memory`."""
+    """What one GPU sends in a step, by kind of parallelism. rows: as in `expected_memory`."""
     config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
     words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     tokens = rows * seq_len // layout.context

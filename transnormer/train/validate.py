@@ -16,6 +16,7 @@ from ..config import ModelConfig
 from ..data.shards import TokenData
 from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..model.language_model import LanguageModel
+from ..planning.memory import Layout, least_memory
 from ..planning.mesh_sizes import check_mesh
 from ..run_folder import RECIPE
 from . import lora
@@ -144,38 +145,36 @@ def check_tokenizer(recipe: Recipe, base: LanguageModel, data: TokenData) -> Non
 
 
 def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
-    """Refuse, before allocating, what cannot fit this process.
-
-    It counts float32 weights, and for trained weights also the gradient and AdamW's two moments. On
-    a CPU it counts weights and moments twice, because a checkpoint copies them. Of the activations
-    it counts only those that every implementation needs: what the projections read and wrote."""
-    trained = weights = config.parameter_count()
+    """Refuse, before allocating, what cannot fit this process (`planning.memory.least_memory`)."""
+    trained, device = config.parameter_count(), mesh.device
     if recipe.lora is not None:
         with torch.device("meta"):
             maps = lora.targets(LanguageModel(config), recipe.lora).values()
         trained = sum(recipe.lora.rank * (each.in_features + each.out_features) for each in maps)
-    kept = 1 if recipe.train.recompute else config.num_hidden_layers
-    floats = kept * (4 * config.inner_size + 2 * config.intermediate_size + 2 * config.hidden_size)
-    tokens = recipe.rows * (recipe.train.segment or recipe.train.seq_len) // mesh.data_ranks
-    activations = (
-        tokens
-        * floats
-        * (2 if recipe.train.dtype == "bfloat16" else 4)
-        // (mesh.context * mesh.tensor)
+    layout = Layout(
+        replicate=mesh.replicate,
+        shard=mesh.shard,
+        context=mesh.context,
+        tensor=mesh.tensor,
+        recompute=recipe.train.recompute,
     )
-    device, share = mesh.device, mesh.world // mesh.replicate
-    # the weights are, then
-    there = recipe.base is not None and device.type == "cpu" and mesh.world == 1
-    copied = 4 * weights + 8 * trained if device.type == "cpu" else 0
-    needed = ((0 if there else 4 * weights) + 12 * trained + copied) // share + activations
+    tokens = recipe.rows * (recipe.train.segment or recipe.train.seq_len) // mesh.data_ranks
+    least = least_memory(
+        config,
+        layout,
+        tokens,
+        trained=trained,
+        itemsize=2 if recipe.train.dtype == "bfloat16" else 4,
+        copied=device.type == "cpu",
+        loaded=recipe.base is not None and device.type == "cpu" and mesh.world == 1,
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    if needed > free:
+    if least.total > free:
         raise ValueError(
             f"training {trained:,} parameters with {tokens:,} tokens at a time needs more than "
-            f"{needed / 2**30:,.1f} GiB, {activations / 2**30:,.1f} of them for activations; "
-            f"{free / 2**30:,.1f} GiB of "
-            f"{device.type} memory are free. Choose a smaller model or batch, a larger "
-            "train.accumulate, or train.recompute = true"
+            f"{least.total / 2**30:,.1f} GiB, {least.activations / 2**30:,.1f} of them for "
+            f"activations; {free / 2**30:,.1f} GiB of {device.type} memory are free. "
+            "Choose a smaller model or batch, a larger train.accumulate, or train.recompute = true"
         )
 
 
