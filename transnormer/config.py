@@ -317,6 +317,12 @@ class ModelConfig:
         return cls(**SIZES[size]).replace(**changes)
 
     @classmethod
+    def published(cls, size: str, **changes: Any) -> ModelConfig:
+        """`named`, with embeddings scaled as in the checkpoint that the authors released at that
+        size, or as in their 385M where they released none. Raises ValueError as `named` does."""
+        return cls.named(size, **{"embed_scale": size not in UNSCALED, **changes})
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """From a record with exactly our keys (Hugging Face's bookkeeping keys are passed over)."""
         _check_keys(values)
@@ -391,6 +397,7 @@ def _size(layers: int, width: int, heads: int, glu: int, vocab: int = 64_000) ->
 # Rows 385m to 65b are the paper's (their parameter counts agree with it at vocabulary 50,272). No
 # integer F gives the paper's count for 175b: F = 32,768 is our choice. 10m, 45m and 160m are ours,
 # for experiments.
+UNSCALED = ("3b", "7b")  # sizes whose released checkpoints do not scale the embedding
 SIZES: dict[str, dict[str, Any]] = {
     "10m": _size(6, 320, 5, 880, 4_096),
     "45m": _size(10, 512, 8, 1_408, 16_384),

@@ -286,6 +286,14 @@ def test_named_sizes_have_the_papers_parameter_counts() -> None:
     assert ModelConfig.named("175b").intermediate_size == 32_768
 
 
+def test_the_published_architecture_scales_embeddings_as_its_checkpoints_do() -> None:
+    scaled = {size for size in SIZES if ModelConfig.published(size).embed_scale}
+    assert SIZES.keys() - scaled == {"3b", "7b"}
+    assert not ModelConfig.published("1b", embed_scale=False).embed_scale
+    for size in SIZES:  # and is that of the defaults in all else
+        assert ModelConfig.published(size, embed_scale=False) == ModelConfig.named(size)
+
+
 def test_flops_are_what_is_counted() -> None:
     model = small(torch.float32, num_hidden_layers=2, position="none")
     linear = sum(p.numel() for name, p in model.named_parameters())
