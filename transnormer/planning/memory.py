@@ -178,7 +178,7 @@ def saved_bytes(
     stream = 4 * d + 2 * d
     parts = 4 if config.gate and not rank else 3
     mixer = 2 * inner * parts + 2 * inner  # projected q, k, v, u; what the last projection reads
-    if config.mixer == "gla":
+    if config.fixed_state:
         # q and k through swish and LRPE, what the norm reads
         mixer += 2 * inner * (2 * (2 if lrpe else 1) + 1)
         if parts == 4 and not one_op and tensor < config.num_attention_heads:
@@ -296,7 +296,7 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
     # which a slice of the row begins is kept as well, because the backward pass reads it.
     each = (
         rows * config.num_attention_heads // tensor * config.head_dim**2 * 4
-        if config.mixer == "gla"
+        if config.fixed_state
         else 0
     )
     states = each * (layers + sum(lrpe))

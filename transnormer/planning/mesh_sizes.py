@@ -71,7 +71,7 @@ def check_mesh(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
                 "fit the model"
             )
-    if context > 1 and config.mixer != "gla":
+    if context > 1 and not config.fixed_state:
         raise ValueError(
             f"parallel.context = {context} needs linear attention (model.mixer = gla): only its "
             "state is handed on"

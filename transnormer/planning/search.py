@@ -114,7 +114,7 @@ class Job:
                 raise ValueError(
                     f"--tensor {tensor} does not divide model.{name} = {size}; {fits} would"
                 )
-        if context > 1 and config.mixer != "gla":
+        if context > 1 and not config.fixed_state:
             raise ValueError(f"--context {context} needs linear attention, model.mixer=gla")
         if self.seq_len % (context * tensor):
             both = f"--context {context} x --tensor {tensor}" if context > 1 and tensor > 1 else ""
@@ -162,7 +162,7 @@ class Job:
             cuts = [
                 n
                 for n in _divisors(left)
-                if n == 1 or (self.config.mixer == "gla" and self.seq_len // n >= 1_024)
+                if n == 1 or (self.config.fixed_state and self.seq_len // n >= 1_024)
             ]
             for context in cuts if self.context is None else [self.context]:
                 copies = (

@@ -54,15 +54,15 @@ def parallelize(
         from .float8 import convert
 
         convert(model, float8, mesh.device)
-    softmax = model.config.mixer == "softmax"
+    grows = not model.config.fixed_state  # softmax, whose state training has no use for
     for block in model.layers:
-        if softmax:
+        if grows:
             block.forward = partial(_without_state, block.forward)
-        if recompute and not (softmax and mesh.tensor > 1):
+        if recompute and not (grows and mesh.tensor > 1):
             block.forward = partial(_recompute(block), block.forward)
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        if recompute and softmax and mesh.tensor > 1:
+        if recompute and grows and mesh.tensor > 1:
             block.forward = partial(_recompute(block), block.forward)
     if mesh.ranks is not None:
         sharding.shard(model, mesh, torch.bfloat16 if dtype == "bfloat16" else None)

@@ -28,7 +28,7 @@ def backward(
     ids, targets: int64 [B, T] as in `LanguageModel.loss`. segment: tokens of a row held at a time.
     Raises ValueError for softmax attention, whose state is all that was read.
     """
-    if model.config.mixer != "gla":
+    if not model.config.fixed_state:
         raise ValueError(
             "train.segment needs linear attention (model.mixer = gla): only its state has one size"
         )
