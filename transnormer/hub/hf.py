@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..config import SHAPE, ModelConfig, nearest
+from ..config import MIXERS, SHAPE, ModelConfig, nearest
 from ..data.tokenizer import end_of_text_id
 from ..files import FINGERPRINT
 from ..model import language_model
@@ -120,7 +120,7 @@ class TransNormerConfig(PreTrainedConfig):
     @property
     def fixed_state(self) -> bool:
         """As in `ModelConfig`."""
-        return self.own().fixed_state
+        return MIXERS[self.mixer].fixed_state
 
     @property
     def layer_types(self) -> list[str]:
