@@ -18,11 +18,12 @@ def line(step: int, loss: float | None, **more: Any) -> dict[str, Any]:
 CURVES = {
     "one step": [line(1, 5.0)],
     "validation after one step": [line(1, 5.0, valid_loss=4.9)],
-    "refused steps": [line(step,
-                           None if step in (1, 30, 60) else 5 - step / 60) for step in range(1,
-                           61)],
-    "refused steps alone": [line(step, None, refused="the loss is not finite") for step in (1, 2,
-        3)],
+    "refused steps": [
+        line(step, None if step in (1, 30, 60) else 5 - step / 60) for step in range(1, 61)
+    ],
+    "refused steps alone": [
+        line(step, None, refused="the loss is not finite") for step in (1, 2, 3)
+    ],
     "refused, validated and gone back": [
         line(1, 5.0), line(2, None, went_back={"after_step": 1}), line(3, 4.0, valid_loss=4.5),
         line(4, 3.0),
