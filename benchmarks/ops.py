@@ -4,7 +4,7 @@
     python benchmarks/ops.py --quick    fewer rows and repeats, a few minutes
     python benchmarks/ops.py --parts attention    only some of check, first, attention, lengths,
                                                   fusions, others, losses
-    python benchmarks/ops.py --check    only: every configuration that may be chosen, in float64
+    python benchmarks/ops.py --check    only: all configurations, against the float64 recurrence
     python benchmarks/ops.py --sweep    only: chunk, slice, warps and stages
     python benchmarks/ops.py --profile forward|backward|step [--shape B H T]    one call, to be
                                                                                 profiled

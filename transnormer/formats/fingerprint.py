@@ -29,10 +29,10 @@ TOKENS, WORDS = 16, 64  # how many are read, and how many are compared after the
 class Fingerprint:
     """What FINGERPRINT holds.
 
-    files: weight file -> {"bytes": size, "sha256": hash}. ids: the tokens that are read. words:
-        vocabulary ids, and
-    logits: theirs after the last token. tolerance: by how much a logit may differ in float32;
-    tolerance_half: in half precision."""
+    files: weight file -> {"bytes": size, "sha256": hash}.
+    ids: the tokens that are read.
+    words, logits: some ids of the vocabulary, and their logits after the last token.
+    tolerance, tolerance_half: by how much a logit may differ in float32 and in half precision."""
 
     files: dict[str, dict[str, Any]]
     ids: list[int]

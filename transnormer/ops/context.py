@@ -89,7 +89,7 @@ def _forward(
     """(output, last state; for the backward: the first state, and what each segment lets through of
     a state [R, H])."""
     edges = _Edges(q, cu_seqlens, rank)
-    through = (finite(log_decay) * q.shape[1]).exp().to(torch.promote_types(q.dtype, torch.float32))
+    through = (finite(log_decay) * q.shape[1]).exp().to(lightning_torch.work_dtype(q))
     if edges.through is not None:
         through = through * edges.through
     sums, through = _gather(
@@ -195,7 +195,7 @@ def _weighted_sum(
         from .context_triton import weighted_sum
 
         return weighted_sum(a, b, log_decay, window, to_end)
-    work = torch.promote_types(a.dtype, torch.float32)
+    work = lightning_torch.work_dtype(a)
     t = torch.arange(a.shape[1], device=a.device)
     away = a.shape[1] - 1 - t if to_end else t + 1
     weights = (away[:, None] * finite(log_decay)).exp()  # [T, H]
@@ -245,7 +245,7 @@ def _differentiate(ctx: Any, d_output: Tensor | None, *_: None) -> tuple[Tensor 
 
 
 def _fake(q, k, v, log_decay, cu_seqlens, backend, rank, ranks, group):  # type: ignore[no-untyped-def]
-    work = torch.promote_types(q.dtype, torch.float32)
+    work = lightning_torch.work_dtype(q)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty((sequences, q.shape[2], q.shape[3], v.shape[3]), dtype=work)
     output = torch.empty_like(v, memory_format=torch.contiguous_format)

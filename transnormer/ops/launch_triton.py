@@ -27,9 +27,7 @@ def launch(
     """Launch a kernel on the device of x, with all of its parameters in order.
 
     key: all that the code compiled for these arguments depends on. Triton would find the same by
-        looking at every
-    argument: tens of microseconds a call.
-    """
+        looking at every argument, which takes tens of microseconds a call."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return launch(kernel, x, key, programs, arguments, warps=warps, stages=stages)

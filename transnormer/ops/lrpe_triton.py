@@ -33,9 +33,8 @@ def _angles(positions, theta, row, head, t, c, p_b, p_t, T, K: tl.constexpr):
     """(cosines, sines, positions in float32) of [TOKENS, BLOCK] places.
 
     A token's angle in turns is a 64-bit integer, 2^64 a whole turn, so that a position's multiple
-    wraps around by
-    itself: exact where float32 is off by whole turns, and much cheaper than float64.
-    """
+    wraps around by itself. That is exact where float32 is off by whole turns, and much cheaper than
+    float64."""
     place = tl.load(positions + row * p_b + t * p_t, mask=t < T, other=0).to(tl.int64)
     turns = (
         tl.load(theta + head * K + c, mask=c < K, other=0.0).to(tl.float64) * 0.15915494309189535

@@ -2,12 +2,11 @@
 row tells the next.
 
 A first pass reads the segments from left to right and keeps the states between them. A second goes
-back from right to
-left: each segment is read again from its state, and its gradients and that of its state are taken
-from its loss and from the gradient of the state it leaves. That is exact, where a cut of the
-gradient (truncated backpropagation) is not. It takes a third more time than holding the whole row,
-as recomputation of activations does. Sharded weights are gathered, and gradients summed over the
-processes, for every segment."""
+back from right to left: each segment is read again from its state, and its gradients and that of
+its state are taken from its loss and from the gradient of the state it leaves. That is exact, where
+a cut of the gradient (truncated backpropagation) is not. It takes a third more time than holding
+the whole row, as recomputation of activations does. Sharded weights are gathered, and gradients
+summed over the processes, for every segment."""
 
 from __future__ import annotations
 
