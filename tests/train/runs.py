@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from transnormer.train.recipe import Recipe
 
 from ..children import run_processes
 from ..conftest import PATIENCE, REPOSITORY
+from .held.sitecustomize import heed
 
 STEPS = 40
 ENDLESS = "train.steps=1000000"  # for a run that something else is to end
@@ -83,15 +86,26 @@ def train_on_two(*runs: Sequence[str], recipe: str = "tiny.toml", folder: Path =
         run_processes(_train, f"{meeting}/store", folder.resolve(), recipe, runs, count=2)
 
 
-def _train(rank: int, store: str, folder: Path, recipe: str, runs: Sequence[Sequence[str]]) -> None:
+def _train(
+    rank: int,
+    store: str,
+    folder: Path,
+    recipe: str,
+    runs: Sequence[Sequence[str]],
+    world: int = 2,
+) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    if world > 1:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world
+        )
     loop.plot = lambda *_: None
     loop.start = lambda parallel, device: parallel_start(parallel, "cpu")  # type: ignore[attr-defined]
     for overrides in runs:
         loop.train(load(recipe, *overrides))
-    dist.destroy_process_group()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def start(*overrides: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
@@ -108,6 +122,64 @@ def start(*overrides: str, processes: int = 1, **options: Any) -> subprocess.Pop
     return subprocess.Popen(
         [*command, *overrides], stderr=subprocess.PIPE, text=True, env=environment(), **options
     )
+
+
+class Forked:
+    """A run of the tiny recipe on one or several new processes, which have nothing left to import.
+
+    An agent is above them: where one of them fails it kills the others, as torchrun does. The
+    methods are those of `subprocess.Popen` that tests need."""
+
+    stderr = None
+
+    def __init__(self, *overrides: str, processes: int = 1):
+        with tempfile.NamedTemporaryFile(prefix="store") as file:  # gone, and a free name
+            arguments = (file.name, Path.cwd(), overrides, processes)
+        context = multiprocessing.get_context("forkserver")
+        self._agent = context.Process(target=_watch_over, args=arguments)
+        self._agent.start()
+        assert self._agent.pid is not None
+        self.pid = self._agent.pid
+
+    def poll(self) -> int | None:
+        return self._agent.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        self._agent.join(timeout)
+        return self._agent.exitcode
+
+
+Process = subprocess.Popen[str] | Forked
+
+
+def _watch_over(store: str, folder: Path, overrides: Sequence[str], processes: int) -> None:
+    ranks = set()
+    for rank in range(processes):
+        if not (pid := os.fork()):
+            with ending_the_process():
+                heed()
+                _train(rank, store, folder, "tiny.toml", [overrides], processes)
+        ranks.add(pid)
+    failed = False
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status and not failed:
+            failed = True
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    os._exit(int(failed))
+
+
+@contextmanager
+def ending_the_process() -> Iterator[None]:
+    """Within a forked process, which may not go on with what its parent does."""
+    try:
+        yield
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -129,7 +201,7 @@ def held(sample: int, folder: Path = Path()) -> Iterator[None]:
         hold.unlink()
 
 
-def wait_until(happened: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+def wait_until(happened: Callable[[], bool], *processes: Process) -> None:
     """Until something has happened that these processes, none of which may end before, are to bring
     about."""
     deadline = time.monotonic() + PATIENCE

@@ -387,7 +387,7 @@ MESHES = {
 def test_adapters_on_two_processes(work: Path) -> None:
     """Those of one process; merged, saved for peft; and gone on with from a step that was also
     evaluated."""
-    options = ("lora.rank=4", "checkpoint.every=4", "checkpoint.keep=9", "train.steps=24")
+    options = ("lora.rank=4", "checkpoint.every=2", "checkpoint.keep=9", "eval.every=3")
     runs = {name: (f"run={name}", *options, *mesh) for name, mesh in MESHES.items()}
     for name, dropout in (("one", ()), ("one-replicate", ("lora.dropout=0.3",))):
         train(tune(f"run={name}", *options, *dropout))
@@ -414,7 +414,7 @@ def test_adapters_on_two_processes(work: Path) -> None:
         torch.testing.assert_close(
             transnormer.load(f"runs/{name}")(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4
         )
-        for folder in two[:3]:  # back to step 12
+        for folder in two[:3]:  # back to step 6
             shutil.rmtree(folder)
     train(tune(*runs["shard"]))
     assert means(curve("shard")) == pytest.approx(means(whole["shard"][0]), rel=1e-3)

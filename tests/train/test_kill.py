@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,30 +17,32 @@ import torch
 import transnormer
 from transnormer.train.loop import train
 
-from .runs import PATIENCE, curve, held, start, tiny, train_on_two, wait_until
+from .runs import PATIENCE, Forked, Process, curve, held, start, tiny, train_on_two, wait_until
 
 
 @pytest.mark.usefixtures("single_thread")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_at_random_moments_lose_nothing(work: Path, processes: int) -> None:
-    check_kills_lose_nothing(processes, kills=3, seed=1, steps=80)
+    check_kills_lose_nothing(Forked, processes, kills=3, seed=1, steps=80)
 
 
 @pytest.mark.usefixtures("single_thread")
 @pytest.mark.proof
 @pytest.mark.parametrize(("processes", "steps"), [(1, 2_000), (2, 1_000)])
 def test_many_kills_at_random_moments_lose_nothing(work: Path, processes: int, steps: int) -> None:
-    check_kills_lose_nothing(processes, kills=25, seed=2, steps=steps)
+    check_kills_lose_nothing(start, processes, kills=25, seed=2, steps=steps)
 
 
-def check_kills_lose_nothing(processes: int, kills: int, seed: int, steps: int) -> None:
+def check_kills_lose_nothing(
+    begin: Callable[..., Process], processes: int, kills: int, seed: int, steps: int
+) -> None:
     """The killed run's curve and weights must equal an undisturbed run's, bit for bit."""
     settings = ("checkpoint.keep=1", f"train.steps={steps}", "eval.every=50")
     undisturbed("run=whole", *settings, processes=processes)
     draw, saves = random.Random(seed), 0
     with held(4 * (steps - 1)):  # the last step, so that no run ends before it is killed
         for number in range(kills):
-            process = start("run=killed", *settings, processes=processes)
+            process = begin("run=killed", *settings, processes=processes)
             wait_for_work(process, steps=draw.randrange(4, 28), most=steps - 1)
             time.sleep(draw.random() * 0.1)
             struck = strike(process, draw, alone=processes > 1 and number % 2 == 1)
@@ -71,7 +73,7 @@ def undisturbed(*settings: str, processes: int) -> None:
         train_on_two(settings)
 
 
-def wait_for_work(process: subprocess.Popen[str], steps: int, most: int) -> None:
+def wait_for_work(process: Process, steps: int, most: int) -> None:
     """Until it has opened its metrics and done so many steps more, but not beyond step `most`."""
     path = Path("runs/killed/metrics.jsonl")
     # which is another when the lines are cut back
@@ -81,10 +83,8 @@ def wait_for_work(process: subprocess.Popen[str], steps: int, most: int) -> None
     wait_until(lambda: path.read_bytes().count(b"\n") >= wanted, process)
 
 
-def strike(
-    process: subprocess.Popen[str], draw: random.Random, alone: bool
-) -> list[psutil.Process]:
-    """SIGKILL to all of it at once, or to one worker alone, whose torchrun then ends the others.
+def strike(process: Process, draw: random.Random, alone: bool) -> list[psutil.Process]:
+    """SIGKILL to all of it at once, or to one worker alone, whose agent then ends the others.
     Returns them all."""
     agent = psutil.Process(process.pid)
     workers = agent.children()

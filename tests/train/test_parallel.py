@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from transnormer.train.mesh import Mesh, start
 from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import Recipe
 
+from ..children import run_processes
 from .processes import TINY, Case, build, run
-from .runs import PATIENCE
 
 FSDP, HSDP, TP, CP = Parallel(), Parallel(replicate=2), Parallel(tensor=2), Parallel(context=2)
 EVERYTHING = {  # that a model of ours may have beside the defaults
@@ -302,35 +301,19 @@ def test_the_recipe_names_the_mesh() -> None:
             Recipe.from_dict({**recipe, "parallel": table})
 
 
-SCRIPT = """
-import sys, torch
-from transnormer.train.mesh import start
-from transnormer.planning.mesh_sizes import Parallel
-from transnormer.train.recipe import Recipe
-with start(Parallel(tensor=2), "cpu") as mesh:
-    found = mesh.world, mesh.data_ranks, mesh.total(torch.tensor(mesh.rank + 1)).item()
-    assert found == (2, 1, mesh.rank + 1), found
-assert not torch.distributed.is_initialized()
-if mesh.first:
-    print("well")
-"""
+def started_by_torchrun(rank: int, port: int) -> None:
+    warnings.simplefilter("error")
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    with start(Parallel(tensor=2), "cpu") as mesh:
+        found = mesh.world, mesh.data_ranks, mesh.total(torch.tensor(mesh.rank + 1)).item()
+        assert found == (2, 1, mesh.rank + 1), found
+    assert not torch.distributed.is_initialized()
 
 
-def test_torchrun_starts_and_ends_it() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--no-python",
-    ]
-    done = subprocess.run(
-        [*command, sys.executable, "-W", "error", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("well") == 1
+def test_what_torchrun_sets_is_all_it_needs() -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    run_processes(started_by_torchrun, store.port, count=2)

@@ -12,16 +12,21 @@ from typing import Any
 HOLD = Path("hold")
 
 
-def wait_for_the_file_to_go(passes: Any, share: Any, *rest: Any) -> Any:
-    loss = gradients(passes, share, *rest)
-    while HOLD.exists() and int(HOLD.read_text()) in range(*share.samples):
-        time.sleep(0.01)
-    return loss
+def heed() -> None:
+    """Let the training of this process wait where the file says."""
+    from transnormer.train import loop
+
+    gradients = loop.gradients
+
+    def wait_for_the_file_to_go(passes: Any, share: Any, *rest: Any) -> Any:
+        loss = gradients(passes, share, *rest)
+        while HOLD.exists() and int(HOLD.read_text()) in range(*share.samples):
+            time.sleep(0.01)
+        return loss
+
+    loop.gradients = wait_for_the_file_to_go
 
 
 # not torchrun above it
 if " ".join(sys.orig_argv[1:]).removeprefix("-u ").startswith("-m transnormer train "):
-    from transnormer.train import loop
-
-    gradients = loop.gradients
-    loop.gradients = wait_for_the_file_to_go
+    heed()
