@@ -4,13 +4,16 @@ run whole."""
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
 import re
 import statistics
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ import arms  # noqa: E402
 import corpus  # noqa: E402
 import one  # noqa: E402
 import report  # noqa: E402
+import run as bench  # noqa: E402
 import sequences  # noqa: E402
 
 VOCABULARY = 16_384
@@ -240,61 +244,40 @@ def documents(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def command(*arguments: object) -> str:
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def called(module: ModuleType, *arguments: object) -> str:
+    """What a script prints when it is called with these arguments, in this process."""
+    words = [f"{module.__name__}.py", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", words)
+        module.main()
+    return printed.getvalue()
 
 
 def test_a_table_from_packed_files_to_results(documents: Path, tmp_path: Path) -> None:
-    command(EXPERIMENTS / "corpus.py", documents, "--vocab-size", 300, "--pack", tmp_path / "pack")
-    command(EXPERIMENTS / "corpus.py", tmp_path / "pack", "--out", tmp_path / "corpus")
-    given: list[Any] = [
-        EXPERIMENTS / "run.py",
-        "T4",
-        "--size",
-        "toy",
-        "--seeds",
-        1,
-        "--tokens",
-        "9k",
-        "--side-by-side",
-        2,
-    ]
-    given += [
-        "--corpus",
-        tmp_path / "corpus",
-        "--work",
-        tmp_path / "work",
-        "--out",
-        tmp_path / "out",
-    ]
-    assert "2 runs, 0 of them done" in command(*given, "--archive", tmp_path / "all.tar.gz")
-    assert "2 runs, 2 of them done" in command(*given, "--dry")
+    called(corpus, documents, "--vocab-size", 300, "--pack", tmp_path / "pack")
+    called(corpus, tmp_path / "pack", "--out", tmp_path / "corpus")
+    table = ["T4", "--size", "toy", "--seeds", "1", "--tokens", "9k", "--side-by-side", "2"]
+    for folder in ("corpus", "work", "out"):
+        table += [f"--{folder}", str(tmp_path / folder)]
+    command = [sys.executable, EXPERIMENTS / "run.py", *table, "--archive", tmp_path / "all.tar.gz"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs, 0 of them done" in done.stdout
+    assert "2 runs, 2 of them done" in called(bench, *table, "--dry")
     found = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*.json"))]
     assert [(r["arm"], r["seed"], r["tokens"]) for r in found] == [
         ("no-temperature", 11, 8192),
         ("published", 11, 8192),
     ]
+    noted = ("device", "versions", "commit", "command", "date", "bits_per_byte", "state_bytes")
     for record in found:
         assert record["valid_loss"] < 5.8  # log(300) is 5.70; it has begun to learn
         assert record["test_loss"] is not None
         assert record["parameters_without_embeddings"] < record["parameters"]
-        assert {
-            "device",
-            "versions",
-            "commit",
-            "command",
-            "date",
-            "bits_per_byte",
-            "state_bytes",
-        } <= record.keys()
-    command(
-        EXPERIMENTS / "run.py", "--merge", tmp_path / "all.tar.gz", "--out", tmp_path / "merged"
-    )
-    assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == sorted(
-        p.name for p in (tmp_path / "out").iterdir()
-    )
+        assert record.keys() >= set(noted)
+    called(bench, "--merge", tmp_path / "all.tar.gz", "--out", tmp_path / "merged")
+    merged, out = (sorted(p.name for p in (tmp_path / x).iterdir()) for x in ("merged", "out"))
+    assert merged == out
 
 
 def test_mu_law_is_exact_within_half_a_level() -> None:
