@@ -178,7 +178,8 @@ def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
         block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
         x = torch.randn(rows, length // tensor, 64, requires_grad=True)
         positions = torch.arange(length)
-        place = TokenPositions(positions, rotation=rotation(config, positions, x.dtype))
+        turns = rotation(model.rope_widths, config.rope_theta, positions, x.dtype)
+        place = TokenPositions(positions, rotation=turns)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
             torch.autocast("cpu", torch.bfloat16),
