@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
+from transnormer.cli.info import _say_model
 from transnormer.config import FULL, LINEAR, SLIDING, SoftmaxSettings
 from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
+from transnormer.model import mixers
+from transnormer.model.card import model_card
 from transnormer.model.layers import TokenPositions
 from transnormer.model.mixers import SoftmaxAttention
 
@@ -60,7 +63,8 @@ def drawn(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(12))
 @torch.inference_mode()
-def test_every_way_of_reading_gives_the_same(seed: int, tmp_path) -> None:
+def test_every_way_of_reading_gives_the_same(seed: int, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(mixers, "LEAST_BLOCK", 3)
     model = small(**drawn(seed))
     assert model.parameter_count() == model.config.parameter_count()
     ids = torch.randint(29, (2, 40))
@@ -116,8 +120,12 @@ def looped(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, window: int) -> T
 
 
 @pytest.mark.parametrize("decay", ["none", "alibi"])
+@pytest.mark.parametrize("block", [4, 512])
 @pytest.mark.parametrize(("window", "groups"), [(2, 4), (5, 2), (12, 1), (40, 4)])
-def test_a_window_is_what_the_loop_says(window: int, groups: int, decay: str) -> None:
+def test_a_window_is_what_the_loop_says(
+    window: int, groups: int, block: int, decay: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(mixers, "LEAST_BLOCK", block)
     settings = {"window": window, "num_key_value_heads": groups, "decay": decay}
     config = ModelConfig(**SMALL, layer_types=[SLIDING] * 3, softmax=settings)
     mixer = SoftmaxAttention(config, 1).double()
@@ -226,6 +234,25 @@ def test_flops_count_each_layer_for_itself() -> None:
     # 1, 2, ..., 16, 16, ... keys; half of the last one is not counted, as without a window
     visible = (16**2 / 2 + 48 * 16) / 64
     assert uniform - slides.flops_per_token(64) == 3 * 3 * 4 * 2 * (32 - visible) * (6 + 6)
+
+
+def test_the_card_and_info_say_whether_memory_grows(tmp_path, capsys) -> None:
+    stacks = {
+        "grows with every token, by 48 numbers": MIXED,
+        "does not grow with the text after 5 tokens": {
+            **MIXED,
+            "layer_types": [LINEAR, SLIDING, SLIDING],
+        },
+        "does not grow with the text |": {},
+    }
+    told = ["grows by 192 bytes with every token", "grows by 0 bytes a token", "whatever the"]
+    for (line, words), said in zip(stacks.items(), told, strict=True):
+        model = small(torch.float32, **words)
+        text = model_card(model.config, 1)
+        assert line in text
+        assert ("linear_attention in 1 layers" in text) == bool(words)
+        _say_model(model)
+        assert said in capsys.readouterr().out
 
 
 # The record.

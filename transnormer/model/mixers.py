@@ -31,6 +31,8 @@ from .layers import (
 
 LayerState = tuple[Tensor, ...]
 
+LEAST_BLOCK = 512  # queries that attention with a window takes at a time, or a window where longer
+
 
 class Mixer(nn.Module, ABC):
     """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H
@@ -250,12 +252,32 @@ class SoftmaxAttention(Mixer):
                 torch.cat([state[0].to(k.dtype), k], dim=1),
                 torch.cat([state[1].to(v.dtype), v], dim=1),
             )
-        slides = self.window is not None and k.shape[1] > self.window
-        mask = (
-            self._mask(q.shape[1], k.shape[1], tokens.seen)
-            if state is not None or self.decays or slides
-            else None
-        )
+        queries, keys = q.shape[1], k.shape[1]
+        block = queries if self.window is None else max(self.window, LEAST_BLOCK)
+        if queries <= block:
+            slides = self.window is not None and keys > self.window
+            mask = None
+            if state is not None or self.decays or slides:
+                mask = self._mask(queries, keys, tokens.seen)
+            mixed = self._weighed(q, k, v, mask)
+        else:
+            # In blocks of queries, each with the keys that its windows reach, because a mask and
+            # products of all queries with all keys would grow with the square of the length.
+            assert self.window is not None
+            parts = []
+            for start in range(0, queries, block):
+                part, begin = q[:, start : start + block], keys - queries + start
+                reached = slice(max(0, begin + 1 - self.window), begin + part.shape[1])
+                near = k[:, reached]
+                seen = None if tokens.seen is None else tokens.seen + start
+                mask = self._mask(part.shape[1], near.shape[1], seen)
+                parts.append(self._weighed(part, near, v[:, reached], mask))
+            mixed = torch.cat(parts, dim=1)
+        return mixed, (self._kept(k), self._kept(v))
+
+    def _weighed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The values' means, [B, queries, H, V], weighed by the softmax; mask: as `_mask` gives it,
+        None where only later keys are masked."""
         wide = (
             q.dtype
             if mask is None or not self.decays
@@ -264,7 +286,7 @@ class SoftmaxAttention(Mixer):
         # half precision cannot tell far distances apart
         mask = None if mask is None else mask.to(wide)
         attention = _exact_attention if self.decays else F.scaled_dot_product_attention
-        mixed = attention(
+        mixed: Tensor = attention(
             q.transpose(1, 2).to(wide),
             k.transpose(1, 2).to(wide),
             v.transpose(1, 2).to(wide),
@@ -273,7 +295,7 @@ class SoftmaxAttention(Mixer):
             scale=self.head_dim**-0.5,
             enable_gqa=self.group > 1,
         )
-        return mixed.transpose(1, 2).to(v.dtype), (self._kept(k), self._kept(v))
+        return mixed.transpose(1, 2).to(v.dtype)
 
     def _kept(self, x: Tensor) -> Tensor:
         """What the next token can still see of keys or values, [B, P, G, K]."""
