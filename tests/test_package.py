@@ -15,7 +15,8 @@ PACKAGE = Path(transnormer.__file__).parent
 
 # Each part and the parts it may import.
 ARROWS = {
-    "config": {"files"},  # to read a config.json, when it is called
+    "config": {"files", "layer_config"},  # files: to read a config.json, when it is called
+    "layer_config": set(),
     "files": set(),
     "provenance": set(),
     "run_folder": {"files"},

@@ -6,65 +6,26 @@ Importing this takes the standard library alone; only reading a file takes `file
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class MixerFacts:
-    """What a mixer is to the rest of the house.
-
-    fixed_state: what it remembers of a text has one size, [B, H, K, V] a layer, however long the
-        text is.
-    norm: it has a norm over the output of all heads.
-    """
-
-    fixed_state: bool
-    norm: bool
-
-
-@dataclass(frozen=True)
-class PositionFacts:
-    """What a position does to q and k in the mixer. width: theirs afterwards, times head_dim;
-    parameters: a channel."""
-
-    width: int = 1
-    parameters: int = 0
-
-
-# The words each switch knows, and what must be known of one without torch. `model/layers.py` and
-# `model/mixers.py` hold one class or function per word.
-MIXERS = {
-    "gla": MixerFacts(fixed_state=True, norm=True),
-    "softmax": MixerFacts(fixed_state=False, norm=False),
-}
-POSITIONS = {
-    "lrpe": PositionFacts(width=2, parameters=1),
-    "rope": PositionFacts(),
-    "ape": None,
-    "none": None,
-}
-DECAYS = ("alibi", "paper", "none")
-NORMS = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}  # learned parameters a channel
-GLUS = ("sglu", "swiglu", "mlp")
-ACTIVATIONS = (
-    "swish",
-    "none",
-    "1+elu",
-    "2+elu",
-    "elu",
-    "relu",
-    "leaky_relu",
-    "gelu",
-    "sigmoid",
-    "sine",
-    "exp",
-)
+from .layer_config import ACTIVATIONS, DECAYS, GLUS, LAYER_TYPES, MIXERS, NORMS, POSITIONS
+from .layer_config import FULL as FULL
+from .layer_config import LINEAR as LINEAR
+from .layer_config import SLIDING as SLIDING
+from .layer_config import LayerConfig as LayerConfig
+from .layer_config import MixerFacts as MixerFacts
+from .layer_config import PositionFacts as PositionFacts
+from .layer_config import SoftmaxSettings as SoftmaxSettings
+from .layer_config import is_int as _is_int
+from .layer_config import nearest as nearest
+from .layer_config import require as _require
+from .layer_config import require_word as _require_word
 
 MODEL_TYPE = "transnormer"  # in every config.json of ours
 # What a config.json must say, because no default is right for weights that somebody else wrote.
@@ -109,7 +70,11 @@ class ModelConfig:
     num_attention_heads: int = 8  # H
     head_dim: int = 0  # V, and K before LRPE doubles it; 0 means hidden_size / num_attention_heads
     intermediate_size: int = 2_816  # F
-    mixer: str = "gla"
+    mixer: str = "gla"  # of every layer or, with layer_types, of the linear ones
+    # one of LAYER_TYPES a layer; None: all layers are of `mixer` and read the settings below
+    layer_types: tuple[str, ...] | None = None
+    # what softmax layers read instead of the settings below; None where they read those
+    softmax: SoftmaxSettings | None = None
     position: str = "lrpe"
     position_layers: str | tuple[int, ...] = "first"  # "first", "all" or the layers' numbers from 0
     rope_theta: float = 10_000.0
@@ -156,10 +121,7 @@ class ModelConfig:
             "an integer, 0 or more",
         )
         for name, words in _WORDS.items():
-            value = getattr(self, name)
-            _require(
-                value in words, name, value, f"one of {', '.join(words)}{nearest(value, words)}"
-            )
+            _require_word(name, getattr(self, name), words)
         for name in ("decay_temperature", "gate", "embed_scale", "bias", "tie_word_embeddings"):
             _require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
         for name in ("rope_theta", "norm_eps", "initializer_range", "decay_scale"):
@@ -188,26 +150,6 @@ class ModelConfig:
                 "null or a positive integer",
             )
             _require(self.gate, "gate_rank", self.gate_rank, "null while gate is false")
-        if not isinstance(self.position_layers, str):
-            layers = self.position_layers
-            fits = isinstance(layers, (list, tuple)) and all(
-                _is_int(layer) and 0 <= layer < self.num_hidden_layers for layer in layers
-            )
-            _require(
-                fits,
-                "position_layers",
-                layers,
-                f"layer numbers from 0 to {self.num_hidden_layers - 1}",
-            )
-            object.__setattr__(self, "position_layers", tuple(sorted(set(layers))))
-        else:
-            words = ("first", "all")
-            _require(
-                self.position_layers in words,
-                "position_layers",
-                self.position_layers,
-                "first, all or a list",
-            )
         _require(
             self.position != "rope" or self.head_dim % 2 == 0,
             "head_dim",
@@ -218,25 +160,143 @@ class ModelConfig:
             value = getattr(self, name)
             fits = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
             _require(fits, name, value, f"null or an id below vocab_size {self.vocab_size}")
+        self._check_layers()
+        self._check_position_layers()
+
+    def _check_layers(self) -> None:
+        """Check layer_types and softmax, and give them their types."""
+        types = self.layer_types
+        if types is not None:
+            fits = isinstance(types, (list, tuple)) and len(types) == self.num_hidden_layers
+            _require(fits, "layer_types", types, f"a list of {self.num_hidden_layers} words")
+            for n, word in enumerate(types):
+                _require_word(f"layer_types[{n}]", word, LAYER_TYPES)
+            known = [word for word, facts in MIXERS.items() if facts.fixed_state]
+            fits = LINEAR not in types or self.mixer in known
+            _require(fits, "mixer", self.mixer, f"{' or '.join(known)} for the linear layers")
+            types = None if set(types) == {LINEAR} else tuple(types)  # `mixer` says it already
+            object.__setattr__(self, "layer_types", types)
+        softmax = self.softmax
+        if softmax is None:
+            if types is None:
+                return
+            softmax = SoftmaxSettings()
+        elif not isinstance(softmax, SoftmaxSettings):
+            softmax = SoftmaxSettings.from_dict(softmax)
+        object.__setattr__(self, "softmax", softmax)
+        linear = types is None and MIXERS[self.mixer].fixed_state
+        _require(not linear, "softmax", softmax, "null where no layer is a softmax layer")
+        heads = softmax.num_attention_heads or self.num_attention_heads
+        groups = softmax.num_key_value_heads or heads
+        _require(
+            self.inner_size % heads == 0,
+            "softmax.num_attention_heads",
+            heads,
+            f"a divisor of the width of all heads, {self.inner_size}",
+        )
+        _require(
+            softmax.position != "rope" or self.inner_size // heads % 2 == 0,
+            "softmax.num_attention_heads",
+            heads,
+            f"such that {self.inner_size} / heads is even with position rope",
+        )
+        _require(
+            heads % groups == 0, "softmax.num_key_value_heads", groups, f"a divisor of {heads}"
+        )
+        facts = POSITIONS[softmax.position]
+        _require(
+            groups == heads or not (facts and facts.parameters),
+            "softmax.num_key_value_heads",
+            groups,
+            f"null with position {softmax.position}, which each head learns for itself",
+        )
+
+    def _check_position_layers(self) -> None:
+        """Check position_layers, and sort them."""
+        layers, types = self.position_layers, self.layer_types
+        if isinstance(layers, str):
+            fits = layers in ("first", "all")
+            _require(fits, "position_layers", layers, "first, all or a list")
+            return
+        fits = isinstance(layers, (list, tuple)) and all(
+            _is_int(layer) and 0 <= layer < self.num_hidden_layers for layer in layers
+        )
+        most = self.num_hidden_layers - 1
+        _require(fits, "position_layers", layers, f"layer numbers from 0 to {most}")
+        fits = types is None or all(types[layer] == LINEAR for layer in layers)
+        _require(fits, "position_layers", layers, "numbers of linear layers; see softmax.position")
+        object.__setattr__(self, "position_layers", tuple(sorted(set(layers))))
 
     @property
     def inner_size(self) -> int:
         """Width of all heads together, H * head_dim."""
         return self.num_attention_heads * self.head_dim
 
+    @cached_property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """What each layer's mixer is, from the first layer to the last."""
+        uniform = LINEAR if MIXERS[self.mixer].fixed_state else FULL
+        types = self.layer_types or (uniform,) * self.num_hidden_layers
+        return tuple(self._layer(n, word) for n, word in enumerate(types))
+
+    def _layer(self, number: int, word: str) -> LayerConfig:
+        own = self.softmax
+        if word == LINEAR or own is None:
+            at = self.position_layers
+            turned = POSITIONS[self.position] is not None and (
+                at == "all" or number == 0 if isinstance(at, str) else number in at
+            )
+            return LayerConfig(
+                type=word,
+                mixer=self.mixer,
+                position=self.position if turned else "none",
+                activation=self.activation,
+                decay=self.decay,
+                gate=self.gate,
+                gate_rank=self.gate_rank,
+                num_attention_heads=self.num_attention_heads,
+                num_key_value_heads=self.num_attention_heads,
+                head_dim=self.head_dim,
+            )
+        heads = own.num_attention_heads or self.num_attention_heads
+        return LayerConfig(
+            type=word,
+            mixer="softmax",
+            position=own.position,
+            activation=own.activation,
+            decay=own.decay,
+            gate=own.gate,
+            gate_rank=None,
+            num_attention_heads=heads,
+            num_key_value_heads=own.num_key_value_heads or heads,
+            head_dim=self.inner_size // heads,
+            window=own.window if word == SLIDING else None,
+        )
+
     @property
     def fixed_state(self) -> bool:
-        """Whether what the model remembers of a text has one size, however long the text is."""
-        return MIXERS[self.mixer].fixed_state
+        """Whether what the model remembers of a text stops growing, however long the text is."""
+        return all(layer.bounded for layer in self.layers)
+
+    @property
+    def linear(self) -> bool:
+        """Whether every layer is linear: the state is [B, H, K, V] a layer, and nothing else."""
+        return all(layer.linear for layer in self.layers)
+
+    def state_bytes(self, tokens: int, itemsize: int = 4) -> int:
+        """Bytes that the model remembers of a text of so many tokens; itemsize: of a number of
+        keys and values."""
+        return sum(layer.state_bytes(tokens, itemsize) for layer in self.layers)
+
+    def growth_bytes(self, itemsize: int = 4) -> int:
+        """Bytes by which what the model remembers grows with every token, once the windows are
+        full."""
+        return sum(layer.state_bytes(1, itemsize) for layer in self.layers if not layer.bounded)
 
     def has_position(self, layer: int) -> bool:
         """Whether the mixer of this layer (from 0) turns q and k by position, as LRPE and RoPE
         do."""
-        if POSITIONS[self.position] is None:
-            return False
-        if isinstance(self.position_layers, str):
-            return self.position_layers == "all" or layer == 0
-        return layer in self.position_layers
+        return self.layers[layer].position != "none"
 
     def log_decay(self, layer: int) -> list[float]:
         """Natural logarithm of each head's decay per token in this layer (from 0): H numbers, all
@@ -244,10 +304,11 @@ class ModelConfig:
 
         "alibi" is what the published checkpoints compute, "paper" is equation 10 with h and l from
         0."""
-        heads, layers = self.num_attention_heads, self.num_hidden_layers
-        if self.decay == "none":
+        own, layers = self.layers[layer], self.num_hidden_layers
+        heads = own.num_attention_heads
+        if own.decay == "none":
             return [0.0] * heads
-        if self.decay == "paper":
+        if own.decay == "paper":
             slopes = [8 * h / heads for h in range(heads)]
             temperature = 1 - layer / layers
         else:
@@ -259,33 +320,20 @@ class ModelConfig:
     def parameter_count(self) -> int:
         """Exact number of learned parameters, by formula; `model.parameter_count()` counts the real
         ones."""
-        d, inner, f, layers = (
-            self.hidden_size,
-            self.inner_size,
-            self.intermediate_size,
-            self.num_hidden_layers,
-        )
-        full_gate = self.gate and self.gate_rank is None
-        fused = (4 if full_gate else 3) * inner
-        linears = [(d, fused), (inner, d), *[(d, f)] * (1 if self.glu == "mlp" else 2), (f, d)]
-        if self.gate_rank is not None:
-            linears += [(d, self.gate_rank), (self.gate_rank, inner)]
-        block = sum(i * o + (o if self.bias else 0) for i, o in linears)
-        per_norm = NORMS[self.norm]
-        block += per_norm * (2 * d + (inner if MIXERS[self.mixer].norm else 0))
-        total = (
-            layers * block
-            + per_norm * d
-            + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        )
-        if position := POSITIONS[self.position]:
-            total += (
-                position.parameters
-                * inner
-                * sum(self.has_position(layer) for layer in range(layers))
-            )
+        d, f, per_norm = self.hidden_size, self.intermediate_size, NORMS[self.norm]
+        total = per_norm * d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         if self.position == "ape":
             total += self.max_position_embeddings * d
+        for layer in self.layers:
+            inner = layer.inner_size
+            fused = layer.parts * layer.num_key_value_heads * layer.head_dim
+            linears = [(d, fused), (inner, d), *[(d, f)] * (1 if self.glu == "mlp" else 2), (f, d)]
+            if layer.gate_rank is not None:
+                linears += [(d, layer.gate_rank), (layer.gate_rank, inner)]
+            total += sum(i * o + (o if self.bias else 0) for i, o in linears)
+            total += per_norm * (2 * d + (inner if MIXERS[layer.mixer].norm else 0))
+            if position := POSITIONS[layer.position]:
+                total += position.parameters * inner
         return total
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -354,8 +402,12 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The record as config.json holds it."""
         values = dataclasses.asdict(self)
-        if not isinstance(self.position_layers, str):
-            values["position_layers"] = list(self.position_layers)
+        for name in ("layer_types", "softmax"):  # files of uniform stacks do not name them
+            if values[name] is None:
+                del values[name]
+        for name in ("position_layers", "layer_types"):
+            if isinstance(values.get(name), tuple):
+                values[name] = list(values[name])
         return {"architectures": ["TransNormerForCausalLM"], "model_type": MODEL_TYPE, **values}
 
     def to_json(self) -> str:
@@ -429,25 +481,3 @@ def _check_keys(values: dict[str, Any]) -> None:
     for key in values:
         if key not in known and key not in FOREIGN_KEYS:
             raise ValueError(f"unknown model config key {key!r}{nearest(key, known)}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(fits: bool, name: str, value: object, wanted: str) -> None:
-    if not fits:
-        raise ValueError(f"model config: {name} = {value!r}, but must be {wanted}")
-
-
-def nearest(word: object, words: Collection[str], prefix: str = "") -> str:
-    """The end of an error message: the known word closest to an unknown one, or with a prefix all
-    of them."""
-    close = difflib.get_close_matches(str(word).lower(), words, n=1)
-    return (
-        f"; did you mean {prefix}{close[0]}?"
-        if close
-        else f"; there are {', '.join(words)}"
-        if prefix
-        else ""
-    )

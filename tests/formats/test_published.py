@@ -292,6 +292,7 @@ def test_configurations_without_a_published_word_are_refused() -> None:
         {"gate": False},
         {"norm": "rmsnorm"},
         {"mixer": "softmax"},
+        {"layer_types": ["linear_attention", "full_attention"] * 12},
     ):
         with pytest.raises(ValueError, match="the published format knows no"):
             published_config(ModelConfig(hidden_size=32, num_attention_heads=2, **change))

@@ -30,7 +30,11 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 import transnormer
 import transnormer.hub
@@ -54,6 +58,10 @@ KINDS = {
     },
     "softmax": TRANSFORMER,
     "alibi": {"mixer": "softmax", "tie_word_embeddings": False, "position": "none"},
+    "mixed": {
+        "layer_types": ["sliding_attention", "linear_attention", "full_attention"],
+        "softmax": {"window": 6, "num_key_value_heads": 1},
+    },
 }
 TARGETS = {"qkvu_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
 GREEDY = {"do_sample": False, "max_new_tokens": 9}
@@ -248,6 +256,8 @@ def test_the_configuration_is_ours_and_survives(folders, tmp_path) -> None:
         config.save_pretrained(tmp_path)
         assert ModelConfig.from_json(tmp_path / "config.json") == config.own()
         assert AutoConfig.from_pretrained(tmp_path).own() == config.own()
+        assert TransNormerConfig(**json.loads(json.dumps(config.to_dict()))).own() == config.own()
+        assert "layer_types" not in config.to_diff_dict() or config.own().layer_types
     assert TransNormerConfig(hidden_size=64, num_attention_heads=4).head_dim == 16
     assert TransNormerConfig(**TransNormerConfig().to_dict()).own() == ModelConfig()
 
@@ -384,6 +394,17 @@ def test_the_state_rides_in_transformers_own_caches(both) -> None:
     cache = cache_of(model(ids, attention_mask=mask, use_cache=True))
     _, state = own(ids, pad=torch.tensor([5, 0]))
     assert type(cache) is DynamicCache
+    if own.config.layer_types is not None:
+        kinds = [DynamicSlidingWindowLayer, LinearAttentionLayer, DynamicLayer]
+        assert [type(layer) for layer in cache.layers] == kinds
+        assert cache.layers[0].keys.shape == (2, 1, 5, 16)  # of the 8 columns the last ones
+        assert cache.layers[2].keys.shape == (2, 1, 8, 16)
+        torch.testing.assert_close(cache.layers[1].recurrent_states[0], state.layers[1][0])
+        for n in (0, 2):
+            keys = cache.layers[n].keys.transpose(1, 2)[1]
+            torch.testing.assert_close(keys, state.layers[n][0][1])
+        assert cache.layers[1].recurrent_states[1].tolist() == [3, 8]
+        return
     if own.config.mixer == "softmax":
         assert {type(layer) for layer in cache.layers} == {DynamicLayer}
         assert cache.get_seq_length() == 8
@@ -422,7 +443,7 @@ def test_a_text_goes_on_from_its_cache(both) -> None:
     whole = model(torch.cat([ids, rest], 1), attention_mask=rest_mask).logits[:, -6:]
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
     pieces.sum().backward()  # though the cache was updated in place
-    if model.config.mixer == "gla":
+    if {*model.config.layer_types} == {"linear_attention"}:
         with pytest.raises(
             ValueError, match="the cache has read 26 tokens: nothing is left to read"
         ):
@@ -444,7 +465,7 @@ def test_assisted_decoding_only_where_tokens_can_be_taken_back(loaded) -> None:
             assert torch.equal(model.generate(ids, **helper, **GREEDY), expected)
         with pytest.raises(ValueError, match="cannot assist: its state cannot be rolled back"):
             model.generate(ids, assistant_model=loaded["tied"][1], **GREEDY)
-    for name in ("tied", "untied"):
+    for name in ("tied", "untied", "mixed"):
         for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": loaded["softmax"][1]}):
             with pytest.raises(
                 ValueError, match="assisted generation is not supported with stateful models"
@@ -626,7 +647,11 @@ def test_what_cannot_be_read_right_is_refused(both) -> None:
         model(ids, output_attentions=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'attention_masks'"):
         model(ids, attention_masks=holed)
-    other = {"gla": "full_attention", "softmax": "linear_attention"}[model.config.mixer]
+    last = model.config.layer_types[-1]
+    other = {
+        "linear_attention": "full_attention",
+        "full_attention": "linear_attention",
+    }[last]
     foreign = DynamicCache(config=model.config)
     foreign.layers = [
         {"full_attention": DynamicLayer, "linear_attention": LinearAttentionLayer}[other]()

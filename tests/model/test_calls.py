@@ -26,6 +26,10 @@ KINDS = {
     "transformer": TRANSFORMER,
     "alibi": {"mixer": "softmax", "position": "none"},
     "ape": {"position": "ape", "norm": "layernorm"},
+    "mixed": {
+        "layer_types": ["sliding_attention", "linear_attention", "full_attention"],
+        "softmax": {"window": 4, "num_key_value_heads": 1},
+    },
 }
 
 

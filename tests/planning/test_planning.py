@@ -61,6 +61,12 @@ EVERYTHING = {
 }  # fmt: skip
 OTHER = {"norm": "layernorm", "position": "ape", "glu": "mlp", "vocab_size": 44}
 BASELINE = {**TRANSFORMER, "num_attention_heads": 6, "hidden_size": 36}
+FULL = ["full_attention"] * 2
+MIXED = {
+    "layer_types": ["linear_attention", *FULL, "sliding_attention", "linear_attention"],
+    "num_attention_heads": 6, "hidden_size": 36,
+    "softmax": {"window": 9, "num_key_value_heads": 2, "gate": True},
+}  # fmt: skip
 
 
 def named(row: dict[str, Any]) -> ModelConfig:
@@ -150,6 +156,7 @@ KEPT += [
     for words in ({}, {"gate_rank": 8}, {"norm": "rmsnorm"}, {"norm": "layernorm"}, TRANSFORMER)
 ]
 KEPT += [({}, 4)]
+KEPT += [({"layer_types": FULL, "softmax": {"num_key_value_heads": 2}}, n) for n in (1, 2)]
 
 
 @pytest.mark.parametrize(("words", "tensor"), KEPT, ids=lambda value: str(value)[:30])
@@ -178,15 +185,14 @@ def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
         block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
         x = torch.randn(rows, length // tensor, 64, requires_grad=True)
         positions = torch.arange(length)
-        place = TokenPositions(positions, rotation=rotation(config, positions, x.dtype))
+        turns = rotation(model.rope_widths, config.rope_theta, positions, x.dtype)
+        place = TokenPositions(positions, rotation=turns)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
             torch.autocast("cpu", torch.bfloat16),
         ):
             block(x, None, place)
-    planned = saved_bytes(
-        config, tensor, lrpe=config.position == "lrpe" and config.has_position(layer)
-    )
+    planned = saved_bytes(config, config.layers[layer], tensor)
     assert sum(kept.values()) / (rows * length) == pytest.approx(planned, rel=0.03)
 
 
@@ -298,7 +304,7 @@ def test_which_blocks_are_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    "words", [{}, {"position_layers": (1, 2)}, EVERYTHING, OTHER, BASELINE], ids=str
+    "words", [{}, {"position_layers": (1, 2)}, EVERYTHING, OTHER, BASELINE, MIXED], ids=str
 )
 def test_one_block_of_each_kind_stands_for_all(words: dict[str, Any]) -> None:
     config = ModelConfig.from_dict(TINY).replace(num_hidden_layers=5, **words)
@@ -314,6 +320,25 @@ def test_one_block_of_each_kind_stands_for_all(words: dict[str, Any]) -> None:
         assert weight_bytes(config, layout) == sum(held(p).nbytes for p in model.parameters())
         with torch.device("meta"):
             model = LanguageModel(config)
+
+
+def test_stacks_are_planned_by_their_layers() -> None:
+    half = {"layer_types": ["linear_attention", "full_attention"] * 4}
+    config = SMALL.replace(**half, softmax={"num_key_value_heads": 2})
+    ours, theirs = speed.passes_share(SMALL), speed.passes_share(SMALL.replace(mixer="softmax"))
+    assert speed.passes_share(config) == pytest.approx((ours + theirs) / 2)
+    assert Job(config=config, gpus=2, seq_len=1_024).best()
+    with pytest.raises(ValueError, match=r"--tensor 4 does not divide model.softmax.num_key_value"):
+        Job(config=config, gpus=4, tensor=4)
+    with pytest.raises(ValueError, match=r"--context 2 needs linear attention.*in every layer"):
+        Job(config=config, gpus=2, context=2)
+    slides = SMALL.replace(layer_types=["linear_attention", "sliding_attention"] * 4)
+    with pytest.raises(ValueError, match="no run with sliding_attention layers was measured"):
+        Job(config=slides, gpus=1).best()
+    least, more = (
+        expected_memory(measure(c, 1_024), Layout(), 4, 1_024).total for c in (SMALL, config)
+    )
+    assert more < least  # no norm over heads, and keys and values of few heads
 
 
 MESHES = [Layout(shard=4), Layout(replicate=2, shard=2), Layout(shard=2, tensor=2),
@@ -483,7 +508,7 @@ def test_more_of_everything_costs_what_it_must() -> None:
         ),
         (
             "--size 10m --gpus 2 --context 2 model.kind=transformer",
-            "--context 2 needs linear attention, model.mixer=gla",
+            "--context 2 needs linear attention, model.mixer=gla, in every layer",
             "--context 1",
         ),
         (

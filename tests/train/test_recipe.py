@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transnormer.config import TRANSFORMER, ModelConfig
+from transnormer.config import TRANSFORMER, ModelConfig, SoftmaxSettings
 from transnormer.planning.mesh_sizes import check_mesh, sizes
 from transnormer.train.mesh import Mesh
 from transnormer.train.optim import learning_rate
@@ -328,3 +328,29 @@ def test_schedules_start_peak_and_end_where_they_should() -> None:
         assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
         assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert learning_rate(Optim(lr=2.0, warmup_steps=0, schedule="constant"), 1, 10) == 2.0
+
+
+def test_a_stack_of_several_mixers_in_a_recipe(tmp_path) -> None:
+    path = tmp_path / "mixed.toml"
+    path.write_text(
+        '[data]\npath = "somewhere"\n[model]\nsize = "10m"\nlayer_types = ['
+        + ", ".join(['"linear_attention", "sliding_attention"'] * 3)
+        + "]\nsoftmax = {window = 256, num_key_value_heads = 1}\n"
+    )
+    overrides = ["model.softmax.window=64", "model.softmax.decay=alibi", "model.softmax.gate=true"]
+    recipe = Recipe.load(path, overrides)
+    config = recipe.model_config(300)
+    assert config.softmax == SoftmaxSettings(
+        window=64, decay="alibi", gate=True, num_key_value_heads=1
+    )
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    again = Recipe.load(tmp_path / "again.toml")
+    assert again == recipe
+    difference = Recipe.load(path, ["model.softmax.window=65", *overrides[1:]]).difference(recipe)
+    assert difference == "model.softmax.window was 65 and is now 64"
+    types = str(["linear_attention", "full_attention"] * 3)
+    planned = model_overrides("10m", [f"model.layer_types={types}", *overrides])
+    assert planned.layers[1].type == "full_attention"
+    assert planned.softmax.window == 64
+    with pytest.raises(ValueError, match=r"'softmax.windows'; did you mean softmax.window\?"):
+        Recipe.load(path, ["model.softmax.windows=64"]).model_config(300)

@@ -16,6 +16,11 @@ SMALL = {
     "intermediate_size": 48,
 }
 
+SLIDING = {
+    "layer_types": ["sliding_attention", "linear_attention", "sliding_attention"],
+    "softmax": {"window": 9, "num_key_value_heads": 1},
+}
+
 
 def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -26,8 +31,8 @@ def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("segment", [7, 16, 40, 64])
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"position_layers": "all", "gate_rank": 4, "norm": "rmsnorm"}],
-    ids=["plain", "other"],
+    [{}, {"position_layers": "all", "gate_rank": 4, "norm": "rmsnorm"}, SLIDING],
+    ids=["plain", "other", "sliding"],
 )
 def test_gradients_are_those_of_the_whole_row(kind: dict, segment: int) -> None:
     model = LanguageModel(ModelConfig(**SMALL, **kind)).double()

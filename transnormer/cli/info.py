@@ -12,6 +12,8 @@ from .app import app, see, stdout_console
 if TYPE_CHECKING:
     from ..model.language_model import LanguageModel
 
+STATE_TOKENS = 2_048  # of the text whose state `info` counts
+
 
 @app.command(epilog=see("transnormer info runs/demo", "docs/training.md"))
 def info(
@@ -60,8 +62,6 @@ def info(
 
 
 def _say_model(model: LanguageModel) -> None:
-    from ..model.state import State
-
     config = model.config
     weights = sum(p.nbytes for p in model.parameters())
     print(f"parameters      {model.parameter_count():,} ({weights / 2**20:,.1f} MiB in memory)")
@@ -69,8 +69,15 @@ def _say_model(model: LanguageModel) -> None:
         f"training        {model.flops_per_token(2_048) / 1e9:,.3f} GFLOP per token (forward and "
         "backward, 2,048 tokens)"
     )
-    grows = " and grows with every token" if not config.fixed_state else ", whatever the length"
-    print(f"state           {State.new(model).nbytes / 2**20:,.2f} MiB per sequence{grows}")
+    itemsize = model.head_weight.element_size()  # that of keys and values
+    state = config.state_bytes(STATE_TOKENS, itemsize)
+    if growth := config.growth_bytes(itemsize):
+        grows = f" of {STATE_TOKENS:,} tokens, and grows by {growth:,} bytes with every token"
+    elif config.linear:
+        grows = ", whatever the length"
+    else:
+        grows = f" of {STATE_TOKENS:,} tokens; it grows by 0 bytes a token once windows are full"
+    print(f"state           {state / 2**20:,.2f} MiB per sequence{grows}")
     print(
         "tokenizer       "
         f"{f'{model.tokenizer.get_vocab_size():,} words' if model.tokenizer else 'none'}"

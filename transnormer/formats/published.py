@@ -239,6 +239,7 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
     """A published config.json's content for our configuration. Raises ValueError where the
     published code has no word."""
     fixed = {
+        "layer_types": None,
         "mixer": "gla",
         "decay": "alibi",
         "decay_temperature": True,

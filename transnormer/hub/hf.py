@@ -1,17 +1,18 @@
 """Our models as transformers' own: configuration, model, tokenizer. Importing this registers them
 with the Auto classes.
 
-What a model remembers rides in transformers' own cache classes: in each `LinearAttentionLayer` the
-state [B, H, K, V] of the layer as the first recurrent state, in the first layer also the tokens
-read, [B], as the second; keys and values of the softmax baseline in a `DynamicLayer`. A linear
-layer knows no length: positions come from the tokens read."""
+What a model remembers rides in transformers' own cache classes, one a layer: in each
+`LinearAttentionLayer` the state [B, H, K, V] of the layer as the first recurrent state, in the
+first of them also the tokens read, [B], as the second; keys and values of softmax attention in a
+`DynamicLayer` or, with a window, in a `DynamicSlidingWindowLayer`. A linear layer knows no length:
+positions come from the tokens read."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,11 +28,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..config import MIXERS, SHAPE, ModelConfig, nearest
+from ..config import FULL, LINEAR, SHAPE, SLIDING, ModelConfig, SoftmaxSettings, nearest
 from ..data.tokenizer import end_of_text_id
 from ..files import FINGERPRINT
 from ..model import language_model
@@ -42,6 +48,11 @@ from ..model.mixers import LayerState, Mixer
 from ..model.state import State
 from ..ops.loss import linear_cross_entropy
 
+CACHES = {
+    LINEAR: LinearAttentionLayer,
+    FULL: DynamicLayer,
+    SLIDING: DynamicSlidingWindowLayer,
+}
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 # What transformers itself puts into a configuration besides its own fields, and what of all that
 # config.json keeps.
@@ -97,9 +108,12 @@ class TransNormerConfig(PreTrainedConfig):
         unknown = values.keys() - THEIRS - PreTrainedConfig.__dataclass_fields__.keys()
         for key in sorted(unknown):
             raise ValueError(f"unknown model config key {key!r}{nearest(key, FIELDS)}")
-        checked = vars(ModelConfig(**own))
+        checked = ModelConfig(**own)
         super().__init__(**values)
-        for name, value in checked.items():
+        for name in FIELDS:
+            value = getattr(checked, name)
+            if isinstance(value, SoftmaxSettings):  # which other libraries could not write as JSON
+                value = dataclasses.asdict(value)
             setattr(self, name, value)
 
     @classmethod
@@ -115,25 +129,40 @@ class TransNormerConfig(PreTrainedConfig):
 
     def own(self) -> ModelConfig:
         """Our record. Raises ValueError where a field was set to what no model can have."""
-        return ModelConfig(**{name: getattr(self, name) for name in FIELDS})
+        values = {name: getattr(self, name) for name in FIELDS if name != "layer_types"}
+        return ModelConfig(**values, layer_types=self._layer_types)
 
     @property
     def fixed_state(self) -> bool:
         """As in `ModelConfig`."""
-        return MIXERS[self.mixer].fixed_state
+        return self.own().fixed_state
 
     @property
     def layer_types(self) -> list[str]:
-        """transformers' word for each layer, from which it makes the layer's cache."""
-        return [
-            "linear_attention" if self.fixed_state else "full_attention"
-        ] * self.num_hidden_layers
+        """transformers' word for each layer, from which it makes the layer's cache; of a uniform
+        stack, too, whose words our record does not name."""
+        return [layer.type for layer in self.own().layers]
+
+    @layer_types.setter
+    def layer_types(self, words: Sequence[str] | None) -> None:
+        self._layer_types = None if words is None else tuple(words)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """transformers' word for the window of the sliding_attention layers."""
+        return self.softmax["window"] if self.softmax else None
 
     @property
     def number_of_conv_states(self) -> int:
         """How many states a linear layer's cache holds: the recurrent state, and the tokens
         read."""
         return 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, under the names that `__init__` reads."""
+        values = super().to_dict()
+        values["layer_types"] = values.pop("_layer_types", None)
+        return values
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: our record whole, which `transnormer.load` reads, and
@@ -175,7 +204,9 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TransNormerConfig):
         PreTrainedModel.__init__(self, config)
-        self.build(config.own())
+        own = config.own()
+        self.kinds = own.layers
+        self.build(own)
         # tied; transformers and what builds on it look for a head all the same
         if self.lm_head is None:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -359,13 +390,14 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
 
     def _state(self, cache: Cache, mask: Tensor | None, rows: int, length: int) -> State | None:
         """What a cache holds, as our state; None where nothing was read."""
-        kind = LinearAttentionLayer if self.config.fixed_state else DynamicLayer
-        fits = len(cache.layers) == self.config.num_hidden_layers and {
-            type(layer) for layer in cache.layers
-        } == {kind}
+        linear = [n for n, kind in enumerate(self.kinds) if kind.linear]
+        fits = [type(layer) for layer in cache.layers] == [CACHES[kind.type] for kind in self.kinds]
         # a DynamicCache() makes its layers later; offloaded ones are not at hand
-        if kind is DynamicLayer:
-            fits = (fits or not cache.layers) and not getattr(cache, "offloading", False)
+        if len(linear) < len(self.kinds):
+            uniform = all(kind.type == FULL for kind in self.kinds)
+            fits = (fits or (uniform and not cache.layers)) and not getattr(
+                cache, "offloading", False
+            )
         if not fits:
             kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
             raise ValueError(
@@ -373,57 +405,62 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
                 f"{kinds or 'no layers'}; "
                 "make one by DynamicCache(config=model.config)"
             )
-        if kind is LinearAttentionLayer:
-            if not cache.layers[0].is_recurrent_states_initialized[0]:
+        past = 0
+        if len(linear) < len(self.kinds):
+            past = cache.get_seq_length()
+            if mask is not None and mask.shape[1] != past + length:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns for {past} tokens read and "
+                    f"{length} to read"
+                )
+            if not past:
                 return None
-            # the cache is updated in place, which a backward pass must not see
-            keep: Callable[[Tensor], Tensor] = (
-                torch.clone if torch.is_grad_enabled() else lambda part: part
-            )
-            layers: list[LayerState] = [
-                (keep(layer.recurrent_states[0]),) for layer in cache.layers
-            ]
-            return State(layers, keep(cache.layers[0].recurrent_states[1]))
-        past = cache.get_seq_length()
-        if mask is not None and mask.shape[1] != past + length:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns for {past} tokens read and {length} "
-                "to read"
-            )
-        if not past:
+        elif not cache.layers[0].is_recurrent_states_initialized[0]:
             return None
+        # linear layers are updated in place, which a backward pass must not see
+        keep: Callable[[Tensor], Tensor] = (
+            torch.clone if torch.is_grad_enabled() else lambda part: part
+        )
+        layers: list[LayerState] = [
+            (keep(layer.recurrent_states[0]),)
+            if kind.linear
+            else (layer.keys.transpose(1, 2), layer.values.transpose(1, 2))
+            for layer, kind in zip(cache.layers, self.kinds, strict=True)
+        ]
+        if linear:
+            return State(layers, keep(cache.layers[linear[0]].recurrent_states[1]))
         device = cache.layers[0].keys.device
         seen = (
             torch.full((rows,), past, device=device)
             if mask is None
             else mask[:, :past].to(device).sum(1)
         )
-        return State(
-            [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers],
-            seen,
-        )
+        return State(layers, seen)
 
     def _remember(self, cache: Cache, state: State, length: int) -> None:
         """Put the state after `length` more tokens into the cache. Raises ValueError for what it
         has no place for."""
-        for number, parts in enumerate(state.layers):
-            if len(parts) != (1 if self.config.fixed_state else 2):
+        first = True
+        for number, (parts, kind) in enumerate(zip(state.layers, self.kinds, strict=True)):
+            if len(parts) != (1 if kind.linear else 2):
                 raise ValueError(
-                    f"mixer {self.config.mixer} keeps {len(parts)} tensors a layer, for which "
+                    f"mixer {kind.mixer} keeps {len(parts)} tensors a layer, for which "
                     "transformers' cache has "
                     "no place; transnormer.generate writes with any mixer"
                 )
-            if self.config.fixed_state:
+            if kind.linear:
                 cache.update_recurrent_state(parts[0].detach(), number)
                 # transformers sets it for convolutions alone
                 cache.layers[number].device = parts[0].device
+                if first:
+                    cache.update_recurrent_state(state.seen, number, state_idx=1)
+                first = False
                 continue
-            # ours are right-aligned over the longest row; theirs have a place for each column read
+            # ours are right-aligned over the longest row; theirs have a place for each column read,
+            # of which a window drops the first ones again
             new = [part[:, -length:].detach() for part in parts]
             new = [nn.functional.pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in new]
             cache.update(new[0].transpose(1, 2), new[1].transpose(1, 2), number)
-        if self.config.fixed_state:
-            cache.update_recurrent_state(state.seen, 0, state_idx=1)
 
     # Generation.
 
@@ -431,7 +468,13 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     def _is_stateful(self) -> bool:
         """Whether what was read cannot be taken back: then transformers refuses assisted
         decoding."""
-        return self.config.fixed_state
+        return any(kind.bounded for kind in self.kinds)
+
+    @property
+    def _knows_no_length(self) -> bool:
+        """Whether no layer of a cache can tell how many tokens were read, as linear ones
+        cannot."""
+        return all(kind.linear for kind in self.kinds)
 
     def prepare_inputs_for_generation(
         self,
@@ -450,7 +493,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             kwargs.get("position_ids"),
         )
         if (
-            self.config.fixed_state
+            self._knows_no_length
             and next_sequence_length is None
             and cache is not None
             and places is not None
@@ -501,7 +544,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{type(self).__name__} cannot assist: its state cannot be rolled back"
             )
-        if self.config.fixed_state and "past_key_values" in model_kwargs:
+        if self._knows_no_length and "past_key_values" in model_kwargs:
             # before 5.24, transformers asks a cache of this name for its length, which linear
             # layers do not know
             cache = model_kwargs["past_key_values"]

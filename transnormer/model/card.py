@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from ..config import POSITIONS, ModelConfig
@@ -19,13 +20,23 @@ def write_card(folder: Path, config: ModelConfig, parameters: int) -> None:
 def model_card(config: ModelConfig, parameters: int) -> str:
     """Markdown with the front matter that model hubs read. The licence, languages and data are its
     author's to add."""
-    linear = config.mixer == "gla"
+    linear = any(layer.linear for layer in config.layers)
     kinds = {
         "gla": "a language model with linear attention",
         "softmax": "a Transformer language model, a baseline",
     }
     kind = kinds.get(config.mixer, f"a language model with the mixer {config.mixer}")
-    memory = "does not grow with the text" if config.fixed_state else "grows with every token"
+    mixer = config.mixer
+    if config.layer_types is not None:
+        counts = Counter(config.layer_types)
+        mixer = ", ".join(f"{word} in {count} layers" for word, count in counts.items())
+        kind = "a language model whose layers have several mixers"
+    memory = "does not grow with the text"
+    if growth := config.growth_bytes(itemsize=1):
+        memory = f"grows with every token, by {growth:,} numbers"
+    elif not config.linear:
+        window = max(layer.window or 0 for layer in config.layers)
+        memory = f"does not grow with the text after {window - 1:,} tokens"
     layers = {"first": "in the first layer", "all": "in every layer"}
     where = ""
     if POSITIONS[config.position] is not None:
@@ -44,7 +55,7 @@ def model_card(config: ModelConfig, parameters: int) -> str:
         "heads": f"{config.num_attention_heads} of {config.head_dim}",
         "inner width": f"{config.intermediate_size:,} ({config.glu})",
         "vocabulary": f"{config.vocab_size:,}, {tied}",
-        "token mixer": config.mixer,
+        "token mixer": mixer,
         "positions": f"{config.position}{where}",
         "decay": config.decay,
         "norm": config.norm,

@@ -29,7 +29,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.mixer_norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[config.mixer](config, layer)
+        self.mixer = MIXERS[config.layers[layer].mixer](config, layer)
         self.glu_norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
         self.glu = GLUS[config.glu](config)
 
@@ -67,6 +67,10 @@ class LanguageModel(nn.Module):
             else config.pad_token_id
         )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
+        # of the heads that RoPE turns
+        self.rope_widths = sorted(
+            {layer.head_dim for layer in config.layers if layer.position == "rope"}
+        )
         self.embed_positions = None
         if config.position == "ape":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -148,9 +152,8 @@ class LanguageModel(nn.Module):
         x = self.embed_tokens(ids) if ids.dim() == 2 else ids
         first = 0 if self.context is None else self.context.rank * ids.shape[1]
         positions = _positions(ids, seen, cu_seqlens, first)
-        tokens = TokenPositions(
-            positions, seen, cu_seqlens, rotation(self.config, positions, x.dtype)
-        )
+        turns = rotation(self.rope_widths, self.config.rope_theta, positions, x.dtype)
+        tokens = TokenPositions(positions, seen, cu_seqlens, turns)
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
         if self.embed_positions is not None:

@@ -3,7 +3,7 @@ a table per kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import LayerConfig, ModelConfig
 from ..ops.lrpe import angles, lrpe, swish_lrpe
 from ..ops.norm import add_rms_norm, simple_rms_norm
 
@@ -25,13 +25,13 @@ class TokenPositions:
     seen: int64 [B or N]: how many tokens of each row or packed sequence came before this call; None
         at the start.
     cu_seqlens: int64 [N + 1] where one row holds N packed sequences.
-    rotation: cosine and sine of RoPE's angles, [T, 1, K / 2] or [B, T, 1, K / 2]: they are every
-    layer's. None without."""
+    rotation: cosine and sine of RoPE's angles, [T, 1, K / 2] or [B, T, 1, K / 2], for each width K
+        of a head that a layer turns: they are every such layer's. None without."""
 
     positions: Tensor
     seen: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    rotation: tuple[Tensor, Tensor] | None = None
+    rotation: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def to(self, device: torch.device) -> TokenPositions:
         seen, bounds = (
@@ -40,7 +40,7 @@ class TokenPositions:
         rotation = (
             None
             if self.rotation is None
-            else (self.rotation[0].to(device), self.rotation[1].to(device))
+            else {k: (cos.to(device), sin.to(device)) for k, (cos, sin) in self.rotation.items()}
         )
         return TokenPositions(self.positions.to(device), seen, bounds, rotation)
 
@@ -115,7 +115,8 @@ def _shifted_exp(x: Tensor) -> Tensor:
     return (x - x.detach().amax(-1, keepdim=True)).exp()
 
 
-# Positions inside the mixer: (config) -> module on q and k [B, T, H, K] and `TokenPositions`.
+# Positions inside the mixer: (config of the layer) -> module on q and k [B, T, H, K] and
+# `TokenPositions`.
 
 
 class LRPE(nn.Module):
@@ -125,7 +126,7 @@ class LRPE(nn.Module):
     Then q_t . k_s = sum_j q_j k_j cos(theta_j (t - s)). theta [H, K] is learned; it starts
     geometric over all heads."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: LayerConfig | ModelConfig):
         super().__init__()
         self.theta = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
 
@@ -152,13 +153,14 @@ class LRPE(nn.Module):
 class RoPE(nn.Module):
     """Rotary positions on halves of each head, as in LLaMA. No parameters, K stays."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__()
+        self.width = config.head_dim
 
     def forward(self, q: Tensor, k: Tensor, tokens: TokenPositions) -> tuple[Tensor, Tensor]:
         if tokens.rotation is None:
             raise ValueError("RoPE needs token positions with their rotation")
-        cos, sin = (part.to(q.dtype) for part in tokens.rotation)
+        cos, sin = (part.to(q.dtype) for part in tokens.rotation[self.width])
 
         def turn(x: Tensor) -> Tensor:
             first, second = x.chunk(2, dim=-1)
@@ -168,18 +170,20 @@ class RoPE(nn.Module):
 
 
 def rotation(
-    config: ModelConfig, positions: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:
-    """What `TokenPositions.rotation` holds, in at least float32; None where no layer turns by
-    RoPE."""
-    if config.position != "rope":
-        return None
-    exponents = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
-        / -config.head_dim
-    )
-    turns = angles(positions, config.rope_theta**exponents, dtype).unsqueeze(-2)
-    return turns.cos(), turns.sin()
+    widths: Collection[int], theta: float, positions: Tensor, dtype: torch.dtype
+) -> dict[int, tuple[Tensor, Tensor]] | None:
+    """What `TokenPositions.rotation` holds, in at least float32.
+
+    widths: K of the heads that RoPE turns; None is returned where there are none. theta: the
+    config's rope_theta.
+    """
+
+    def turned(width: int) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / -width
+        turns = angles(positions, theta**exponents, dtype).unsqueeze(-2)
+        return turns.cos(), turns.sin()
+
+    return {width: turned(width) for width in widths} or None
 
 
 # Gated linear units: (config) -> module on [..., D].
@@ -244,7 +248,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sine": torch.sin,
     "exp": _shifted_exp,
 }
-POSITIONS: dict[str, Callable[[ModelConfig], nn.Module]] = {"lrpe": LRPE, "rope": RoPE}
+POSITIONS: dict[str, Callable[[LayerConfig], nn.Module]] = {"lrpe": LRPE, "rope": RoPE}
 GLUS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "sglu": SimpleGLU,
     "swiglu": SwiGLU,

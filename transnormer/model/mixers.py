@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import POSITIONS as POSITION_FACTS
 from ..config import ModelConfig
 from ..ops.context import Context
 from ..ops.dispatch import check_devices
@@ -32,10 +31,12 @@ from .layers import (
 
 LayerState = tuple[Tensor, ...]
 
+LEAST_BLOCK = 512  # queries that attention with a window takes at a time, or a window where longer
+
 
 class Mixer(nn.Module, ABC):
     """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H
-    heads."""
+    heads, G heads of keys and values, which differ from H in softmax attention alone."""
 
     # How tensor parallelism cuts each part, all by heads (train/sharding.py has the words).
     SHARDS: ClassVar[dict[str, str]] = {
@@ -50,21 +51,27 @@ class Mixer(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        d, inner, rank = config.hidden_size, config.inner_size, config.gate_rank
-        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
-        # Rows head by head, each head's q, k, v (and u) together: slices of it hold whole heads.
-        self.parts = 4 if config.gate and rank is None else 3
-        self.qkvu_proj = Linear(d, self.parts * inner, bias=config.bias)
+        own = config.layers[layer]
+        d, inner, rank = config.hidden_size, own.inner_size, own.gate_rank
+        self.heads, self.head_dim, self.key_dim = (
+            own.num_attention_heads,
+            own.head_dim,
+            own.key_dim,
+        )
+        self.key_value_heads, self.group = own.num_key_value_heads, own.group
+        # Rows head by head of keys and values, each head's queries, key, value (and gates)
+        # together: slices of it hold whole heads.
+        self.parts = own.parts
+        fused = self.key_value_heads * self.parts * self.head_dim
+        self.qkvu_proj = Linear(d, fused, bias=config.bias)
         self.gate_proj = None
         if rank is not None:
             self.gate_proj = nn.Sequential(
                 Linear(d, rank, bias=config.bias), Linear(rank, inner, bias=config.bias)
             )
         self.out_proj = Linear(inner, d, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
-        self.position = POSITIONS[config.position](config) if config.has_position(layer) else None
-        facts = POSITION_FACTS[config.position] if config.has_position(layer) else None
-        self.key_dim = self.head_dim * (facts.width if facts else 1)
+        self.activation = ACTIVATIONS[own.activation]
+        self.position = None if own.position == "none" else POSITIONS[own.position](own)
         self._decays = config.log_decay(layer)
         self.register_buffer(
             "log_decay", torch.tensor(self._decays, dtype=torch.float32), persistent=False
@@ -89,6 +96,7 @@ class Mixer(nn.Module, ABC):
     def keep_heads(self, part: int, parts: int) -> None:
         """Hold the heads of this part alone, for inputs and weights that do."""
         self.heads //= parts
+        self.key_value_heads //= parts
         self._decays = self._decays[part * self.heads :][: self.heads]
         self.reset_decay()
 
@@ -104,11 +112,12 @@ class Mixer(nn.Module, ABC):
     def _project(
         self, x: Tensor, tokens: TokenPositions
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x [B, T, D] -> q, k [B, T, H, K], v [B, T, H, V], gate [B, T, H, V] or [B, T, H * V] or
-        None."""
-        q, k, v, *u = (
-            self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim)).unbind(-2)
-        )
+        """x [B, T, D] -> q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], gate [B, T, H, V] or
+        [B, T, H * V] or None."""
+        heads = (self.key_value_heads, self.parts, self.head_dim)
+        vectors = self.qkvu_proj(x).unflatten(-1, heads).unbind(-2)
+        q, u = _heads(vectors[: self.group]), vectors[self.group + 2 :]
+        k, v = vectors[self.group : self.group + 2]
         if isinstance(self.position, LRPE) and self.activation is F.silu:
             q, k = self.position(q, k, tokens, swish=True)
         else:
@@ -116,7 +125,14 @@ class Mixer(nn.Module, ABC):
             q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)
             if self.position is not None:
                 q, k = self.position(q, k, tokens)
-        return q, k, v, self.gate_proj(x) if self.gate_proj is not None else u[0] if u else None
+        return q, k, v, self.gate_proj(x) if self.gate_proj is not None else _heads(u)
+
+
+def _heads(vectors: Sequence[Tensor]) -> Any:
+    """The query heads of each group, [B, T, G, V] each -> [B, T, H, V]; None of none."""
+    if len(vectors) < 2:
+        return vectors[0] if vectors else None
+    return torch.stack(list(vectors), dim=-2).flatten(2, 3)
 
 
 def _give_decay(mixer: nn.Module, _: object) -> None:
@@ -180,24 +196,28 @@ class GatedLinearAttention(Mixer):
 
 class SoftmaxAttention(Mixer):
     """Causal softmax attention, the baseline. A decay weighs the keys before the softmax, which is
-    ALiBi.
+    ALiBi. With a window each query sees the last `window` keys, its own included.
 
-    State: (keys [B, P, H, K], values [B, P, H, V]); the last `seen` of the P places of each row are
-    filled."""
+    State: (keys [B, P, G, K], values [B, P, G, V]); the last `seen` of the P places of each row are
+    filled. P is the number of tokens read by the row that has read most, but at most window - 1."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
         self.decays = any(self._decays)
+        self.window = config.layers[layer].window
 
     def new_state(self, rows: int) -> LayerState:
-        weight = self.out_proj.weight
+        weight, heads = self.out_proj.weight, self.key_value_heads
         return (
-            weight.new_zeros(rows, 0, self.heads, self.key_dim),
-            weight.new_zeros(rows, 0, self.heads, self.head_dim),
+            weight.new_zeros(rows, 0, heads, self.key_dim),
+            weight.new_zeros(rows, 0, heads, self.head_dim),
         )
 
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
-        return self.heads * seq_len * (self.key_dim + self.head_dim)
+        window = seq_len if self.window is None else min(self.window, seq_len)
+        # keys that a query sees, times two: the first queries of a row see fewer than a window
+        visible = 2 * window - window**2 / seq_len
+        return self.heads * visible * (self.key_dim + self.head_dim)
 
     def forward(
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
@@ -215,12 +235,12 @@ class SoftmaxAttention(Mixer):
         other widths."""
         if state is None:
             return None, None
-        wanted = [[self.heads, self.key_dim], [self.heads, self.head_dim]]
+        heads = self.key_value_heads
+        wanted = [[heads, self.key_dim], [heads, self.head_dim]]
         if [list(part.shape[2:]) for part in state] != wanted:
             raise ValueError(
-                f"the state of a layer is keys [B, P, {self.heads}, {self.key_dim}] and values "
-                f"[B, P, {self.heads}, "
-                f"{self.head_dim}]; got {[list(part.shape) for part in state]}"
+                f"the state of a layer is keys [B, P, {heads}, {self.key_dim}] and values "
+                f"[B, P, {heads}, {self.head_dim}]; got {[list(part.shape) for part in state]}"
             )
         return state
 
@@ -232,11 +252,32 @@ class SoftmaxAttention(Mixer):
                 torch.cat([state[0].to(k.dtype), k], dim=1),
                 torch.cat([state[1].to(v.dtype), v], dim=1),
             )
-        mask = (
-            self._mask(q.shape[1], k.shape[1], tokens.seen)
-            if state is not None or self.decays
-            else None
-        )
+        queries, keys = q.shape[1], k.shape[1]
+        block = queries if self.window is None else max(self.window, LEAST_BLOCK)
+        if queries <= block:
+            slides = self.window is not None and keys > self.window
+            mask = None
+            if state is not None or self.decays or slides:
+                mask = self._mask(queries, keys, tokens.seen)
+            mixed = self._weighed(q, k, v, mask)
+        else:
+            # In blocks of queries, each with the keys that its windows reach, because a mask and
+            # products of all queries with all keys would grow with the square of the length.
+            assert self.window is not None
+            parts = []
+            for start in range(0, queries, block):
+                part, begin = q[:, start : start + block], keys - queries + start
+                reached = slice(max(0, begin + 1 - self.window), begin + part.shape[1])
+                near = k[:, reached]
+                seen = None if tokens.seen is None else tokens.seen + start
+                mask = self._mask(part.shape[1], near.shape[1], seen)
+                parts.append(self._weighed(part, near, v[:, reached], mask))
+            mixed = torch.cat(parts, dim=1)
+        return mixed, (self._kept(k), self._kept(v))
+
+    def _weighed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The values' means, [B, queries, H, V], weighed by the softmax; mask: as `_mask` gives it,
+        None where only later keys are masked."""
         wide = (
             q.dtype
             if mask is None or not self.decays
@@ -245,25 +286,35 @@ class SoftmaxAttention(Mixer):
         # half precision cannot tell far distances apart
         mask = None if mask is None else mask.to(wide)
         attention = _exact_attention if self.decays else F.scaled_dot_product_attention
-        mixed = attention(
+        mixed: Tensor = attention(
             q.transpose(1, 2).to(wide),
             k.transpose(1, 2).to(wide),
             v.transpose(1, 2).to(wide),
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.head_dim**-0.5,
+            enable_gqa=self.group > 1,
         )
-        return mixed.transpose(1, 2).to(v.dtype), (k, v)
+        return mixed.transpose(1, 2).to(v.dtype)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """What the next token can still see of keys or values, [B, P, G, K]."""
+        if self.window is None or x.shape[1] < self.window:
+            return x
+        # a copy, because a view would keep all of x in memory
+        return x[:, 1 - self.window :].clone()
 
     def _mask(self, queries: int, keys: int, seen: Tensor | None) -> Tensor:
-        """[B or 1, H or 1, queries, keys], added to the scores: -inf where a key is later or a
-        place is not filled."""
+        """[B or 1, H or 1, queries, keys], added to the scores: -inf where a key is later, or out
+        of the window, or a place is not filled."""
         key = torch.arange(keys, device=self.log_decay.device)
         distance = key[keys - queries :, None] - key  # [queries, keys]
         bias = torch.zeros_like(distance, dtype=torch.float32)[None, None]
         if self.decays:
             bias = self.log_decay[:, None, None] * distance
         allowed = (distance >= 0)[None, None]
+        if self.window is not None:
+            allowed = allowed & (distance < self.window)
         if seen is not None:
             allowed = allowed & (key >= (keys - queries - seen)[:, None, None, None])
         return bias.masked_fill(~allowed, -torch.inf)
@@ -279,8 +330,9 @@ class SoftmaxAttention(Mixer):
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             past = None
             if state is not None and seen[n]:
-                past = tuple(part[n : n + 1, part.shape[1] - seen[n] :] for part in state)
-            mixed, after = v[:, start:stop], past
+                past = tuple(part[n : n + 1, max(0, part.shape[1] - seen[n]) :] for part in state)
+            # of an empty sequence nothing, in the shape of the others' output
+            mixed, after = q[:, start:stop, :, : self.head_dim], past
             if stop > start or past is None:
                 alone = TokenPositions(tokens.positions[:, start:stop], None)
                 mixed, after = self._attend(

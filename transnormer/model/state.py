@@ -24,7 +24,8 @@ class State:
     """What a model remembers of the tokens so far, for B rows.
 
     layers: per layer what its mixer keeps: Gated Linear Attention one [B, H, K, V] in float32,
-        whose size does not depend on how much was read; softmax attention all keys and values.
+        whose size does not depend on how much was read; softmax attention all keys and values or,
+        with a window, the last ones.
     seen: [B] int64, the tokens read by each row.
     """
 

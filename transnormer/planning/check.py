@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from ..config import ModelConfig
+from ..config import LayerConfig, ModelConfig
 from ..model.language_model import LanguageModel
 from ..train.mesh import Mesh, make_mesh
 from ..train.parallelize import parallelize
@@ -54,7 +54,7 @@ def weight_bytes(config: ModelConfig, layout: Layout) -> int:
     # whose copies hold alike, too
     with pretended(replace(layout, replicate=1), torch.device("cpu")) as mesh:
 
-        def cut(blocks: list[bool]) -> int:
+        def cut(blocks: list[LayerConfig]) -> int:
             with torch.device("meta"):
                 model = LanguageModel(one_of_each(config, blocks))
             parallelize(model, mesh, recompute=layout.recompute, dtype="bfloat16")

@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from ..config import NORMS, ModelConfig
+from ..config import NORMS, LayerConfig, ModelConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
 from .mesh_sizes import Parallel
@@ -146,50 +146,56 @@ def measure(config: ModelConfig, seq_len: int) -> Shape:
     return Shape(config, flops, dict(parameters), max(sizes), whole)
 
 
-def block_kinds(config: ModelConfig) -> Counter[bool]:
-    """How many blocks there are of each kind. Blocks differ in their parameters only by whether
-    they have positions."""
-    return Counter(config.has_position(n) for n in range(config.num_hidden_layers))
+def block_kinds(config: ModelConfig) -> Counter[LayerConfig]:
+    """How many blocks there are of each kind. Blocks differ in their parameters only by what their
+    layers are."""
+    return Counter(config.layers)
 
 
-def one_of_each(config: ModelConfig, kinds: Sequence[bool]) -> ModelConfig:
+def one_of_each(config: ModelConfig, kinds: Sequence[LayerConfig]) -> ModelConfig:
     """The model with one block of each of these kinds, in this order, and otherwise as it is."""
-    positions = tuple(n for n, has_position in enumerate(kinds) if has_position)
-    return config.replace(num_hidden_layers=len(kinds), position_layers=positions)
+    types = None if config.layer_types is None else [kind.type for kind in kinds]
+    read = [n for n, kind in enumerate(kinds) if kind.linear or config.softmax is None]
+    return config.replace(
+        num_hidden_layers=len(kinds),
+        layer_types=types,
+        position_layers=tuple(n for n in read if kinds[n].position != "none"),
+    )
 
 
 # Memory.
 
 
 def saved_bytes(
-    config: ModelConfig, tensor: int = 1, *, lrpe: bool = False, one_op: bool = False
+    config: ModelConfig, layer: LayerConfig, tensor: int = 1, *, one_op: bool = False
 ) -> float:
     """Bytes that a compiled block keeps of each token for the backward pass, under bf16 autocast.
 
     Every tensor is bfloat16 except the residual stream, which is float32. A tensor rank keeps its
     own heads and columns, and between the products its own part of the tokens. It keeps the input
-    of each projection whole, because it gathers that input. one_op: the mixer is
-    `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in layers without
-    positions."""
-    d, inner, f = config.hidden_size, config.inner_size, config.intermediate_size
-    rank = config.gate_rank or 0
+    of each projection whole, because it gathers that input. The masks of windows are not counted.
+    one_op: the mixer is `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in
+    layers without positions."""
+    d, inner, f = config.hidden_size, layer.inner_size, config.intermediate_size
+    keys = layer.num_key_value_heads * layer.head_dim
+    rank = layer.gate_rank or 0
     whole = 2 * (2 * d) + 2 * rank  # what the mixer's and the GLU's projections read
     # the block's input in float32, the mixer's output: their sum is computed again
     stream = 4 * d + 2 * d
-    parts = 4 if config.gate and not rank else 3
-    mixer = 2 * inner * parts + 2 * inner  # projected q, k, v, u; what the last projection reads
-    if config.fixed_state:
+    # projected q, k, v, u; what the last projection reads
+    mixer = 2 * keys * layer.parts + 2 * inner
+    if layer.linear:
         # q and k through swish and LRPE, what the norm reads
-        mixer += 2 * inner * (2 * (2 if lrpe else 1) + 1)
-        if parts == 4 and not one_op and tensor < config.num_attention_heads:
+        mixer += 2 * inner * (2 * (2 if layer.position == "lrpe" else 1) + 1)
+        if layer.parts == 4 and not one_op and tensor < layer.num_attention_heads:
             mixer += 2 * inner  # the gate, apart from q, k and v; of one head it is not copied
         if tensor > 1:  # ranks exchange the norm's sums: what comes of them is not computed again
             wider = 2 * NORMS[config.norm]  # with gains it is kept in float32
-            mixer += (2 * config.gate + wider) * inner
+            mixer += (2 * layer.gate + wider) * inner
     else:
         # q and k turned, the soft-max's sums
-        mixer += 2 * inner * 2 + 4 * config.num_attention_heads
-        if config.gate:
+        mixer += 2 * (inner + keys) + 4 * layer.num_attention_heads
+        if layer.gate:
             mixer += 2 * inner
     if rank:
         mixer += 2 * inner
@@ -225,11 +231,8 @@ def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
     """(bytes of one number of each block's weights, which blocks at once), as FSDP gathers them in
     `sharding.shard`."""
     config = shape.config
-    wide, lrpe = config.norm == "layernorm", config.position == "lrpe"
-    each = [
-        4 if wide or (lrpe and config.has_position(n)) else 2
-        for n in range(config.num_hidden_layers)
-    ]
+    wide = config.norm == "layernorm"
+    each = [4 if wide or layer.position == "lrpe" else 2 for layer in config.layers]
     return each, gathered_at_once([x * shape.block // tensor for x in each], each)
 
 
@@ -260,8 +263,12 @@ def least_memory(
         context and tensor ranks together. itemsize: bytes of an activation. copied: a checkpoint
         copies weights and moments. loaded: the weights are in memory already."""
     weights = config.parameter_count()
-    kept = 1 if layout.recompute else config.num_hidden_layers
-    floats = kept * (4 * config.inner_size + 2 * config.intermediate_size + 2 * config.hidden_size)
+    rest = 2 * config.intermediate_size + 2 * config.hidden_size
+    each = [
+        2 * layer.inner_size + 2 * layer.num_key_value_heads * layer.head_dim + rest
+        for layer in config.layers
+    ]
+    floats = max(each) if layout.recompute else sum(each)
     activations = tokens * floats * itemsize // (layout.context * layout.tensor)
     copies = 4 * weights + 8 * trained if copied else 0
     held = (0 if loaded else 4 * weights) + 12 * trained + copies
@@ -278,12 +285,16 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
     alone, ranks = layout.world == 1, layout.shard * layout.context
     numbers, tensors = shape.share(layout)
     tokens = rows * seq_len // layout.context
-    lrpe = [config.position == "lrpe" and config.has_position(n) for n in range(layers)]
     plain = tensor * layout.context == 1 and (config.norm, config.activation) == (
         "srmsnorm",
         "swish",
     )
-    kept = [tokens * saved_bytes(config, tensor, lrpe=x, one_op=plain and not x) for x in lrpe]
+    saved = {
+        layer: tokens
+        * saved_bytes(config, layer, tensor, one_op=plain and layer.position != "lrpe")
+        for layer in {*config.layers}
+    }
+    kept = [saved[layer] for layer in config.layers]
     # a residual stream: a block's input, or the gradient of its output
     stream = tokens * 4 * d / tensor
     held = layers * stream if again else sum(kept)  # between the passes
@@ -294,14 +305,13 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
     normed = 2 * tokens * d  # what the head reads, and its gradient; gathered ones are put in order
     # The last state of every block lives until the loss is computed. Under `context` the state with
     # which a slice of the row begins is kept as well, because the backward pass reads it.
-    each = (
-        rows * config.num_attention_heads // tensor * config.head_dim**2 * 4
-        if config.fixed_state
-        else 0
-    )
-    states = each * (layers + sum(lrpe))
-    begun = states if layout.context > 1 and not again else 0
-    state = each * (1 + any(lrpe)) + begun
+    # Keys and values without a window are dropped at once.
+    each = [
+        rows * layer.state_bytes(seq_len, itemsize=2) // tensor if layer.bounded else 0
+        for layer in config.layers
+    ]
+    begun = sum(each) if layout.context > 1 and not again else 0
+    states, state = sum(each), max(each) + begun
     # `wide` is how many bytes one weight of each block takes while it is gathered. `cast` is how
     # many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept because
     # the backward pass reads it.

@@ -59,11 +59,7 @@ def check_mesh(
     Raises ValueError naming the factor, what it does not divide, and what would fit.
     """
     replicate, shard, context, tensor = sizes(parallel, world)
-    parts = {
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-    }
+    parts = divided_by_tensor(config)
     for name, size in parts.items():
         if size % tensor:
             fits = listed(math.gcd(*parts.values()))
@@ -71,10 +67,10 @@ def check_mesh(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
                 "fit the model"
             )
-    if context > 1 and not config.fixed_state:
+    if context > 1 and not config.linear:
         raise ValueError(
-            f"parallel.context = {context} needs linear attention (model.mixer = gla): only its "
-            "state is handed on"
+            f"parallel.context = {context} needs linear attention (model.mixer = gla) in every "
+            "layer: only its state is handed on, keys and values are not gathered"
         )
     if seq_len % (context * tensor):
         most = listed(seq_len // tensor) if seq_len % tensor == 0 else "none"
@@ -89,6 +85,17 @@ def check_mesh(
             "a micro-batch "
             f"(train.batch_tokens / seq_len / accumulate); {listed(rows)} would"
         )
+
+
+def divided_by_tensor(config: ModelConfig) -> dict[str, int]:
+    """What `parallel.tensor` must divide, by the names of the model's settings."""
+    names = ("num_attention_heads", "intermediate_size", "vocab_size")
+    parts = {name: getattr(config, name) for name in names}
+    for layer in config.layers:
+        if not layer.linear and config.softmax is not None:
+            parts["softmax.num_attention_heads"] = layer.num_attention_heads
+            parts["softmax.num_key_value_heads"] = layer.num_key_value_heads
+    return parts
 
 
 def listed(number: int) -> str:

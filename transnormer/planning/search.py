@@ -16,7 +16,7 @@ from typing import Any
 from ..config import ModelConfig
 from .hardware import GPUS, USABLE, Gpu
 from .memory import Layout, Memory, Shape, expected_memory, measure
-from .mesh_sizes import Parallel, check_mesh, listed
+from .mesh_sizes import Parallel, check_mesh, divided_by_tensor, listed
 from .speed import find_speed
 
 BATCH_TOKENS = 2**22  # of a step, about, where nobody says how many
@@ -104,18 +104,17 @@ class Job:
             if size > 1:
                 of = f"the {left} GPUs that are left for it"
         config, tensor, context = self.config, self.tensor or 1, self.context or 1
-        parts = {
-            name: getattr(config, name)
-            for name in ("num_attention_heads", "intermediate_size", "vocab_size")
-        }
+        parts = divided_by_tensor(config)
         for name, size in parts.items():
             if size % tensor:
                 fits = listed(math.gcd(*parts.values()))
                 raise ValueError(
                     f"--tensor {tensor} does not divide model.{name} = {size}; {fits} would"
                 )
-        if context > 1 and not config.fixed_state:
-            raise ValueError(f"--context {context} needs linear attention, model.mixer=gla")
+        if context > 1 and not config.linear:
+            raise ValueError(
+                f"--context {context} needs linear attention, model.mixer=gla, in every layer"
+            )
         if self.seq_len % (context * tensor):
             both = f"--context {context} x --tensor {tensor}" if context > 1 and tensor > 1 else ""
             one = f"--context {context}" if context > 1 else f"--tensor {tensor}"
@@ -162,7 +161,7 @@ class Job:
             cuts = [
                 n
                 for n in _divisors(left)
-                if n == 1 or (self.config.fixed_state and self.seq_len // n >= 1_024)
+                if n == 1 or (self.config.linear and self.seq_len // n >= 1_024)
             ]
             for context in cuts if self.context is None else [self.context]:
                 copies = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from ..config import ModelConfig
@@ -21,14 +23,27 @@ UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 
 
 
 def passes_share(config: ModelConfig) -> float:
-    """What both passes of a model of this width reach of the rate of matrix products."""
-    if config.mixer not in PASSES_SHARE:
-        raise ValueError(
-            f"no run with model.mixer = {config.mixer} was measured: plans know "
-            f"{', '.join(PASSES_SHARE)}"
-        )
-    shares = PASSES_SHARE[config.mixer]
-    return float(np.interp(config.hidden_size, list(shares), list(shares.values())))
+    """What both passes of a model of this width reach of the rate of matrix products; of a stack
+    of several mixers the mean over its layers, which was not measured.
+
+    Raises ValueError where a layer's mixer was not measured."""
+    total = 0.0
+    for layer in config.layers:
+        if layer.window is not None:
+            raise ValueError(f"no run with {layer.type} layers was measured: plans know no windows")
+        if layer.mixer not in PASSES_SHARE:
+            raise ValueError(
+                f"no run with model.mixer = {layer.mixer} was measured: plans know "
+                f"{', '.join(PASSES_SHARE)}"
+            )
+        total += _share(layer.mixer, config.hidden_size)
+    return total / config.num_hidden_layers
+
+
+@cache
+def _share(mixer: str, width: int) -> float:
+    shares = PASSES_SHARE[mixer]
+    return float(np.interp(width, list(shares), list(shares.values())))
 
 
 def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:

@@ -32,8 +32,8 @@ def parallelize(
        `context` tells the mixers which ranks share their rows.
     2. float8 replaces the blocks' linear maps, which must be those that the rank will multiply
     with.
-    3. Softmax blocks drop their state, because training would otherwise keep all keys and values to
-    the last block.
+    3. Softmax blocks without a window drop their state, because training would otherwise keep all
+    keys and values to the last block.
     4. Recomputation wraps a block's forward pass before the compiler does, so that the compiler
        sees it and skips the part of the recomputation whose results are not needed. With softmax
        attention under `tensor` it wraps the compiled block instead, because torch 2.13 would save
@@ -54,15 +54,15 @@ def parallelize(
         from .float8 import convert
 
         convert(model, float8, mesh.device)
-    grows = not model.config.fixed_state  # softmax, whose state training has no use for
-    for block in model.layers:
-        if grows:
+    for block, layer in zip(model.layers, model.config.layers, strict=True):
+        if not layer.bounded:
             block.forward = partial(_without_state, block.forward)
-        if recompute and not (grows and mesh.tensor > 1):
+        outside = mesh.tensor > 1 and not layer.linear
+        if recompute and not outside:
             block.forward = partial(_recompute(block), block.forward)
         if compile:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        if recompute and grows and mesh.tensor > 1:
+        if recompute and outside:
             block.forward = partial(_recompute(block), block.forward)
     if mesh.ranks is not None:
         sharding.shard(model, mesh, torch.bfloat16 if dtype == "bfloat16" else None)

@@ -16,7 +16,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from ..config import SIZES, TRANSFORMER, ModelConfig, nearest
+from ..config import SIZES, TRANSFORMER, ModelConfig, SoftmaxSettings, nearest
 from ..data.chat import FORMATS
 from ..planning.mesh_sizes import Parallel
 
@@ -340,6 +340,9 @@ class Recipe:
 
 
 def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        items = (f"{key} = {_toml(item)}" for key, item in value.items() if item is not None)
+        return f"{{{', '.join(items)}}}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -438,6 +441,9 @@ def _type(key: str) -> Any:
     """The type of a setting, e.g. int of train.steps; None where there is no such setting."""
     table, _, name = key.partition(".")
     if table == "model":
+        own, _, setting = name.partition(".")
+        if own == "softmax":
+            return typing.get_type_hints(SoftmaxSettings).get(setting)
         # the others are size, kind and from
         return typing.get_type_hints(ModelConfig).get(name, str)
     kinds = {"train": Train, "data": Data, "optim": Optim, "lora": Lora}
@@ -493,7 +499,7 @@ def model_overrides(size: str, overrides: Sequence[str]) -> ModelConfig:
             raise ValueError(
                 f"{f'{key}={text}'!r} is no field of the model; write e.g. model.hidden_size=4096"
             )
-        fields[name] = _parse(key, text)
+        _set(fields, name, _parse(key, text))
     return _named(size.lower(), fields)
 
 

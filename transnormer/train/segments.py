@@ -25,11 +25,12 @@ def backward(
     """Add the gradients of weight x the summed loss to the parameters; returns that loss, detached.
 
     ids, targets: int64 [B, T] as in `LanguageModel.loss`. segment: tokens of a row held at a time.
-    Raises ValueError for softmax attention, whose state is all that was read.
+    Raises ValueError for softmax attention without a window, whose state is all that was read.
     """
     if not model.config.fixed_state:
         raise ValueError(
-            "train.segment needs linear attention (model.mixer = gla): only its state has one size"
+            "train.segment needs linear attention (model.mixer = gla), or a window, in every "
+            "layer: the state of full_attention is all that was read"
         )
     starts = range(0, ids.shape[1], segment)
     states: list[State | None] = [None]

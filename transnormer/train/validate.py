@@ -41,8 +41,8 @@ def check_settings(recipe: Recipe, config: ModelConfig, data: TokenData, mesh: M
     if settings.segment and (not config.fixed_state or mesh.context > 1 or resets):
         raise ValueError(
             f"train.segment = {settings.segment} needs linear attention (model.mixer = gla), "
-            "whole rows "
-            f"(parallel.context = 1) and train.reset_state = false"
+            "or a window, in every layer, whole rows (parallel.context = 1) and "
+            "train.reset_state = false"
         )
     if settings.segment % mesh.tensor:
         raise ValueError(
