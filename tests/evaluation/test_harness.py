@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from transnormer import LanguageModel, ModelConfig
 from transnormer.data.tokenizer import encode
+from transnormer.evaluation import continuations
 from transnormer.evaluation.perplexity import score_ids
 from transnormer.model.state import State
 
@@ -92,8 +93,8 @@ def test_every_way_of_reading_gives_the_same(
     state_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("transnormer.evaluation.harness.SHARED", shared)
-    monkeypatch.setattr("transnormer.evaluation.harness.STATE_BYTES", state_bytes)
+    monkeypatch.setattr(continuations, "SHARED", shared)
+    monkeypatch.setattr(continuations, "STATE_BYTES", state_bytes)
     model = make(kind).double()
     lm = harness.HarnessLM(model, batch_tokens=batch_tokens)
     found = lm.loglikelihood(requests(PAIRS))
@@ -152,10 +153,12 @@ def test_a_batch_keeps_to_its_tokens_and_states(make, monkeypatch: pytest.Monkey
     assert (max(some) <= total // 3, 3 <= len(some) <= 5, sum(some)) == (True, True, total)
     assert max(batches(batch_tokens=7)) == 7  # of one prompt at a time
     monkeypatch.setattr(
-        "transnormer.evaluation.harness.STATE_BYTES", 2 * State.new(model).layers[0][0].nbytes + 1
+        continuations,
+        "STATE_BYTES",
+        2 * State.new(model).layers[0][0].nbytes + 1,
     )
     assert len(batches()) == 9  # the state of both layers, twice, is more
-    monkeypatch.setattr("transnormer.evaluation.harness.STATE_BYTES", 3 * State.new(model).nbytes)
+    monkeypatch.setattr(continuations, "STATE_BYTES", 3 * State.new(model).nbytes)
     assert len(batches()) == 3
 
 
