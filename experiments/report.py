@@ -18,7 +18,6 @@ import sequences
 from corpus import WIKITEXT
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from scipy import stats
 
 from transnormer.files import write_text
 
@@ -67,11 +66,11 @@ def paired(ours: dict[int, float], reference: dict[int, float]) -> Difference | 
     seeds = sorted(ours.keys() & reference.keys())
     if len(seeds) < 2:
         return None
+    from scipy import stats  # half a second, which only this function needs
+
     differences = [ours[seed] - reference[seed] for seed in seeds]
-    mean, error = (
-        statistics.fmean(differences),
-        statistics.stdev(differences) / math.sqrt(len(seeds)),
-    )
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(seeds))
     half = float(stats.t.ppf(0.975, len(seeds) - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)) if error else float(mean == 0)
     return Difference(mean, half, p, len(seeds))

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import typer
 
@@ -141,6 +139,9 @@ def test_perplexity_of_files(work: Path, text_file: Path) -> None:
 
 
 def test_perplexity_of_records_as_json(work: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
     texts = ["Who goes there?\n", "Nay, answer me: stand.\n"]
     for number, each in enumerate(texts):
         (work / f"{number}.txt").write_text(each)

@@ -8,11 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from transnormer.data import chat
 from transnormer.data.chat import DEFAULT, PLAIN, Template, conversations, find_template
@@ -80,6 +77,9 @@ def test_every_format_becomes_messages(tmp_path):
               {"instruction": "Ask", "input": "this", "output": "Say", "text": "x"}]  # fmt: skip
     found = read(write(tmp_path / "c.jsonl", alpaca), "alpaca")
     assert found == [pair, pair, say("user: Ask\n\nthis", "assistant: Say")]
+    import pyarrow
+    import pyarrow.parquet
+
     table = pyarrow.table(
         {"messages": [CHAT, [*pair, {"role": "user", "content": "a\r\nb"}]], "n": [1, 2]}
     )
@@ -200,6 +200,8 @@ def test_turn_by_turn_gives_the_ids_of_the_whole(tokenizer, chatml):
 def test_transformers_renders_encodes_and_masks_the_same(tokenizer):
     """By its own way: the whole text at once, and the mask from the template's generation
     blocks."""
+    from transformers import PreTrainedTokenizerFast
+
     theirs = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, chat_template=DEFAULT
     )

@@ -7,13 +7,14 @@ import random
 import sys
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import zstandard
 
+from tests.lazy import Lazy
 from transnormer.data import documents
 from transnormer.data.documents import read_documents, read_records, read_text, read_texts
+
+pyarrow, parquet = Lazy("pyarrow"), Lazy("pyarrow.parquet")
 
 TEXTS = ["one\ntwo\n", "  naïve  \U0001f600", "tab\tand \u2028 a line separator in one document"]
 
@@ -42,7 +43,7 @@ def write(path, content):
 
 
 def write_parquet(path, column, name="text", **options):
-    pyarrow.parquet.write_table(
+    parquet.write_table(
         pyarrow.table({"id": list(range(len(column))), name: column}), path, **options
     )
     return path
@@ -72,13 +73,12 @@ def test_lines_across_chunks(tmp_path, monkeypatch):
         assert read(write(tmp_path / f"a{suffix}", json_lines(texts))) == texts
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize("kind", ["string", "large_string"])
 def test_parquet(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(documents, "PARQUET_ROWS", 4)
     texts = [f"row {n}" for n in range(11)]
-    path = write_parquet(
-        tmp_path / "a.parquet", pyarrow.array(texts, kind), "content", row_group_size=3
-    )
+    column = pyarrow.array(texts, getattr(pyarrow, kind)())
+    path = write_parquet(tmp_path / "a.parquet", column, "content", row_group_size=3)
     assert read(path, text_field="content") == texts
 
 
@@ -86,7 +86,7 @@ def test_parquet_columns_that_are_stored_as_a_dictionary_are_text(tmp_path):
     column = pyarrow.array(["a", "b", "a", "a"]).dictionary_encode()
     path = write_parquet(tmp_path / "a.parquet", column)
     # and not plain strings
-    assert pyarrow.parquet.read_schema(path).field("text").type == column.type
+    assert parquet.read_schema(path).field("text").type == column.type
     assert read(path) == ["a", "b", "a", "a"]
     assert [record["text"] for _, record in read_records([path], ["text"])] == ["a", "b", "a", "a"]
 
@@ -94,9 +94,7 @@ def test_parquet_columns_that_are_stored_as_a_dictionary_are_text(tmp_path):
 def test_parquet_columns_of_one_name(tmp_path):
     def table(*names):
         columns = [pyarrow.array([f"{number}"]) for number in range(len(names))]
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet"
-        )
+        parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
         return tmp_path / "a.parquet"
 
     with pytest.raises(ValueError, match=r"a.parquet: 2 columns are named 'text'; rename"):
@@ -246,7 +244,7 @@ def test_parquet_errors(tmp_path):
     with pytest.raises(ValueError, match=r"a.parquet row 2: not UTF-8 at byte 1"):
         read(write_parquet(path, broken))
     whole = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 1000]}), whole)
+    parquet.write_table(pyarrow.table({"text": ["x" * 1000]}), whole)
     path.write_bytes(whole.getvalue()[:-20])
     with pytest.raises(ValueError, match=r"a.parquet: cannot be read as parquet"):
         read(path)

@@ -12,40 +12,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import trl
 import yaml
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    DynamicCache,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
 
 import transnormer
-import transnormer.hub
 from transnormer import LanguageModel, ModelConfig
 from transnormer.config import TRANSFORMER
 from transnormer.data.tokenizer import load_tokenizer
-from transnormer.hub.hf import CACHE, TransNormerConfig, TransNormerForCausalLM
 from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
 
 from ..conftest import PUBLISHED, REPOSITORY, TEXT
+from ..lazy import Lazy
+
+hf, transformers = Lazy("transnormer.hub.hf"), Lazy("transformers")
+peft, trl = Lazy("peft"), Lazy("trl")
 
 VOCAB = 300
 KINDS = {
@@ -93,21 +77,21 @@ def folders(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.fixture(scope="module")
-def loaded(folders: dict[str, Path]) -> dict[str, tuple[LanguageModel, TransNormerForCausalLM]]:
+def loaded(folders: dict[str, Path]) -> dict[str, tuple[LanguageModel, hf.TransNormerForCausalLM]]:
     return {
-        name: (transnormer.load(folder), AutoModelForCausalLM.from_pretrained(folder))
+        name: (transnormer.load(folder), transformers.AutoModelForCausalLM.from_pretrained(folder))
         for name, folder in folders.items()
     }
 
 
 @pytest.fixture(params=KINDS)
-def both(request, loaded) -> tuple[LanguageModel, TransNormerForCausalLM]:
+def both(request, loaded) -> tuple[LanguageModel, hf.TransNormerForCausalLM]:
     """Our model and transformers' of the same folder."""
     return loaded[request.param]
 
 
 @pytest.fixture
-def tied(loaded) -> tuple[LanguageModel, TransNormerForCausalLM]:
+def tied(loaded) -> tuple[LanguageModel, hf.TransNormerForCausalLM]:
     return loaded["tied"]
 
 
@@ -127,7 +111,7 @@ def padded(lengths: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cache_of(output):
-    return output[CACHE]
+    return output[hf.CACHE]
 
 
 # Loading.
@@ -135,7 +119,7 @@ def cache_of(output):
 
 def test_the_auto_classes_load_our_folders(both) -> None:
     own, model = both
-    assert type(model) is TransNormerForCausalLM
+    assert type(model) is hf.TransNormerForCausalLM
     assert model.config.own() == own.config
     assert not model.training
     names = model.state_dict().keys()
@@ -150,7 +134,7 @@ def test_the_auto_classes_load_our_folders(both) -> None:
 @pytest.mark.parametrize("option", [{"dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}])
 def test_weights_become_bfloat16_and_decays_do_not(folders, loaded, option) -> None:
     for name in ("tied", "alibi"):
-        model = AutoModelForCausalLM.from_pretrained(folders[name], **option)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folders[name], **option)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         for layer, wanted in zip(model.layers, loaded[name][0].layers, strict=True):
             assert torch.equal(layer.mixer.log_decay, wanted.mixer.log_decay)
@@ -171,7 +155,7 @@ def test_device_maps(folders, both, where, tmp_path) -> None:
             {} if own.config.tie_word_embeddings else {"lm_head": "disk"}
         )
         options = {"device_map": places, "offload_folder": str(tmp_path)}
-    model = AutoModelForCausalLM.from_pretrained(folders[name], **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders[name], **options)
     assert (model.layers[1].mixer.out_proj.weight.is_meta) is (where == "disk")
     ids = draw(1, 12)
     assert torch.equal(model.generate(ids, **GREEDY)[0, 12:], torch.tensor(engine(own, ids)))
@@ -180,7 +164,7 @@ def test_device_maps(folders, both, where, tmp_path) -> None:
 
 
 def test_a_new_model_starts_as_ours_does() -> None:
-    config = TransNormerConfig(
+    config = hf.TransNormerConfig(
         vocab_size=2_000,
         hidden_size=64,
         num_hidden_layers=2,
@@ -190,7 +174,7 @@ def test_a_new_model_starts_as_ours_does() -> None:
         norm="layernorm",
         tie_word_embeddings=False,
     )
-    own, model = LanguageModel(config.own()), AutoModelForCausalLM.from_config(config)
+    own, model = LanguageModel(config.own()), transformers.AutoModelForCausalLM.from_config(config)
     drawn = 0
     for name, weight in own.named_parameters():
         found = model.get_parameter(name).detach()
@@ -202,7 +186,7 @@ def test_a_new_model_starts_as_ours_does() -> None:
     assert drawn == 12
     assert model.embed_tokens.weight[5].eq(0).all()
     with torch.device("meta"):
-        assert AutoModelForCausalLM.from_config(config).device.type == "meta"
+        assert transformers.AutoModelForCausalLM.from_config(config).device.type == "meta"
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(copied) -> None:
@@ -212,7 +196,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(copied) -> None:
     def refused(tensors: dict, match: str) -> None:
         save_file(tensors, copied / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=match) as caught:
-            AutoModelForCausalLM.from_pretrained(copied)
+            transformers.AutoModelForCausalLM.from_pretrained(copied)
         assert "\n" not in str(caught.value)
 
     refused(
@@ -242,7 +226,7 @@ def test_a_tied_head_that_differs_is_refused(folders, tmp_path) -> None:
         {"format": "pt"},
     )
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from embed_tokens\.weight"):
-        AutoModelForCausalLM.from_pretrained(copied)
+        transformers.AutoModelForCausalLM.from_pretrained(copied)
 
 
 # The configuration.
@@ -250,16 +234,17 @@ def test_a_tied_head_that_differs_is_refused(folders, tmp_path) -> None:
 
 def test_the_configuration_is_ours_and_survives(folders, tmp_path) -> None:
     for folder in folders.values():
-        config = AutoConfig.from_pretrained(folder)
-        assert type(config) is TransNormerConfig
+        config = transformers.AutoConfig.from_pretrained(folder)
+        assert type(config) is hf.TransNormerConfig
         config.use_cache, config.output_hidden_states = False, True  # a Trainer sets the first
         config.save_pretrained(tmp_path)
         assert ModelConfig.from_json(tmp_path / "config.json") == config.own()
-        assert AutoConfig.from_pretrained(tmp_path).own() == config.own()
-        assert TransNormerConfig(**json.loads(json.dumps(config.to_dict()))).own() == config.own()
+        assert transformers.AutoConfig.from_pretrained(tmp_path).own() == config.own()
+        again = hf.TransNormerConfig(**json.loads(json.dumps(config.to_dict())))
+        assert again.own() == config.own()
         assert "layer_types" not in config.to_diff_dict() or config.own().layer_types
-    assert TransNormerConfig(hidden_size=64, num_attention_heads=4).head_dim == 16
-    assert TransNormerConfig(**TransNormerConfig().to_dict()).own() == ModelConfig()
+    assert hf.TransNormerConfig(hidden_size=64, num_attention_heads=4).head_dim == 16
+    assert hf.TransNormerConfig(**hf.TransNormerConfig().to_dict()).own() == ModelConfig()
 
 
 def test_a_configuration_that_no_model_can_have_is_refused(copied) -> None:
@@ -268,7 +253,7 @@ def test_a_configuration_that_no_model_can_have_is_refused(copied) -> None:
     def refused(changes: dict, match: str) -> None:
         (copied / "config.json").write_text(json.dumps({**values, **changes}))
         with pytest.raises(ValueError, match=match):
-            AutoConfig.from_pretrained(copied)
+            transformers.AutoConfig.from_pretrained(copied)
 
     refused({"hidden_sise": 3}, "unknown model config key 'hidden_sise'; did you mean hidden_size")
     refused({"auto_map": {"AutoConfig": "evil.Config"}}, "unknown model config key 'auto_map'")
@@ -279,16 +264,16 @@ def test_a_configuration_that_no_model_can_have_is_refused(copied) -> None:
     with pytest.raises(
         ValueError, match=r"config\.json: no hidden_size, so the model's shape is not known"
     ):
-        AutoModelForCausalLM.from_pretrained(copied)
+        transformers.AutoModelForCausalLM.from_pretrained(copied)
     (copied / "config.json").write_text(json.dumps(values))
-    config = AutoConfig.from_pretrained(copied)
+    config = transformers.AutoConfig.from_pretrained(copied)
     config.position_layers = (17,)
     with pytest.raises(ValueError, match="position_layers"):
-        AutoModelForCausalLM.from_config(config)
+        transformers.AutoModelForCausalLM.from_config(config)
 
 
 def test_published_checkpoints_are_sent_to_convert() -> None:
-    for auto in (AutoConfig, AutoModelForCausalLM):
+    for auto in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
         with pytest.raises(
             ValueError, match=r"published TransNormerLLM checkpoint.*transnormer convert"
         ):
@@ -393,10 +378,13 @@ def test_the_state_rides_in_transformers_own_caches(both) -> None:
     ids, mask = padded([3, 8], 8)
     cache = cache_of(model(ids, attention_mask=mask, use_cache=True))
     _, state = own(ids, pad=torch.tensor([5, 0]))
-    assert type(cache) is DynamicCache
+    assert type(cache) is transformers.DynamicCache
     if own.config.layer_types is not None:
-        kinds = [DynamicSlidingWindowLayer, LinearAttentionLayer, DynamicLayer]
-        assert [type(layer) for layer in cache.layers] == kinds
+        assert [type(layer).__name__ for layer in cache.layers] == [
+            "DynamicSlidingWindowLayer",
+            "LinearAttentionLayer",
+            "DynamicLayer",
+        ]
         assert cache.layers[0].keys.shape == (2, 1, 5, 16)  # of the 8 columns the last ones
         assert cache.layers[2].keys.shape == (2, 1, 8, 16)
         torch.testing.assert_close(cache.layers[1].recurrent_states[0], state.layers[1][0])
@@ -406,11 +394,13 @@ def test_the_state_rides_in_transformers_own_caches(both) -> None:
         assert cache.layers[1].recurrent_states[1].tolist() == [3, 8]
         return
     if own.config.mixer == "softmax":
-        assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+        assert {type(layer) for layer in cache.layers} == {transformers.cache_utils.DynamicLayer}
         assert cache.get_seq_length() == 8
         torch.testing.assert_close(cache.layers[1].keys.transpose(1, 2)[1], state.layers[1][0][1])
         return
-    assert {type(layer) for layer in cache.layers} == {LinearAttentionLayer}
+    assert {type(layer) for layer in cache.layers} == {
+        transformers.cache_utils.LinearAttentionLayer
+    }
     for layer, (wanted,) in zip(cache.layers, state.layers, strict=True):
         assert torch.equal(layer.recurrent_states[0], wanted)
         assert layer.recurrent_states[0].dtype == torch.float32
@@ -429,17 +419,17 @@ def test_the_state_rides_in_transformers_own_caches(both) -> None:
 def test_a_text_goes_on_from_its_cache(both) -> None:
     _, model = both
     ids, mask = padded([9, 20], 20)
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :14], attention_mask=mask[:, :14], **{CACHE: cache})
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:, :14], attention_mask=mask[:, :14], **{hf.CACHE: cache})
     fork = copy.deepcopy(cache)
     options = {**GREEDY, "attention_mask": mask, "pad_token_id": 0}
     expected = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, **{CACHE: cache}, **options), expected)
-    assert torch.equal(model.generate(ids, **{CACHE: fork}, **options), expected)
+    assert torch.equal(model.generate(ids, **{hf.CACHE: cache}, **options), expected)
+    assert torch.equal(model.generate(ids, **{hf.CACHE: fork}, **options), expected)
     with torch.no_grad():
         read = cache_of(model(ids, attention_mask=mask))
     rest, rest_mask = draw(2, 6), torch.cat([mask, torch.ones(2, 6)], 1)
-    pieces = model(rest, attention_mask=rest_mask, **{CACHE: read}).logits
+    pieces = model(rest, attention_mask=rest_mask, **{hf.CACHE: read}).logits
     whole = model(torch.cat([ids, rest], 1), attention_mask=rest_mask).logits[:, -6:]
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
     pieces.sum().backward()  # though the cache was updated in place
@@ -447,7 +437,7 @@ def test_a_text_goes_on_from_its_cache(both) -> None:
         with pytest.raises(
             ValueError, match="the cache has read 26 tokens: nothing is left to read"
         ):
-            model.generate(ids, **{CACHE: read}, **options)
+            model.generate(ids, **{hf.CACHE: read}, **options)
 
 
 def test_assisted_decoding_only_where_tokens_can_be_taken_back(loaded) -> None:
@@ -455,7 +445,7 @@ def test_assisted_decoding_only_where_tokens_can_be_taken_back(loaded) -> None:
     ids[0, 15:] = ids[0, :15]  # so that a look-up finds something
     for name in ("softmax", "alibi"):
         _, model = loaded[name]
-        other = TransNormerForCausalLM(model.config).eval()
+        other = hf.TransNormerForCausalLM(model.config).eval()
         expected = model.generate(ids, **GREEDY)
         for helper in (
             {"prompt_lookup_num_tokens": 3},
@@ -475,7 +465,7 @@ def test_assisted_decoding_only_where_tokens_can_be_taken_back(loaded) -> None:
 
 def test_pipelines(folders, loaded) -> None:
     for name in ("tied", "softmax"):
-        write = pipeline("text-generation", model=str(folders[name]))
+        write = transformers.pipeline("text-generation", model=str(folders[name]))
         prompts = ["First Citizen:", "O", "Speak, speak. What say you"]
         texts = write(prompts, batch_size=3, return_full_text=False, **GREEDY)
         own = loaded[name][0]
@@ -530,7 +520,7 @@ def test_the_loss_is_the_models_and_gradients_accumulate(both) -> None:
     loss.backward()
     output = model(ids, labels=labels)
     output.loss.backward()
-    assert cache_of(output) is None if CACHE in output else True
+    assert cache_of(output) is None if hf.CACHE in output else True
     torch.testing.assert_close(output.loss, loss)
     wide = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(output.loss, wide)
@@ -585,7 +575,7 @@ def test_right_padding_is_read_and_a_cache_refused(both) -> None:
     ids, mask = draw(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, 7:] = 0
     output = model(ids, attention_mask=mask)
-    assert CACHE not in output
+    assert hf.CACHE not in output
     torch.testing.assert_close(
         output.logits[0, :7], model(ids[:1, :7]).logits[0], rtol=1e-4, atol=1e-4
     )
@@ -607,7 +597,7 @@ def test_packed_rows_are_their_texts_alone(both) -> None:
     )
     for packing in packings:
         output = model(row, **packing)
-        assert CACHE not in output
+        assert hf.CACHE not in output
         for start, text in zip((0, 5, 6), texts, strict=True):
             alone = model(text).logits[0]
             torch.testing.assert_close(
@@ -648,14 +638,13 @@ def test_what_cannot_be_read_right_is_refused(both) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'attention_masks'"):
         model(ids, attention_masks=holed)
     last = model.config.layer_types[-1]
-    other = {
-        "linear_attention": "full_attention",
-        "full_attention": "linear_attention",
-    }[last]
-    foreign = DynamicCache(config=model.config)
-    foreign.layers = [
-        {"full_attention": DynamicLayer, "linear_attention": LinearAttentionLayer}[other]()
-    ] * 3
+    other = {"linear_attention": "full_attention", "full_attention": "linear_attention"}[last]
+    layer_types = {
+        "full_attention": transformers.cache_utils.DynamicLayer,
+        "linear_attention": transformers.cache_utils.LinearAttentionLayer,
+    }
+    foreign = transformers.DynamicCache(config=model.config)
+    foreign.layers = [layer_types[other]()] * 3
     with pytest.raises(
         ValueError,
         match=r"this cache was not made for the model.*DynamicCache\(config=model\.config\)",
@@ -674,7 +663,10 @@ def test_shards_are_read_by_both_sides(both, tmp_path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert index.keys() == own.state_dict().keys()
     ids = draw(1, 20)
-    again, ours = AutoModelForCausalLM.from_pretrained(tmp_path), transnormer.load(tmp_path)
+    again, ours = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path),
+        transnormer.load(tmp_path),
+    )
     assert ours.config == own.config
     for name, tensor in own.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
@@ -722,12 +714,12 @@ def test_shards_that_are_not_whole_are_refused_by_name(tied, tmp_path) -> None:
         rf"{shards[2].name}: no such file, though model\.safetensors\.index\.json names it",
     )
     with pytest.raises(OSError, match=shards[2].name):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_vocabulary_can_grow_and_shrink(folders, tmp_path) -> None:
     for name, size in itertools.product(("tied", "untied", "softmax"), (VOCAB + 7, VOCAB - 5)):
-        model = AutoModelForCausalLM.from_pretrained(folders[name])
+        model = transformers.AutoModelForCausalLM.from_pretrained(folders[name])
         ids, kept = draw(1, 12).clamp(max=size - 1), min(size, VOCAB)
         before = model(ids).logits
         model.resize_token_embeddings(size)
@@ -765,7 +757,7 @@ def test_a_model_card_goes_with_every_folder(both, tmp_path) -> None:
 def test_the_card_says_how_to_load(folders, capsys) -> None:
     text = (folders["tied"] / "README.md").read_text()
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    for block, kind in zip(blocks, (LanguageModel, TransNormerForCausalLM), strict=True):
+    for block, kind in zip(blocks, (LanguageModel, hf.TransNormerForCausalLM), strict=True):
         names = {"folder": folders["tied"]}
         exec(block, names)
         assert type(names["model"]) is kind
@@ -787,7 +779,10 @@ def test_the_page_runs_as_it_is_written(folders, tmp_path, monkeypatch, capsys) 
 
 
 def test_the_tokenizer_is_ours(folders, loaded, tmp_path) -> None:
-    tokenizer, own = AutoTokenizer.from_pretrained(folders["tied"]), loaded["tied"][0].tokenizer
+    tokenizer, own = (
+        transformers.AutoTokenizer.from_pretrained(folders["tied"]),
+        loaded["tied"][0].tokenizer,
+    )
     text = TEXT.read_text()[:3_000]
     assert tokenizer(text)["input_ids"] == own.encode(text).ids
     assert tokenizer.decode(own.encode(text).ids) == text
@@ -801,14 +796,14 @@ def test_the_tokenizer_is_ours(folders, loaded, tmp_path) -> None:
     (tmp_path / "named" / "config.json").write_text(
         json.dumps({**values, "bos_token_id": 3, "eos_token_id": 5})
     )
-    named = AutoTokenizer.from_pretrained(tmp_path / "named")
+    named = transformers.AutoTokenizer.from_pretrained(tmp_path / "named")
     assert (named.eos_token_id, named.bos_token_id, named.pad_token_id) == (5, 3, 5)
     assert named(text)["input_ids"] == own.encode(text).ids
     tokenizer.pad_token = "!"
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(folders["tied"] / "config.json", tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert again(text)["input_ids"] == own.encode(text).ids
     assert (again.pad_token, again.eos_token) == ("!", "<|endoftext|>")
     chat = [{"role": "user", "content": "Speak."}]
@@ -821,14 +816,16 @@ def test_the_tokenizer_is_ours(folders, loaded, tmp_path) -> None:
 # Training.
 
 
-def batches(folder: Path, count: int = 24) -> tuple[list[dict], DataCollatorForLanguageModeling]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+def batches(
+    folder: Path, count: int = 24
+) -> tuple[list[dict], transformers.DataCollatorForLanguageModeling]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="right")
     text = TEXT.read_text()
     data = [tokenizer(text[100 * n : 100 * n + 60 + n]) for n in range(count)]
-    return data, DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return data, transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
 
-def losses(trainer: Trainer) -> list[float]:
+def losses(trainer: transformers.Trainer) -> list[float]:
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -844,8 +841,8 @@ def test_a_trainer_trains_and_accumulation_changes_nothing(folders, tmp_path) ->
     data, collate = batches(folders["untied"])
     runs = []
     for size in (8, 2):
-        model = AutoModelForCausalLM.from_pretrained(folders["untied"])
-        arguments = TrainingArguments(
+        model = transformers.AutoModelForCausalLM.from_pretrained(folders["untied"])
+        arguments = transformers.TrainingArguments(
             str(tmp_path / str(size)),
             max_steps=6,
             per_device_train_batch_size=size,
@@ -853,7 +850,7 @@ def test_a_trainer_trains_and_accumulation_changes_nothing(folders, tmp_path) ->
             save_steps=6,
             **OPTIONS,
         )
-        trainer = Trainer(
+        trainer = transformers.Trainer(
             model=model,
             args=arguments,
             train_dataset=data,
@@ -868,7 +865,9 @@ def test_a_trainer_trains_and_accumulation_changes_nothing(folders, tmp_path) ->
     saved = transnormer.load(tmp_path / "8" / "checkpoint-6")
     ids = draw(1, 10)
     assert torch.equal(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "8" / "checkpoint-6")(ids).logits,
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "8" / "checkpoint-6")(
+            ids
+        ).logits,
         saved(ids)[0],
     )
 
@@ -876,6 +875,8 @@ def test_a_trainer_trains_and_accumulation_changes_nothing(folders, tmp_path) ->
 @pytest.mark.parametrize("name", ["tied", "softmax"])
 def test_lora_in_trl_trains_saves_and_merges(folders, name, tmp_path) -> None:
     text = TEXT.read_text()
+    from datasets import Dataset
+
     data = Dataset.from_dict({"text": [text[100 * n : 100 * n + 60 + 5 * n] for n in range(4)]})
     runs = []
     for packing in (
@@ -895,7 +896,7 @@ def test_lora_in_trl_trains_saves_and_merges(folders, name, tmp_path) -> None:
                 **packing,
             ),
             train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(folders[name]),
+            processing_class=transformers.AutoTokenizer.from_pretrained(folders[name]),
             peft_config=peft.LoraConfig(r=4, target_modules=sorted(TARGETS), task_type="CAUSAL_LM"),
         )
         runs.append(losses(trainer))
@@ -906,7 +907,7 @@ def test_lora_in_trl_trains_saves_and_merges(folders, name, tmp_path) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         assert (
-            expected - AutoModelForCausalLM.from_pretrained(folders[name])(ids).logits
+            expected - transformers.AutoModelForCausalLM.from_pretrained(folders[name])(ids).logits
         ).abs().max() > 1e-2
         model.save_pretrained(tmp_path / "adapter")
         again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
@@ -923,7 +924,7 @@ def test_lora_in_trl_trains_saves_and_merges(folders, name, tmp_path) -> None:
 
 def test_a_token_that_pads_and_ends_texts_is_learned(folders) -> None:
     for end, learned in ((0, True), (None, False)):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             folders["untied"], pad_token_id=0, eos_token_id=end
         )
         ids = torch.tensor([[5, 0, 9, 7]])
@@ -932,7 +933,7 @@ def test_a_token_that_pads_and_ends_texts_is_learned(folders) -> None:
 
 
 def test_an_adapter_on_the_head_counts_in_the_loss(folders) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folders["untied"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["untied"])
     config = peft.LoraConfig(
         target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False
     )
@@ -961,7 +962,7 @@ def test_generate_goes_on_beside_a_row_that_is_padding_alone(both, width) -> Non
 def test_weights_assigned_to_a_model_on_meta_bring_its_decays(both) -> None:
     _, model = both
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(model.config)
+        empty = transformers.AutoModelForCausalLM.from_config(model.config)
     empty.load_state_dict(model.state_dict(), assign=True)
     ids = draw(2, 9)
     assert torch.equal(empty(ids).logits, model(ids).logits)

@@ -1,14 +1,11 @@
 """lm-evaluation-harness over our own forward: the one door to `lm_eval`.
 
-Prompts, tokens and metrics are the harness' own. Ours is the reading: requests are packed without
-padding, and what several of them begin with (a question before its answers, examples before the
-questions) is read once; each goes on from its state. Tasks come from the network as usual, or over
-the files of a folder."""
+Prompts, tokens and metrics are the harness' own. Ours is the reading (`continuations.py`). Tasks
+come from the network as usual, or over the files of a folder."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import logging
 import os
@@ -16,14 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .. import __version__
 from ..config import nearest
@@ -31,8 +26,7 @@ from ..data.tokenizer import encode, end_of_text_id
 from ..inference.engine import Session, generate_text
 from ..inference.sampling import Sampling
 from ..model.language_model import LanguageModel
-from ..model.state import State
-from ..ops.loss import SLICE_ELEMENTS
+from .continuations import Request, score_requests
 from .documents import PAPER, SPLITS, TASKS, Splits, read_documents
 
 try:
@@ -59,43 +53,10 @@ except ImportError as error:
     ) from error
 
 BATCH_TOKENS = 8_192
-SHARED = 16  # tokens that requests must begin with alike for it to be worth a stop and a state
-STATE_BYTES = 2**31  # of the states of one batch
 TEXTS = 512  # to encode at a time: the library keeps some 100 bytes a character
 NEW_TOKENS = 256  # where a task does not say how many to write; the harness' own number, as is
 SEED = 1234  # which draws the examples of prompts
 RESAMPLES = 1_000  # for the standard error of a metric without a formula: LAMBADA's perplexity
-
-
-# Reading.
-
-
-@dataclass(eq=False)
-class _Request:
-    """tokens: int64 [n], prompt and continuation; those from `first` on are scored."""
-
-    number: int
-    tokens: np.ndarray
-    first: int
-
-
-@dataclass(eq=False)
-class _Piece:
-    """Tokens to read in one go, the same in one or more requests, and what goes on after them.
-
-    start: how many tokens of the requests come before. spans: (request, from, to): the places in
-    its tokens, all in this piece, that predict a scored token, the next one. state: after what
-    comes before; None at the start."""
-
-    start: int
-    tokens: np.ndarray
-    spans: list[tuple[_Request, int, int]]
-    children: list[_Piece] = field(default_factory=list)
-    state: State | None = None
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.tokens)
 
 
 class HarnessLM(TemplateLM):
@@ -127,12 +88,6 @@ class HarnessLM(TemplateLM):
             max_length = min(max_length or table, table)
         self.model, self.tokenizer = model, model.tokenizer
         self.batch_tokens, self.max_length, self.progress = batch_tokens, max_length, progress
-        parts = [part for layer in State.new(model).layers for part in layer]
-        # of one row; and what it grows by with each token:
-        self._state_bytes = sum(part.nbytes for part in parts)
-        self._token_bytes = sum(
-            part.element_size() * part.shape[2:].numel() for part in parts if not part.shape[1]
-        )
 
     @property
     def eot_token_id(self) -> int:
@@ -228,59 +183,22 @@ class HarnessLM(TemplateLM):
                 ids = ids[max_tokens - self.max_length :]
             session = Session(self.model)
             session.read(ids)
-            texts.append(
-                "".join(
-                    generate_text(
-                        self.model,
-                        "",
-                        max_tokens=max_tokens,
-                        sampling=sampling,
-                        stop=stop,
-                        session=session,
-                    )
-                )
-            )
+            options = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop}
+            pieces = generate_text(self.model, "", **options, session=session)
+            texts.append("".join(pieces))
             if self.progress is not None:
                 self.progress(number + 1, len(requests))
         return texts
 
-    @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         asked = [self._request(number, *request) for number, request in enumerate(requests)]
-        scores, greedy = np.zeros(len(asked)), np.ones(len(asked), dtype=bool)
-        # the last is next, so that few states wait at a time
-        waiting = _tree(asked, self.batch_tokens)[::-1]
-        done, total = 0, _size(waiting)
-        while waiting:
-            batch = self._take(waiting)
-            bounds = np.cumsum([0, *(len(piece.tokens) for piece in batch)])
-            ids = torch.from_numpy(np.concatenate([piece.tokens for piece in batch]))[None]
-            x, states = self.model.hidden(
-                ids.to(self.model.device),
-                _stack(self.model, [piece.state for piece in batch]),
-                cu_seqlens=torch.from_numpy(bounds).to(self.model.device),
-            )
-            self._score(x[0], batch, bounds, scores, greedy)
-            for row, piece in enumerate(batch):
-                piece.state = None
-                after = states.select([row]) if piece.children else None
-                for child in piece.children[::-1]:
-                    child.state = after
-                    waiting.append(child)
-            done += ids.shape[1]
-            if self.progress is not None:
-                self.progress(done, total)
-        if not np.isfinite(scores).all():
-            raise ValueError(
-                "a score is not a finite number: the model's weights may be damaged or diverged"
-            )
-        return list(zip(scores.tolist(), greedy.tolist(), strict=True))
+        return score_requests(self.model, asked, self.batch_tokens, self.progress)
 
     def _request(
         self, number: int, texts: tuple[str, str], context: list[int], continuation: list[int]
-    ) -> _Request:
+    ) -> Request:
         tokens = [*context, *continuation]
         if self.max_length is not None:
             tokens = tokens[-self.max_length - 1 :]
@@ -289,118 +207,7 @@ class HarnessLM(TemplateLM):
                 f"{texts[1]!r} makes {len(continuation)} tokens of {len(tokens)}: it cannot be "
                 "scored"
             )
-        return _Request(number, np.array(tokens, dtype=np.int64), len(tokens) - len(continuation))
-
-    def _take(self, waiting: list[_Piece]) -> list[_Piece]:
-        """The pieces to read together, off the end of the list: at least one."""
-        batch = [waiting.pop()]
-        tokens, longest = len(batch[0].tokens), batch[0].stop
-        while waiting:
-            tokens, longest = tokens + len(waiting[-1].tokens), max(longest, waiting[-1].stop)
-            states = (len(batch) + 1) * (self._state_bytes + self._token_bytes * longest)
-            if tokens > self.batch_tokens or states > STATE_BYTES:
-                break
-            batch.append(waiting.pop())
-        return batch
-
-    def _score(
-        self,
-        x: torch.Tensor,
-        batch: list[_Piece],
-        bounds: np.ndarray,
-        scores: np.ndarray,
-        greedy: np.ndarray,
-    ) -> None:
-        """Add to scores and greedy [requests] what x [T, D] says; there are logits only where a
-        token is scored."""
-        places, targets, owners = [], [], []
-        for piece, offset in zip(batch, bounds, strict=False):
-            for request, start, stop in piece.spans:
-                places.append(np.arange(start, stop) + (offset - piece.start))
-                targets.append(request.tokens[start + 1 : stop + 1])
-                owners.append(np.full(stop - start, request.number))
-        if not places:
-            return
-        place, target, owner = (
-            torch.from_numpy(np.concatenate(parts)) for parts in (places, targets, owners)
-        )
-        wide, size = (
-            torch.promote_types(x.dtype, torch.float32),
-            max(1, SLICE_ELEMENTS // len(self.model.head_weight)),
-        )
-        for part in torch.arange(len(place)).split(size):
-            wanted = target[part].to(x.device)
-            logits = F.linear(x[place[part].to(x.device)], self.model.head_weight).to(wide)
-            found = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
-            np.add.at(scores, owner[part].numpy(), found.double().cpu().numpy())
-            np.logical_and.at(
-                greedy, owner[part].numpy(), (logits.argmax(1) == wanted).cpu().numpy()
-            )
-
-
-def _tree(requests: list[_Request], longest: int) -> list[_Piece]:
-    """What there is to read, in pieces of at most `longest` tokens; the last token of a request is
-    only a target."""
-    requests = sorted(requests, key=lambda request: request.tokens[:-1].astype(">u4").tobytes())
-    lengths = [len(request.tokens) - 1 for request in requests]
-    alike = [0, *(_alike(a.tokens[:-1], b.tokens[:-1]) for a, b in itertools.pairwise(requests))]
-    roots: list[_Piece] = []
-    waiting = [(0, len(requests), 0, roots)]
-    while waiting:
-        low, high, start, pieces = waiting.pop()
-        while low < high and lengths[low] == start:  # these end here
-            low += 1
-        for n in range(low + 1, high + 1):
-            if n < high and (
-                alike[n] - start >= SHARED or alike[n] == lengths[n - 1] == lengths[n]
-            ):
-                continue
-            stop = min([start + longest, lengths[low], *alike[low + 1 : n]])
-            spans = [(r, max(start, r.first - 1), stop) for r in requests[low:n] if r.first <= stop]
-            pieces.append(_Piece(start, requests[low].tokens[start:stop], spans))
-            waiting.append((low, n, stop, pieces[-1].children))
-            low = n
-    return roots
-
-
-def _alike(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
-    size = min(len(a), len(b))
-    differ = a[:size] != b[:size]
-    return int(differ.argmax()) if differ.any() else size
-
-
-def _size(pieces: list[_Piece]) -> int:
-    """Tokens of the pieces and all that go on from them."""
-    waiting, tokens = [*pieces], 0
-    while waiting:
-        piece = waiting.pop()
-        waiting += piece.children
-        tokens += len(piece.tokens)
-    return tokens
-
-
-def _stack(model: LanguageModel, states: Sequence[State | None]) -> State | None:
-    """One state with a row each, None standing for a fresh one; None where all are.
-
-    Softmax attention's keys and values, whose number differs, stand at the right of their places.
-    """
-    if not any(states):
-        return None
-    fresh = State.new(model)
-    some = [state or fresh for state in states]
-    layers = []
-    for layer in zip(*(state.layers for state in some), strict=True):
-        parts = []
-        for tensors in zip(*layer, strict=True):
-            most = max(t.shape[1] for t in tensors)
-            parts.append(
-                torch.cat(
-                    [F.pad(t, (0, 0) * (t.dim() - 2) + (most - t.shape[1], 0)) for t in tensors]
-                )
-            )
-        layers.append(tuple(parts))
-    return State(layers, torch.cat([state.seen for state in some]))
+        return Request(number, np.array(tokens, dtype=np.int64), len(tokens) - len(continuation))
 
 
 # Tasks over a data folder.

@@ -155,11 +155,8 @@ class Recipe:
         if "model.kind" in named:
             replaced |= set(TRANSFORMER)
         if replaced:
-            values["model"] = {
-                k: v
-                for k, v in values["model"].items()
-                if k not in replaced or f"model.{k}" in named
-            }
+            dropped = {k for k in replaced if f"model.{k}" not in named}
+            values["model"] = {k: v for k, v in values["model"].items() if k not in dropped}
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -173,15 +170,17 @@ class Recipe:
             raise ValueError(
                 f"run = {recipe.run!r}, but must be a name of letters, digits, '.', '_' and '-'"
             )
-        recipe._check()
+        recipe._check_model()
+        recipe._check_choices()
+        recipe._check_ranges()
+        recipe._check_combinations()
         data = recipe.data
         # they are made already: what else the table says of making them is true of no data
         if not data.text:
             data = Data(path=data.path, format=data.format, chat_template=data.chat_template)
         return dataclasses.replace(recipe, data=data)
 
-    def _check(self) -> None:
-        train, optim, lora = self.train, self.optim, self.lora or Lora()
+    def _check_model(self) -> None:
         fields = ["from", "size", "kind", *(f.name for f in dataclasses.fields(ModelConfig))]
         for key in self.model:
             if key not in fields:
@@ -195,16 +194,21 @@ class Recipe:
                 raise ValueError(f"model.from says what the model is; remove {', '.join(more)}")
         elif self.lora is not None:
             raise ValueError("lora needs model.from, the folder of the model to adapt")
+
+    def _check_choices(self) -> None:
         for key, word, words in (
-            ("train.dtype", train.dtype, DTYPES),
-            ("optim.schedule", optim.schedule, SCHEDULES),
-            ("train.float8", train.float8, SCALINGS),
-            ("optim.name", optim.name, OPTIMIZERS),
+            ("train.dtype", self.train.dtype, DTYPES),
+            ("optim.schedule", self.optim.schedule, SCHEDULES),
+            ("train.float8", self.train.float8, SCALINGS),
+            ("optim.name", self.optim.name, OPTIMIZERS),
             ("data.format", self.data.format, ("text", *FORMATS)),
             ("model.size", self.model.get("size", "10m"), tuple(SIZES)),
             ("model.kind", self.model.get("kind", "published"), tuple(KINDS)),
         ):
             _check_choice(key, word, words)
+
+    def _check_ranges(self) -> None:
+        train, optim, lora = self.train, self.optim, self.lora or Lora()
         for key, number in (
             ("train.steps", train.steps),
             ("train.seq_len", train.seq_len),
@@ -246,11 +250,13 @@ class Recipe:
         ):
             if number < 0:
                 raise ValueError(f"{key} = {number}, but must be 0 or more")
+
+    def _check_combinations(self) -> None:
+        train, optim, lora = self.train, self.optim, self.lora or Lora()
         if train.batch_tokens % (train.seq_len * train.accumulate):
             raise ValueError(
                 f"train.batch_tokens = {train.batch_tokens} is not a multiple of train.seq_len x "
-                "train.accumulate = "
-                f"{train.seq_len * train.accumulate}"
+                f"train.accumulate = {train.seq_len * train.accumulate}"
             )
         if train.float8 and (
             train.dtype != "bfloat16" or self.parallel.tensor > 1 or self.lora is not None
@@ -310,20 +316,13 @@ class Recipe:
         values = dataclasses.asdict(self)
         if not self.data.text:
             # which `check_content` compares, unless they are the defaults
-            known = ("path", "format", "chat_template")
-            values["data"] = {
-                key: getattr(self.data, key)
-                for key in known
-                if getattr(self.data, key) != getattr(Data, key)
-            }
+            known = {key: getattr(self.data, key) for key in ("path", "format", "chat_template")}
+            values["data"] = {k: v for k, v in known.items() if v != getattr(Data, k)}
         lines = [f"run = {_toml(values.pop('run'))}"]
         for table, content in values.items():
-            if content is None:
-                continue
-            lines += ["", f"[{table}]"]
-            lines += [
-                f"{key} = {_toml(value)}" for key, value in content.items() if value is not None
-            ]
+            if content is not None:
+                lines += ["", f"[{table}]"]
+                lines += [f"{key} = {_toml(v)}" for key, v in content.items() if v is not None]
         return "\n".join(lines) + "\n"
 
     def difference(self, other: Recipe) -> str | None:
@@ -344,6 +343,14 @@ def _toml(value: object) -> str:
         items = (f"{key} = {_toml(item)}" for key, item in value.items() if item is not None)
         return f"{{{', '.join(items)}}}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+_KINDS_IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text, in quotes",
+}
 
 
 def _build(kind: type, values: object, prefix: str) -> Any:
@@ -368,25 +375,15 @@ def _build(kind: type, values: object, prefix: str) -> Any:
             raise ValueError(f"{prefix}{key} = {value}, but must be a finite number")
         if typing.get_origin(wanted) is tuple:
             item = typing.get_args(wanted)[0]
-            value = (
-                tuple(value)
-                if isinstance(value, (list, tuple))
-                else (value,)
-                if value != ""
-                else ()
-            )
-            fits = all(
-                type(part) is item or (item is float and type(part) is int) for part in value
-            )
+            if not isinstance(value, (list, tuple)):
+                value = () if value == "" else (value,)
+            value = tuple(value)
+            kinds = (float, int) if item is float else (item,)
+            fits = all(type(part) in kinds for part in value)
         else:
             fits = type(value) is (typing.get_origin(wanted) or wanted)
         if not fits:
-            word = {
-                int: "a whole number",
-                float: "a number",
-                bool: "true or false",
-                str: "text, in quotes",
-            }.get(wanted, "a list or table")
+            word = _KINDS_IN_WORDS.get(wanted, "a list or table")
             shown = value if isinstance(value, (date, time)) else repr(value)  # TOML has them, too
             raise ValueError(f"{prefix}{key} = {shown}, but must be {word}")
         built[key] = value
@@ -462,13 +459,8 @@ def _look_beside(folder: Path, values: dict[str, Any]) -> None:
         path, here = (folder / name).resolve(), Path.cwd()
         return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
-    for table, key in (
-        ("data", "path"),
-        ("data", "text"),
-        ("data", "tokenizer"),
-        ("data", "chat_template"),
-        ("model", "from"),
-    ):
+    named = ("data.path", "data.text", "data.tokenizer", "data.chat_template", "model.from")
+    for table, key in (name.split(".") for name in named):
         settings = values.get(table)
         if isinstance(settings, dict) and settings.get(key):
             settings[key] = found(settings[key])
@@ -506,9 +498,8 @@ def model_overrides(size: str, overrides: Sequence[str]) -> ModelConfig:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
