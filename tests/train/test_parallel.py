@@ -36,6 +36,13 @@ OTHER = {
     "activation": "1+elu",
 }
 BASELINE = {**TRANSFORMER, "num_attention_heads": 6, "hidden_size": 36}
+STACK = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "linear_attention", "full_attention"],
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+    "softmax": {"window": 5, "num_key_value_heads": 2, "gate": True},
+}
 DECAYED_BASELINE = {**TRANSFORMER, "position": "none", "decay": "alibi"}
 
 
@@ -69,6 +76,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(TP, EVERYTHING), Case(TP, OTHER, recompute=True), Case(TP, BASELINE),
         Case(TP, DECAYED_BASELINE),
         Case(TP, dtype="bfloat16"), Case(TP, EVERYTHING, compile="aot_eager", recompute=True),
+        Case(FSDP, STACK, recompute=True), Case(TP, STACK),
+        Case(TP, STACK, recompute=True, packed=True),
         Case(TP, packed=True),
         Case(TP, BASELINE, compile="aot_eager", recompute=True),
         Case(CP, EVERYTHING, accumulate=2), Case(CP, OTHER, recompute=True),
