@@ -7,8 +7,10 @@ from typing import Any
 
 
 class Lazy:
-    """A module that is imported when something of it is first used. Every worker of the suite
-    imports every test module, but runs only some of the tests."""
+    """A module that is imported when something of it is first used.
+
+    Every worker of the suite imports every test module, but runs only some of the tests. Patch the
+    module itself, by its name: an attribute that is set here does not reach it."""
 
     def __init__(self, name: str) -> None:
         self._name = name

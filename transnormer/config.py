@@ -14,18 +14,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .layer_config import ACTIVATIONS, DECAYS, GLUS, LAYER_TYPES, MIXERS, NORMS, POSITIONS
-from .layer_config import FULL as FULL
-from .layer_config import LINEAR as LINEAR
-from .layer_config import SLIDING as SLIDING
-from .layer_config import LayerConfig as LayerConfig
-from .layer_config import MixerFacts as MixerFacts
-from .layer_config import PositionFacts as PositionFacts
-from .layer_config import SoftmaxSettings as SoftmaxSettings
-from .layer_config import is_int as _is_int
-from .layer_config import nearest as nearest
-from .layer_config import require as _require
-from .layer_config import require_word as _require_word
+from .layer_config import (
+    ACTIVATIONS,
+    DECAYS,
+    FULL,
+    GLUS,
+    LAYER_TYPES,
+    LINEAR,
+    MIXERS,
+    NORMS,
+    POSITIONS,
+    SLIDING,
+    WINDOW,
+    LayerConfig,
+    SoftmaxSettings,
+    is_int,
+    nearest,
+    require,
+    require_choice,
+)
 
 MODEL_TYPE = "transnormer"  # in every config.json of ours
 # What a config.json must say, because no default is right for weights that somebody else wrote.
@@ -70,13 +77,14 @@ class ModelConfig:
     num_attention_heads: int = 8  # H
     head_dim: int = 0  # V, and K before LRPE doubles it; 0 means hidden_size / num_attention_heads
     intermediate_size: int = 2_816  # F
-    mixer: str = "gla"  # of every layer or, with layer_types, of the linear ones
-    # one of LAYER_TYPES a layer; None: all layers are of `mixer` and read the settings below
+    mixer: str = "gla"  # of every layer or, where layer_types has linear ones, of those
+    # One of LAYER_TYPES for each layer. None: every layer has `mixer`.
     layer_types: tuple[str, ...] | None = None
-    # what softmax layers read instead of the settings below; None where they read those
+    # What softmax layers have instead of mixer, position, decay, gate, activation and heads below.
     softmax: SoftmaxSettings | None = None
     position: str = "lrpe"
-    position_layers: str | tuple[int, ...] = "first"  # "first", "all" or the layers' numbers from 0
+    # "first", "all" or numbers from 0, of the layers that read `position`
+    position_layers: str | tuple[int, ...] = "first"
     rope_theta: float = 10_000.0
     # rows of the learned position table; read by position "ape" alone
     max_position_embeddings: int = 2_048
@@ -108,22 +116,22 @@ class ModelConfig:
             "intermediate_size",
             "max_position_embeddings",
         ):
-            _require(
-                _is_int(value := getattr(self, name)) and value > 0,
+            require(
+                is_int(value := getattr(self, name)) and value > 0,
                 name,
                 value,
                 "a positive integer",
             )
-        _require(
-            _is_int(self.head_dim) and self.head_dim >= 0,
+        require(
+            is_int(self.head_dim) and self.head_dim >= 0,
             "head_dim",
             self.head_dim,
             "an integer, 0 or more",
         )
-        for name, words in _WORDS.items():
-            _require_word(name, getattr(self, name), words)
+        for name, choices in _CHOICES.items():
+            require_choice(name, getattr(self, name), choices)
         for name in ("decay_temperature", "gate", "embed_scale", "bias", "tie_word_embeddings"):
-            _require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
+            require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
         for name in ("rope_theta", "norm_eps", "initializer_range", "decay_scale"):
             value = getattr(self, name)
             fits = (
@@ -132,10 +140,10 @@ class ModelConfig:
                 and math.isfinite(value)
                 and value >= 0
             )
-            _require(fits, name, value, "a finite number, 0 or more")
+            require(fits, name, value, "a finite number, 0 or more")
         if not self.head_dim:
             whole = self.hidden_size % self.num_attention_heads == 0
-            _require(
+            require(
                 whole,
                 "num_attention_heads",
                 self.num_attention_heads,
@@ -143,88 +151,79 @@ class ModelConfig:
             )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.gate_rank is not None:
-            _require(
-                _is_int(self.gate_rank) and self.gate_rank > 0,
+            require(
+                is_int(self.gate_rank) and self.gate_rank > 0,
                 "gate_rank",
                 self.gate_rank,
                 "null or a positive integer",
             )
-            _require(self.gate, "gate_rank", self.gate_rank, "null while gate is false")
-        _require(
-            self.position != "rope" or self.head_dim % 2 == 0,
-            "head_dim",
-            self.head_dim,
-            "even with position rope",
-        )
+            require(self.gate, "gate_rank", self.gate_rank, "null while gate is false")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            fits = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
-            _require(fits, name, value, f"null or an id below vocab_size {self.vocab_size}")
-        self._check_layers()
+            fits = value is None or (is_int(value) and 0 <= value < self.vocab_size)
+            require(fits, name, value, f"null or an id below vocab_size {self.vocab_size}")
+        self._check_layer_types()
         self._check_position_layers()
+        for layer in {*self.layers}:
+            self._check_layer(layer)
 
-    def _check_layers(self) -> None:
+    def _check_layer_types(self) -> None:
         """Check layer_types and softmax, and give them their types."""
-        types = self.layer_types
+        fixed = [name for name, facts in MIXERS.items() if facts.fixed_state]
+        types, softmax = self.layer_types, self.softmax
         if types is not None:
             fits = isinstance(types, (list, tuple)) and len(types) == self.num_hidden_layers
-            _require(fits, "layer_types", types, f"a list of {self.num_hidden_layers} words")
-            for n, word in enumerate(types):
-                _require_word(f"layer_types[{n}]", word, LAYER_TYPES)
-            known = [word for word, facts in MIXERS.items() if facts.fixed_state]
-            fits = LINEAR not in types or self.mixer in known
-            _require(fits, "mixer", self.mixer, f"{' or '.join(known)} for the linear layers")
-            types = None if set(types) == {LINEAR} else tuple(types)  # `mixer` says it already
+            require(fits, "layer_types", types, f"a list of {self.num_hidden_layers} layer types")
+            for n, name in enumerate(types):
+                require_choice(f"layer_types[{n}]", name, LAYER_TYPES)
+            if LINEAR in types:
+                wanted = f"{' or '.join(fixed)} for the linear layers"
+                require(self.mixer in fixed, "mixer", self.mixer, wanted)
+            else:
+                wanted = "softmax where layer_types has no linear_attention"
+                require(self.mixer == "softmax", "mixer", self.mixer, wanted)
+            types = None if set(types) == {LINEAR} else tuple(types)  # which None means, too
             object.__setattr__(self, "layer_types", types)
-        softmax = self.softmax
         if softmax is None:
-            if types is None:
-                return
-            softmax = SoftmaxSettings()
-        elif not isinstance(softmax, SoftmaxSettings):
+            return
+        if not isinstance(softmax, SoftmaxSettings):
             softmax = SoftmaxSettings.from_dict(softmax)
-        object.__setattr__(self, "softmax", softmax)
-        linear = types is None and MIXERS[self.mixer].fixed_state
-        _require(not linear, "softmax", softmax, "null where no layer is a softmax layer")
-        heads = softmax.num_attention_heads or self.num_attention_heads
-        groups = softmax.num_key_value_heads or heads
-        _require(
-            self.inner_size % heads == 0,
-            "softmax.num_attention_heads",
-            heads,
-            f"a divisor of the width of all heads, {self.inner_size}",
-        )
-        _require(
-            softmax.position != "rope" or self.inner_size // heads % 2 == 0,
-            "softmax.num_attention_heads",
-            heads,
-            f"such that {self.inner_size} / heads is even with position rope",
-        )
-        _require(
-            heads % groups == 0, "softmax.num_key_value_heads", groups, f"a divisor of {heads}"
-        )
-        facts = POSITIONS[softmax.position]
-        _require(
-            groups == heads or not (facts and facts.parameters),
-            "softmax.num_key_value_heads",
-            groups,
-            f"null with position {softmax.position}, which each head learns for itself",
-        )
+            object.__setattr__(self, "softmax", softmax)
+        if types is None and self.mixer in fixed:
+            raise ValueError("model config: softmax is set, but no layer is a softmax layer")
+        fits = softmax.window is None or SLIDING in (types or ())
+        require(fits, "softmax.window", softmax.window, f"null where no layer is {SLIDING}")
+
+    def _check_layer(self, layer: LayerConfig) -> None:
+        heads, groups = layer.num_attention_heads, layer.num_key_value_heads
+        wanted = f"a divisor of the width of all heads, {self.inner_size}"
+        require(self.inner_size % heads == 0, "softmax.num_attention_heads", heads, wanted)
+        if layer.position == "rope":
+            own = layer.head_dim == self.head_dim
+            name, value = ("head_dim", self.head_dim) if own else ("num_attention_heads", heads)
+            wanted = f"{'even' if own else f'such that {self.inner_size} / heads is even'} with"
+            name = name if own else f"softmax.{name}"
+            require(layer.head_dim % 2 == 0, name, value, f"{wanted} position rope")
+        name = "softmax.num_key_value_heads"
+        require(heads % groups == 0, name, groups, f"a divisor of {heads}")
+        facts = POSITIONS[layer.position]
+        wanted = f"null with position {layer.position}, which each head learns for itself"
+        require(groups == heads or not (facts and facts.parameters), name, groups, wanted)
 
     def _check_position_layers(self) -> None:
         """Check position_layers, and sort them."""
         layers, types = self.position_layers, self.layer_types
         if isinstance(layers, str):
             fits = layers in ("first", "all")
-            _require(fits, "position_layers", layers, "first, all or a list")
+            require(fits, "position_layers", layers, "first, all or a list")
             return
         fits = isinstance(layers, (list, tuple)) and all(
-            _is_int(layer) and 0 <= layer < self.num_hidden_layers for layer in layers
+            is_int(layer) and 0 <= layer < self.num_hidden_layers for layer in layers
         )
         most = self.num_hidden_layers - 1
-        _require(fits, "position_layers", layers, f"layer numbers from 0 to {most}")
-        fits = types is None or all(types[layer] == LINEAR for layer in layers)
-        _require(fits, "position_layers", layers, "numbers of linear layers; see softmax.position")
+        require(fits, "position_layers", layers, f"layer numbers from 0 to {most}")
+        fits = types is None or LINEAR not in types or all(types[n] == LINEAR for n in layers)
+        require(fits, "position_layers", layers, "numbers of linear layers; see softmax.position")
         object.__setattr__(self, "position_layers", tuple(sorted(set(layers))))
 
     @property
@@ -237,40 +236,39 @@ class ModelConfig:
         """What each layer's mixer is, from the first layer to the last."""
         uniform = LINEAR if MIXERS[self.mixer].fixed_state else FULL
         types = self.layer_types or (uniform,) * self.num_hidden_layers
-        return tuple(self._layer(n, word) for n, word in enumerate(types))
+        linear = LINEAR in types
+        # In a stack with linear layers `position` is theirs alone.
+        reading = [n for n, name in enumerate(types) if name == LINEAR or not linear]
+        turned = self.position_layers
+        if isinstance(turned, str):
+            turned = tuple(reading[:1] if turned == "first" else reading)
+        if POSITIONS[self.position] is None:
+            turned = ()
+        return tuple(self._layer(name, n in turned, linear) for n, name in enumerate(types))
 
-    def _layer(self, number: int, word: str) -> LayerConfig:
-        own = self.softmax
-        if word == LINEAR or own is None:
-            at = self.position_layers
-            turned = POSITIONS[self.position] is not None and (
-                at == "all" or number == 0 if isinstance(at, str) else number in at
-            )
-            return LayerConfig(
-                type=word,
-                mixer=self.mixer,
-                position=self.position if turned else "none",
-                activation=self.activation,
-                decay=self.decay,
-                gate=self.gate,
-                gate_rank=self.gate_rank,
-                num_attention_heads=self.num_attention_heads,
-                num_key_value_heads=self.num_attention_heads,
-                head_dim=self.head_dim,
-            )
-        heads = own.num_attention_heads or self.num_attention_heads
+    def _layer(self, name: str, turned: bool, linear: bool) -> LayerConfig:
+        """name: its type. turned: whether it has `position`. linear: whether any layer is."""
+        settings = {key: getattr(self, key) for key in ("activation", "decay", "gate")}
+        settings["position"] = self.position if turned else "none"
+        heads, groups, window, rank = self.num_attention_heads, None, None, self.gate_rank
+        if name != LINEAR:
+            own = self.softmax or SoftmaxSettings()
+            if linear:
+                settings, rank = {key: TRANSFORMER[key] for key in settings}, None
+            for key in settings:
+                if getattr(own, key) is not None:
+                    settings[key] = getattr(own, key)
+            heads, groups = own.num_attention_heads or heads, own.num_key_value_heads
+            window = (own.window or WINDOW) if name == SLIDING else None
         return LayerConfig(
-            type=word,
-            mixer="softmax",
-            position=own.position,
-            activation=own.activation,
-            decay=own.decay,
-            gate=own.gate,
-            gate_rank=None,
+            type=name,
+            mixer=self.mixer if name == LINEAR else "softmax",
+            **settings,
+            gate_rank=rank if settings["gate"] else None,
             num_attention_heads=heads,
-            num_key_value_heads=own.num_key_value_heads or heads,
+            num_key_value_heads=groups or heads,
             head_dim=self.inner_size // heads,
-            window=own.window if word == SLIDING else None,
+            window=window,
         )
 
     @property
@@ -393,7 +391,7 @@ class ModelConfig:
             if missing := [name for name in SHAPE if name not in values]:
                 raise ValueError(f"no {', '.join(missing)}, so the model's shape is not known")
             for name, most in LARGEST.items():
-                if _is_int(values.get(name)) and values[name] > most:
+                if is_int(values.get(name)) and values[name] > most:
                     raise ValueError(f"{name} is {values[name]:,}, more than {most:,}")
             return cls.from_dict(values)
         except (ValueError, TypeError) as error:
@@ -414,7 +412,7 @@ class ModelConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-_WORDS: dict[str, Collection[str]] = {
+_CHOICES: dict[str, Collection[str]] = {
     "mixer": MIXERS,
     "position": POSITIONS,
     "decay": DECAYS,

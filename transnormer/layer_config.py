@@ -1,4 +1,4 @@
-"""What one layer of a model is: the words that each setting knows, and the settings of a layer.
+"""What one layer of a model is: the choices that each setting has, and the settings of a layer.
 
 `ModelConfig` in `config.py` resolves its settings to one `LayerConfig` a layer. Importing this
 takes the standard library alone."""
@@ -27,15 +27,17 @@ class MixerFacts:
 
 @dataclass(frozen=True)
 class PositionFacts:
-    """What a position does to q and k in the mixer. width: theirs afterwards, times head_dim;
-    parameters: a channel."""
+    """What a position does to q and k in the mixer.
+
+    width: the factor by which it widens them.
+    parameters: learned numbers for each channel."""
 
     width: int = 1
     parameters: int = 0
 
 
-# The words each switch knows, and what must be known of one without torch. `model/layers.py` and
-# `model/mixers.py` hold one class or function per word.
+# The choices of each setting, and what must be known of one without torch. `model/layers.py` and
+# `model/mixers.py` hold one class or function for each.
 MIXERS = {
     "gla": MixerFacts(fixed_state=True, norm=True),
     "softmax": MixerFacts(fixed_state=False, norm=False),
@@ -62,48 +64,52 @@ ACTIVATIONS = (
     "sine",
     "exp",
 )
-# Hugging Face's words for layers. A linear layer is of the model's mixer, whose state has one size.
+# Hugging Face's names for kinds of layers, and whether what such a layer remembers of a text stops
+# growing. Linear layers use `ModelConfig.mixer`, whose state has one size.
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
-LAYER_TYPES = (LINEAR, FULL, SLIDING)
+LAYER_TYPES = {LINEAR: True, FULL: False, SLIDING: True}
+WINDOW = 1_024  # of sliding_attention, where the model does not say another
+LARGEST_WINDOW = 2**31  # more would not fit the integers that positions are counted with
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxSettings:
-    """What the softmax layers of a stack are, whatever the model's other layers are. The defaults
-    are those of the softmax baseline.
+    """What the softmax layers of a model have instead of the model's own settings.
 
-    Raises ValueError for a word or number that no layer can have."""
+    A setting that is None is, in a stack with linear layers, that of the softmax Transformer
+    (`config.TRANSFORMER`); in a stack without them it is the model's own.
 
-    position: str = "rope"  # in every softmax layer
-    activation: str = "none"  # on q and k
-    decay: str = "none"
-    gate: bool = False
-    # They share the model's inner width, H * head_dim; None: as many as num_attention_heads.
+    Raises ValueError for a value that no layer can have."""
+
+    position: str | None = None  # in every softmax layer
+    activation: str | None = None  # on q and k
+    decay: str | None = None  # weakened from layer to layer as the model says
+    gate: bool | None = None
+    # The heads of a softmax layer are as wide together as the model's. None: as many as those.
     num_attention_heads: int | None = None
-    # groups of query heads that share their keys and values; None: a group for each query head
+    # Groups of query heads that share their keys and values. None: a group for each query head.
     num_key_value_heads: int | None = None
-    # the last tokens that a query of a sliding_attention layer sees, itself included
-    window: int = 1_024
+    # The tokens that a query of a sliding_attention layer sees, its own included. None: WINDOW.
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        positions = [word for word in POSITIONS if word != "ape"]  # which the model's input has
-        for name, words in (
+        positions = [choice for choice in POSITIONS if choice != "ape"]  # added to the embeddings
+        for name, choices in (
             ("position", positions),
             ("activation", ACTIVATIONS),
             ("decay", DECAYS),
         ):
-            require_word(f"softmax.{name}", getattr(self, name), words)
-        require(isinstance(self.gate, bool), "softmax.gate", self.gate, "true or false")
+            if getattr(self, name) is not None:
+                require_choice(f"softmax.{name}", getattr(self, name), choices)
+        fits = self.gate is None or isinstance(self.gate, bool)
+        require(fits, "softmax.gate", self.gate, "true or false")
         for name in ("num_attention_heads", "num_key_value_heads"):
             value = getattr(self, name)
-            require(
-                value is None or (is_int(value) and value > 0),
-                f"softmax.{name}",
-                value,
-                "null or a positive integer",
-            )
-        # a window of one token would leave nothing to attend to
-        require(is_int(self.window) and self.window > 1, "softmax.window", self.window, "2 or more")
+            fits = value is None or (is_int(value) and value > 0)
+            require(fits, f"softmax.{name}", value, "null or a positive integer")
+        # With a window of one token a query would see only itself, and the state would be empty.
+        fits = self.window is None or (is_int(self.window) and 1 < self.window <= LARGEST_WINDOW)
+        require(fits, "softmax.window", self.window, f"null or from 2 to {LARGEST_WINDOW:,}")
 
     @classmethod
     def from_dict(cls, values: object) -> SoftmaxSettings:
@@ -157,8 +163,8 @@ class LayerConfig:
 
     @property
     def parts(self) -> int:
-        """How many vectors of head_dim the first projection gives a head of keys and values: its
-        queries, a key, a value, and the gates that are not a projection of their own."""
+        """How many vectors of head_dim the first projection gives for each head of keys and values:
+        its queries, a key, a value, and its gates unless gate_rank gives them a projection."""
         gates = self.group if self.gate and self.gate_rank is None else 0
         return self.group + 2 + gates
 
@@ -170,7 +176,11 @@ class LayerConfig:
     @property
     def bounded(self) -> bool:
         """Whether what the layer remembers of a text stops growing, however long the text is."""
-        return self.type != FULL
+        return LAYER_TYPES[self.type]
+
+    def kept(self, tokens: int) -> int:
+        """Of how many of so many tokens a softmax layer keeps keys and values."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
 
     def state_bytes(self, tokens: int, itemsize: int = 4) -> int:
         """Bytes that the layer remembers of a text of so many tokens.
@@ -179,8 +189,8 @@ class LayerConfig:
         """
         if self.linear:
             return 4 * self.num_attention_heads * self.key_dim * self.head_dim
-        kept = tokens if self.window is None else min(tokens, self.window - 1)
-        return kept * itemsize * self.num_key_value_heads * (self.key_dim + self.head_dim)
+        width = self.num_key_value_heads * (self.key_dim + self.head_dim)
+        return self.kept(tokens) * itemsize * width
 
 
 def is_int(value: object) -> bool:
@@ -192,9 +202,9 @@ def require(fits: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"model config: {name} = {value!r}, but must be {wanted}")
 
 
-def require_word(name: str, value: Any, words: Collection[str]) -> None:
-    fits = isinstance(value, str) and value in words
-    require(fits, name, value, f"one of {', '.join(words)}{nearest(value, words)}")
+def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    fits = isinstance(value, str) and value in choices
+    require(fits, name, value, f"one of {', '.join(choices)}{nearest(value, choices)}")
 
 
 def nearest(word: object, words: Collection[str], prefix: str = "") -> str:

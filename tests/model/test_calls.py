@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from transnormer import TRANSFORMER, LanguageModel, ModelConfig, State, config
+from transnormer import TRANSFORMER, LanguageModel, ModelConfig, State, layer_config
 from transnormer.inference.engine import Session
 from transnormer.model import layers, mixers
 from transnormer.model.card import model_card
@@ -187,21 +187,23 @@ def test_autocast_leaves_softmax_attention_its_decays() -> None:
 
 @pytest.fixture
 def add(monkeypatch):
-    """Adds a word to config.py with its facts, and to its table in the model."""
+    """Adds a word to layer_config.py with its facts, and to its table in the model."""
 
     def add(tables: str, word: str, facts: object, made: object) -> None:
-        monkeypatch.setitem(getattr(config, tables), word, facts)
+        monkeypatch.setitem(getattr(layer_config, tables), word, facts)
         monkeypatch.setitem(getattr(mixers if tables == "MIXERS" else layers, tables), word, made)
 
     return add
 
 
 def test_every_word_has_its_facts_and_its_class() -> None:
-    assert config.MIXERS.keys() == mixers.MIXERS.keys()
-    assert config.NORMS.keys() == layers.NORMS.keys()
-    assert {word for word, facts in config.POSITIONS.items() if facts} == layers.POSITIONS.keys()
-    assert set(config.ACTIVATIONS) == layers.ACTIVATIONS.keys()
-    assert set(config.GLUS) == layers.GLUS.keys()
+    assert layer_config.MIXERS.keys() == mixers.MIXERS.keys()
+    assert layer_config.NORMS.keys() == layers.NORMS.keys()
+    assert {
+        word for word, facts in layer_config.POSITIONS.items() if facts
+    } == layers.POSITIONS.keys()
+    assert set(layer_config.ACTIVATIONS) == layers.ACTIVATIONS.keys()
+    assert set(layer_config.GLUS) == layers.GLUS.keys()
 
 
 def test_a_new_position_is_called(add, ids) -> None:
@@ -213,7 +215,7 @@ def test_a_new_position_is_called(add, ids) -> None:
             sign = torch.where(tokens.positions % 2 == 0, 1, -1)[:, None, None]
             return q * sign, k
 
-    add("POSITIONS", "reversed", config.PositionFacts(), Reversed)
+    add("POSITIONS", "reversed", layer_config.PositionFacts(), Reversed)
     torch.manual_seed(1)
     model = small(position="reversed")
     torch.manual_seed(1)
@@ -256,7 +258,7 @@ def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measuremen
             )
             return y, tuple(after.chunk(2, -1))
 
-    add("MIXERS", "twin", config.MixerFacts(fixed_state=True, norm=True), Twin)
+    add("MIXERS", "twin", layer_config.MixerFacts(fixed_state=True, norm=True), Twin)
     model = small(mixer="twin")
     assert model.config.parameter_count() == model.parameter_count()
     whole, _ = model(ids)

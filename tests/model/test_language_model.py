@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
-from transnormer.config import ACTIVATIONS, GLUS, NORMS
 from transnormer.files import read_tensors, write_tensors
+from transnormer.layer_config import ACTIVATIONS, FULL, GLUS, LINEAR, NORMS, SLIDING
 from transnormer.model.language_model import init_weights
 from transnormer.model.layers import LRPE, TokenPositions
 
@@ -38,6 +38,8 @@ KINDS = [
         ("alibi", "paper", "none"),
     )
 ]
+
+STACK = {"layer_types": [LINEAR, SLIDING, FULL], "softmax": {"window": 6}}
 
 
 def small(dtype: torch.dtype = torch.float64, **changes) -> LanguageModel:
@@ -175,8 +177,9 @@ def test_loss_is_the_cross_entropy_of_the_logits() -> None:
     torch.testing.assert_close(padded[0, 4:], alone)
 
 
-def test_gradients_flow_through_the_state() -> None:
-    model, ids = small(), torch.randint(29, (1, 30))
+@pytest.mark.parametrize("kind", [{}, STACK], ids=["linear", "stack"])
+def test_gradients_flow_through_the_state(kind: dict) -> None:
+    model, ids = small(**kind), torch.randint(29, (2, 30))
     grads = []
     for cut in (0, 11):
         model.zero_grad()
@@ -188,6 +191,7 @@ def test_gradients_flow_through_the_state() -> None:
         logits.square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for whole, pieces in zip(*grads, strict=True):
+        assert whole.abs().max() > 0
         torch.testing.assert_close(whole, pieces, rtol=1e-9, atol=1e-9)
 
 

@@ -14,27 +14,23 @@ from torch import Tensor
 
 from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
 from transnormer.cli.info import _say_model
-from transnormer.config import FULL, LINEAR, SLIDING, SoftmaxSettings
 from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
+from transnormer.layer_config import FULL, LINEAR, SLIDING, SoftmaxSettings
 from transnormer.model import mixers
 from transnormer.model.card import model_card
 from transnormer.model.layers import TokenPositions
 from transnormer.model.mixers import SoftmaxAttention
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 29,
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "initializer_range": 0.3,
-}
-MIXED = {"layer_types": [LINEAR, SLIDING, FULL], "softmax": {"window": 6}}
+from .test_language_model import SMALL as BASE
+from .test_language_model import STACK as MIXED
+from .test_language_model import small as build
+
+SMALL = {**BASE, "num_attention_heads": 4, "initializer_range": 0.3}
 
 
 def small(dtype: torch.dtype = torch.float64, **changes: Any) -> LanguageModel:
-    return LanguageModel(ModelConfig(**{**SMALL, **changes})).to(dtype).eval()
+    return build(dtype, **{"num_attention_heads": 4, **changes})
 
 
 def drawn(seed: int) -> dict[str, Any]:
@@ -45,6 +41,7 @@ def drawn(seed: int) -> dict[str, Any]:
     position = draw.choice(("rope", "lrpe", "none"))
     heads = draw.choice((2, 4, 6))
     return {
+        "mixer": "gla" if LINEAR in types else "softmax",
         "layer_types": types,
         "position": draw.choice(("lrpe", "rope", "none", "ape")),
         "position_layers": draw.choice(("first", "all")),
@@ -56,7 +53,7 @@ def drawn(seed: int) -> dict[str, Any]:
             "gate": draw.random() < 0.5,
             "num_attention_heads": heads,
             "num_key_value_heads": heads if position == "lrpe" else draw.choice((1, 2, heads)),
-            "window": draw.choice((2, 5, 16, 100)),
+            "window": draw.choice((2, 5, 16, 100)) if SLIDING in types else None,
         },
     }
 
@@ -64,7 +61,7 @@ def drawn(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(12))
 @torch.inference_mode()
 def test_every_way_of_reading_gives_the_same(seed: int, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(mixers, "LEAST_BLOCK", 3)
+    monkeypatch.setattr(mixers, "MIN_QUERY_BLOCK", 3)
     model = small(**drawn(seed))
     assert model.parameter_count() == model.config.parameter_count()
     ids = torch.randint(29, (2, 40))
@@ -125,9 +122,9 @@ def looped(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, window: int) -> T
 def test_a_window_is_what_the_loop_says(
     window: int, groups: int, block: int, decay: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr(mixers, "LEAST_BLOCK", block)
+    monkeypatch.setattr(mixers, "MIN_QUERY_BLOCK", block)
     settings = {"window": window, "num_key_value_heads": groups, "decay": decay}
-    config = ModelConfig(**SMALL, layer_types=[SLIDING] * 3, softmax=settings)
+    config = ModelConfig(**SMALL, **TRANSFORMER, layer_types=[SLIDING] * 3, softmax=settings)
     mixer = SoftmaxAttention(config, 1).double()
     q, k, v = (torch.randn(1, 23, heads, 6).double() for heads in (4, groups, groups))
     want = looped(q, k, v, mixer.log_decay, window)
@@ -150,7 +147,7 @@ def test_a_window_is_what_the_loop_says(
 
 
 def test_no_token_sees_a_later_one_or_one_out_of_the_windows() -> None:
-    model = small(layer_types=[SLIDING] * 3, softmax={"window": 4})
+    model = small(**TRANSFORMER, layer_types=[SLIDING] * 3, softmax={"window": 4})
     ids = torch.randint(29, (1, 30))
     changed = ids.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 29
@@ -159,42 +156,32 @@ def test_no_token_sees_a_later_one_or_one_out_of_the_windows() -> None:
     assert differs.nonzero().flatten().tolist() == list(range(10, 10 + 3 * 3 + 1))
 
 
-def test_a_layer_is_what_the_uniform_stack_of_its_kind_is() -> None:
-    """The settings of the softmax layers are their own, and a uniform stack's the model's."""
+def test_layers_have_the_settings_of_their_own() -> None:
+    """In a stack with linear layers those of the baseline, in another one the model's."""
+    baseline = ModelConfig(**SMALL, **TRANSFORMER)
+    assert ModelConfig(**SMALL, layer_types=[LINEAR, LINEAR, FULL]).layers[2] == baseline.layers[2]
     torch.manual_seed(3)
-    baseline = small(**TRANSFORMER, num_hidden_layers=2)
-    words = {**TRANSFORMER, "mixer": "gla", "position": "lrpe", "activation": "swish"}
-    stacked = small(**words, num_hidden_layers=2, layer_types=[FULL, FULL])
-    stacked.load_state_dict(baseline.state_dict())
+    words = {**TRANSFORMER, "gate": True, "decay": "alibi", "position_layers": [1]}
+    uniform = small(**words)
+    stacked = small(**words, layer_types=[FULL, SLIDING, FULL])
+    stacked.load_state_dict(uniform.state_dict())
     ids = torch.randint(29, (2, 20))
-    assert torch.equal(stacked(ids)[0], baseline(ids)[0])
-    # by the record alone, without layer_types, too
-    own = small(**{**words, "mixer": "softmax"}, num_hidden_layers=2, softmax={})
-    own.load_state_dict(baseline.state_dict())
-    assert torch.equal(own(ids)[0], baseline(ids)[0])
+    assert torch.equal(stacked(ids)[0], uniform(ids)[0])
+    assert [layer.position for layer in stacked.config.layers] == ["none", "rope", "none"]
+    grouped = stacked.config.replace(softmax={"gate": False, "num_key_value_heads": 2})
+    assert {(layer.gate, layer.decay, layer.group) for layer in grouped.layers} == {
+        (False, "alibi", 2)
+    }
+    assert stacked.config.replace(layer_types=None) == uniform.config
     mixed = small(**MIXED)
     kinds = [type(block.mixer).__name__ for block in mixed.blocks()]
     assert kinds == ["GatedLinearAttention", "SoftmaxAttention", "SoftmaxAttention"]
     assert [layer.position for layer in mixed.config.layers] == ["lrpe", "rope", "rope"]
+    # the first layer of those that read it
+    later = mixed.config.replace(layer_types=[FULL, LINEAR, LINEAR], softmax=None)
+    assert [layer.position for layer in later.layers] == ["rope", "lrpe", "none"]
     assert mixed.config.log_decay(2) == [0.0] * 4 != mixed.config.log_decay(0)
     assert mixed.blocks()[2].mixer.parts == 3  # no gate
-
-
-def test_gradients_reach_everything() -> None:
-    model, ids = small(**MIXED), torch.randint(29, (2, 20))
-    grads = []
-    for cut in (0, 11):
-        model.zero_grad()
-        if cut:
-            first, state = model(ids[:, :cut])
-            logits = torch.cat([first, model(ids[:, cut:], state)[0]], dim=1)
-        else:
-            logits, _ = model(ids)
-        logits.square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    for whole, pieces in zip(*grads, strict=True):
-        assert whole.abs().max() > 0
-        torch.testing.assert_close(whole, pieces, rtol=1e-9, atol=1e-9)
 
 
 def test_memory_is_what_the_config_says() -> None:
@@ -210,6 +197,17 @@ def test_memory_is_what_the_config_says() -> None:
     assert bounded.fixed_state
     assert not bounded.linear
     assert bounded.growth_bytes() == 0
+
+
+def test_a_state_of_other_windows_is_refused(tmp_path) -> None:
+    model = small(torch.float32, **MIXED)
+    _, state = model(torch.randint(29, (2, 20)))
+    state.select([1]).save(tmp_path / "state.safetensors")
+    State.load(tmp_path / "state.safetensors", model)
+    for types, window in (([LINEAR, FULL, SLIDING], 6), (MIXED["layer_types"], 9)):
+        other = small(torch.float32, layer_types=types, softmax={"window": window})
+        with pytest.raises(ValueError, match=r"layer 1 holds keys of 5 tokens after 20 were read"):
+            State.load(tmp_path / "state.safetensors", other)
 
 
 def test_sessions_write_with_any_stack(tmp_path) -> None:
@@ -228,9 +226,8 @@ def test_sessions_write_with_any_stack(tmp_path) -> None:
 
 def test_flops_count_each_layer_for_itself() -> None:
     uniform = small(**TRANSFORMER).flops_per_token(64)
-    words = {**TRANSFORMER, "mixer": "gla"}
-    assert small(**words, layer_types=[FULL] * 3).flops_per_token(64) == uniform
-    slides = small(**words, layer_types=[SLIDING] * 3, softmax={"window": 16})
+    assert small(**TRANSFORMER, layer_types=[FULL] * 3).flops_per_token(64) == uniform
+    slides = small(**TRANSFORMER, layer_types=[SLIDING] * 3, softmax={"window": 16})
     # 1, 2, ..., 16, 16, ... keys; half of the last one is not counted, as without a window
     visible = (16**2 / 2 + 48 * 16) / 64
     assert uniform - slides.flops_per_token(64) == 3 * 3 * 4 * 2 * (32 - visible) * (6 + 6)
@@ -279,8 +276,9 @@ def test_a_mixed_stack_survives_its_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"layer_types": [LINEAR]}, "layer_types = .* must be a list of 3 words"),
-        ({"layer_types": "linear"}, "layer_types = 'linear', but must be a list of 3 words"),
+        ({"layer_types": [LINEAR]}, "layer_types = .* must be a list of 3 layer types"),
+        ({"layer_types": "linear"}, "layer_types = 'linear', but must be a list of 3 layer types"),
+        ({"layer_types": [FULL] * 3}, "mixer = 'gla', but must be softmax where layer_types has"),
         (
             {"layer_types": [LINEAR, "full_atention", FULL]},
             r"layer_types\[1\] = 'full_atention'.*did you mean full_attention\?",
@@ -290,10 +288,15 @@ def test_a_mixed_stack_survives_its_file(tmp_path) -> None:
             {**MIXED, "mixer": "softmax"},
             "mixer = 'softmax', but must be gla for the linear layers",
         ),
-        ({"softmax": {}}, "null where no layer is a softmax layer"),
+        ({"softmax": {}}, "softmax is set, but no layer is a softmax layer"),
+        (
+            {"layer_types": [LINEAR, FULL, FULL], "softmax": {"window": 7}},
+            "softmax.window = 7, but must be null where no layer is sliding_attention",
+        ),
+        ({**MIXED, "softmax": {"window": 2**70}}, "null or from 2 to 2,147,483,648"),
         ({**MIXED, "softmax": {"windw": 3}}, r"'softmax.windw'; did you mean softmax.window\?"),
         ({**MIXED, "softmax": 3}, "softmax = 3, but must be a table of settings"),
-        ({**MIXED, "softmax": {"window": 1}}, "softmax.window = 1, but must be 2 or more"),
+        ({**MIXED, "softmax": {"window": 1}}, "softmax.window = 1, but must be null or from 2"),
         ({**MIXED, "softmax": {"position": "ape"}}, "softmax.position = 'ape'"),
         ({**MIXED, "softmax": {"position": []}}, r"softmax.position = \[\]"),
         ({**MIXED, "softmax": {"gate": 1}}, "softmax.gate = 1, but must be true or false"),

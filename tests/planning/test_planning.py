@@ -156,7 +156,12 @@ KEPT += [
     for words in ({}, {"gate_rank": 8}, {"norm": "rmsnorm"}, {"norm": "layernorm"}, TRANSFORMER)
 ]
 KEPT += [({}, 4)]
-KEPT += [({"layer_types": FULL, "softmax": {"num_key_value_heads": 2}}, n) for n in (1, 2)]
+GROUPED = {"layer_types": ["linear_attention", *FULL[1:]], "softmax": {"num_key_value_heads": 2}}
+KEPT += [(GROUPED, n) for n in (1, 2)]
+GATED = {**TRANSFORMER, "gate": True}
+KEPT += [(GATED, n) for n in (1, 2)]
+KEPT += [({**GATED, "gate_rank": 8}, 1), ({**GATED, "position": "none"}, 1)]
+KEPT += [({**GROUPED, "softmax": {"num_key_value_heads": 2, "gate": True}}, 1)]
 
 
 @pytest.mark.parametrize(("words", "tensor"), KEPT, ids=lambda value: str(value)[:30])

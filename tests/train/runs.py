@@ -133,7 +133,9 @@ class Forked:
     stderr = None
 
     def __init__(self, *overrides: str, processes: int = 1):
-        with tempfile.NamedTemporaryFile(prefix="store") as file:  # gone, and a free name
+        with tempfile.NamedTemporaryFile(
+            prefix="store"
+        ) as file:  # deleted at once: only its unused name is wanted
             arguments = (file.name, Path.cwd(), overrides, processes)
         context = multiprocessing.get_context("forkserver")
         self._agent = context.Process(target=_watch_over, args=arguments)
@@ -202,8 +204,7 @@ def held(sample: int, folder: Path = Path()) -> Iterator[None]:
 
 
 def wait_until(happened: Callable[[], bool], *processes: Process) -> None:
-    """Until something has happened that these processes, none of which may end before, are to bring
-    about."""
+    """Wait for what these processes are to bring about; fails where one of them ends before."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
         for process in processes:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from transnormer.config import TRANSFORMER, ModelConfig, SoftmaxSettings
+from transnormer.config import TRANSFORMER, ModelConfig
+from transnormer.layer_config import SoftmaxSettings
 from transnormer.planning.mesh_sizes import check_mesh, sizes
 from transnormer.train.mesh import Mesh
 from transnormer.train.optim import learning_rate
@@ -348,9 +349,9 @@ def test_a_stack_of_several_mixers_in_a_recipe(tmp_path) -> None:
     assert again == recipe
     difference = Recipe.load(path, ["model.softmax.window=65", *overrides[1:]]).difference(recipe)
     assert difference == "model.softmax.window was 65 and is now 64"
-    types = str(["linear_attention", "full_attention"] * 3)
+    types = str(["linear_attention", "sliding_attention"] * 3)
     planned = model_overrides("10m", [f"model.layer_types={types}", *overrides])
-    assert planned.layers[1].type == "full_attention"
-    assert planned.softmax.window == 64
+    assert planned.layers[1].type == "sliding_attention"
+    assert planned.layers[1].window == 64
     with pytest.raises(ValueError, match=r"'softmax.windows'; did you mean softmax.window\?"):
         Recipe.load(path, ["model.softmax.windows=64"]).model_config(300)

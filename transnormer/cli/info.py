@@ -29,8 +29,9 @@ def info(
     import torch
 
     from .. import __version__
-    from ..config import SIZES, ModelConfig, nearest
+    from ..config import SIZES, ModelConfig
     from ..formats.folders import load
+    from ..layer_config import nearest
     from ..model.language_model import LanguageModel
     from ..run_folder import CHECKPOINTS, step_folders
     from ..train.runs import describe_run, is_run, read_run

@@ -33,9 +33,9 @@ class Request:
 class _Piece:
     """Tokens to read in one go, the same in one or more requests, and what goes on after them.
 
-    start: how many tokens of the requests come before. spans: (request, from, to): the places in
-    its tokens, all in this piece, that predict a scored token, the next one. state: after what
-    comes before; None at the start."""
+    start: how many tokens of the requests come before. spans: (request, from, to): positions in
+    the request's tokens, all in this piece, each of which predicts the next token, a scored one.
+    state: after what comes before; None at the start."""
 
     start: int
     tokens: np.ndarray
@@ -61,17 +61,11 @@ def score_requests(
     batch_tokens: how many are read at a time. progress: called with (tokens read, tokens in all).
     Raises ValueError where a score is not finite."""
     scores, greedy = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
-    # the last is next, so that few states wait at a time
+    # a stack: depth first, so that few states are alive at a time
     waiting = _tree(requests, batch_tokens)[::-1]
     done, total = 0, _size(waiting)
-    parts = [part for layer in State.new(model).layers for part in layer]
-    # of one row; and what it grows by with each token:
-    state_bytes = sum(part.nbytes for part in parts)
-    token_bytes = sum(
-        part.element_size() * part.shape[2:].numel() for part in parts if not part.shape[1]
-    )
     while waiting:
-        batch = _take(waiting, batch_tokens, state_bytes, token_bytes)
+        batch = _take(waiting, batch_tokens, model)
         bounds = np.cumsum([0, *(len(piece.tokens) for piece in batch)])
         ids = torch.from_numpy(np.concatenate([piece.tokens for piece in batch]))[None]
         x, states = model.hidden(
@@ -96,16 +90,14 @@ def score_requests(
     return list(zip(scores.tolist(), greedy.tolist(), strict=True))
 
 
-def _take(
-    waiting: list[_Piece], batch_tokens: int, state_bytes: int, token_bytes: int
-) -> list[_Piece]:
+def _take(waiting: list[_Piece], batch_tokens: int, model: LanguageModel) -> list[_Piece]:
     """The pieces to read together, off the end of the list: at least one."""
     batch = [waiting.pop()]
     tokens, longest = len(batch[0].tokens), batch[0].stop
     while waiting:
         tokens, longest = tokens + len(waiting[-1].tokens), max(longest, waiting[-1].stop)
-        states = (len(batch) + 1) * (state_bytes + token_bytes * longest)
-        if tokens > batch_tokens or states > STATE_BYTES:
+        state = model.config.state_bytes(longest, model.head_weight.element_size())
+        if tokens > batch_tokens or (len(batch) + 1) * state > STATE_BYTES:
             break
         batch.append(waiting.pop())
     return batch

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..config import nearest
 from ..data.tokenizer import encode, end_of_text_id
 from ..inference.engine import Session, generate_text
 from ..inference.sampling import Sampling
+from ..layer_config import nearest
 from ..model.language_model import LanguageModel
 from .continuations import Request, score_requests
 from .documents import PAPER, SPLITS, TASKS, Splits, read_documents

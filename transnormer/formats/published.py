@@ -18,8 +18,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..config import LARGEST, ModelConfig, nearest
+from ..config import LARGEST, ModelConfig
 from ..files import DTYPE_NAMES, parse_json, read_json, read_tensors
+from ..layer_config import nearest
 from ..model.language_model import LanguageModel
 
 _ACTIVATIONS = {

@@ -37,9 +37,10 @@ from transformers.cache_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..config import FULL, LINEAR, SHAPE, SLIDING, ModelConfig, SoftmaxSettings, nearest
+from ..config import SHAPE, ModelConfig
 from ..data.tokenizer import end_of_text_id
 from ..files import FINGERPRINT
+from ..layer_config import FULL, LINEAR, SLIDING, SoftmaxSettings, nearest
 from ..model import language_model
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
@@ -150,7 +151,7 @@ class TransNormerConfig(PreTrainedConfig):
     @property
     def sliding_window(self) -> int | None:
         """transformers' word for the window of the sliding_attention layers."""
-        return self.softmax["window"] if self.softmax else None
+        return next((layer.window for layer in self.own().layers if layer.window), None)
 
     @property
     def number_of_conv_states(self) -> int:
@@ -205,7 +206,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     def __init__(self, config: TransNormerConfig):
         PreTrainedModel.__init__(self, config)
         own = config.own()
-        self.kinds = own.layers
+        self.layer_configs = own.layers
         self.build(own)
         # tied; transformers and what builds on it look for a head all the same
         if self.lm_head is None:
@@ -390,11 +391,13 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
 
     def _state(self, cache: Cache, mask: Tensor | None, rows: int, length: int) -> State | None:
         """What a cache holds, as our state; None where nothing was read."""
-        linear = [n for n, kind in enumerate(self.kinds) if kind.linear]
-        fits = [type(layer) for layer in cache.layers] == [CACHES[kind.type] for kind in self.kinds]
+        linear = [n for n, kind in enumerate(self.layer_configs) if kind.linear]
+        fits = [type(layer) for layer in cache.layers] == [
+            CACHES[kind.type] for kind in self.layer_configs
+        ]
         # a DynamicCache() makes its layers later; offloaded ones are not at hand
-        if len(linear) < len(self.kinds):
-            uniform = all(kind.type == FULL for kind in self.kinds)
+        if len(linear) < len(self.layer_configs):
+            uniform = all(kind.type == FULL for kind in self.layer_configs)
             fits = (fits or (uniform and not cache.layers)) and not getattr(
                 cache, "offloading", False
             )
@@ -406,7 +409,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
                 "make one by DynamicCache(config=model.config)"
             )
         past = 0
-        if len(linear) < len(self.kinds):
+        if len(linear) < len(self.layer_configs):
             past = cache.get_seq_length()
             if mask is not None and mask.shape[1] != past + length:
                 raise ValueError(
@@ -425,7 +428,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             (keep(layer.recurrent_states[0]),)
             if kind.linear
             else (layer.keys.transpose(1, 2), layer.values.transpose(1, 2))
-            for layer, kind in zip(cache.layers, self.kinds, strict=True)
+            for layer, kind in zip(cache.layers, self.layer_configs, strict=True)
         ]
         if linear:
             return State(layers, keep(cache.layers[linear[0]].recurrent_states[1]))
@@ -441,7 +444,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         """Put the state after `length` more tokens into the cache. Raises ValueError for what it
         has no place for."""
         first = True
-        for number, (parts, kind) in enumerate(zip(state.layers, self.kinds, strict=True)):
+        for number, (parts, kind) in enumerate(zip(state.layers, self.layer_configs, strict=True)):
             if len(parts) != (1 if kind.linear else 2):
                 raise ValueError(
                     f"mixer {kind.mixer} keeps {len(parts)} tensors a layer, for which "
@@ -468,13 +471,13 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     def _is_stateful(self) -> bool:
         """Whether what was read cannot be taken back: then transformers refuses assisted
         decoding."""
-        return any(kind.bounded for kind in self.kinds)
+        return any(kind.bounded for kind in self.layer_configs)
 
     @property
     def _knows_no_length(self) -> bool:
         """Whether no layer of a cache can tell how many tokens were read, as linear ones
         cannot."""
-        return all(kind.linear for kind in self.kinds)
+        return all(kind.linear for kind in self.layer_configs)
 
     def prepare_inputs_for_generation(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ..config import POSITIONS, ModelConfig
+from ..config import ModelConfig
 from ..files import write_text
+from ..layer_config import POSITIONS
 
 CARD = "README.md"
 

@@ -252,7 +252,7 @@ class LanguageModel(nn.Module):
 
         Matrix products only, look-ups not counted: 6 for every weight that multiplies a token, and
         the mixer's own: linear attention in chunks of `chunk` tokens, softmax attention over half
-        of seq_len on average."""
+        of seq_len on average, or over what its window shows."""
         tables = self.embed_positions.weight.numel() if self.embed_positions is not None else 0
         tables += self.embed_tokens.weight.numel() if self.lm_head is not None else 0
         mixers = sum(block.mixer.flops_per_token(seq_len, chunk) for block in self.blocks())

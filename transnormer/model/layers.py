@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import LayerConfig, ModelConfig
+from ..config import ModelConfig
+from ..layer_config import LayerConfig
 from ..ops.lrpe import angles, lrpe, swish_lrpe
 from ..ops.norm import add_rms_norm, simple_rms_norm
 
@@ -25,8 +26,9 @@ class TokenPositions:
     seen: int64 [B or N]: how many tokens of each row or packed sequence came before this call; None
         at the start.
     cu_seqlens: int64 [N + 1] where one row holds N packed sequences.
-    rotation: cosine and sine of RoPE's angles, [T, 1, K / 2] or [B, T, 1, K / 2], for each width K
-        of a head that a layer turns: they are every such layer's. None without."""
+    rotation: for each width K of a head that some layer turns by RoPE, cosine and sine of the
+        angles, [T, 1, K / 2] or [B, T, 1, K / 2]; layers of one width share them. None without
+        RoPE."""
 
     positions: Tensor
     seen: Tensor | None = None

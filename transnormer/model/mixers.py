@@ -31,7 +31,7 @@ from .layers import (
 
 LayerState = tuple[Tensor, ...]
 
-LEAST_BLOCK = 512  # queries that attention with a window takes at a time, or a window where longer
+MIN_QUERY_BLOCK = 512  # attention with a window takes max(window, this) queries at a time
 
 
 class Mixer(nn.Module, ABC):
@@ -59,8 +59,8 @@ class Mixer(nn.Module, ABC):
             own.key_dim,
         )
         self.key_value_heads, self.group = own.num_key_value_heads, own.group
-        # Rows head by head of keys and values, each head's queries, key, value (and gates)
-        # together: slices of it hold whole heads.
+        # Rows are grouped by head of keys and values: its queries, key, value (and gates). So a
+        # slice for one tensor rank holds whole groups.
         self.parts = own.parts
         fused = self.key_value_heads * self.parts * self.head_dim
         self.qkvu_proj = Linear(d, fused, bias=config.bias)
@@ -129,7 +129,8 @@ class Mixer(nn.Module, ABC):
 
 
 def _heads(vectors: Sequence[Tensor]) -> Any:
-    """The query heads of each group, [B, T, G, V] each -> [B, T, H, V]; None of none."""
+    """The heads of all groups, [B, T, G, V] for each head of a group -> [B, T, H, V]; None of an
+    empty list."""
     if len(vectors) < 2:
         return vectors[0] if vectors else None
     return torch.stack(list(vectors), dim=-2).flatten(2, 3)
@@ -253,7 +254,7 @@ class SoftmaxAttention(Mixer):
                 torch.cat([state[1].to(v.dtype), v], dim=1),
             )
         queries, keys = q.shape[1], k.shape[1]
-        block = queries if self.window is None else max(self.window, LEAST_BLOCK)
+        block = queries if self.window is None else max(self.window, MIN_QUERY_BLOCK)
         if queries <= block:
             slides = self.window is not None and keys > self.window
             mask = None
@@ -278,12 +279,12 @@ class SoftmaxAttention(Mixer):
     def _weighed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The values' means, [B, queries, H, V], weighed by the softmax; mask: as `_mask` gives it,
         None where only later keys are masked."""
+        # with decays in float32, because half precision cannot tell far distances apart
         wide = (
             q.dtype
             if mask is None or not self.decays
             else torch.promote_types(q.dtype, torch.float32)
         )
-        # half precision cannot tell far distances apart
         mask = None if mask is None else mask.to(wide)
         attention = _exact_attention if self.decays else F.scaled_dot_product_attention
         mixed: Tensor = attention(
@@ -331,7 +332,7 @@ class SoftmaxAttention(Mixer):
             past = None
             if state is not None and seen[n]:
                 past = tuple(part[n : n + 1, max(0, part.shape[1] - seen[n]) :] for part in state)
-            # of an empty sequence nothing, in the shape of the others' output
+            # an empty sequence has an empty output
             mixed, after = q[:, start:stop, :, : self.head_dim], past
             if stop > start or past is None:
                 alone = TokenPositions(tokens.positions[:, start:stop], None)

@@ -100,7 +100,7 @@ class State:
         names = {f"{n}.{m}" for n, layer in enumerate(fresh.layers) for m in range(len(layer))}
         if metadata.get("state") != _shape(fresh) or tensors.keys() != {"seen", *names}:
             raise ValueError(f"{path}: not a state of this model ({len(fresh.layers)} layers)")
-        layers = []
+        layers, most = [], int(tensors["seen"].max()) if tensors["seen"].numel() else 0
         for n, layer in enumerate(fresh.layers):
             parts = tuple(tensors[f"{n}.{m}"] for m in range(len(layer)))
             for part, wanted in zip(parts, layer, strict=True):
@@ -115,6 +115,13 @@ class State:
                         f"{path}: layer {n} holds {list(part.shape)}, the model needs "
                         f"{list(wanted.shape)}"
                     )
+            own = model.config.layers[n]
+            places = parts[0].shape[1]
+            if not own.linear and not own.kept(most) <= places == own.kept(places):
+                raise ValueError(
+                    f"{path}: layer {n} holds keys of {places} tokens after {most} were read, the "
+                    f"model keeps {own.kept(most)}: its windows are others"
+                )
             layers.append(
                 tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True))
             )

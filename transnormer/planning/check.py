@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from ..config import LayerConfig, ModelConfig
+from ..config import ModelConfig
+from ..layer_config import LayerConfig
 from ..model.language_model import LanguageModel
 from ..train.mesh import Mesh, make_mesh
 from ..train.parallelize import parallelize

@@ -14,7 +14,8 @@ from functools import cache
 
 import torch
 
-from ..config import NORMS, LayerConfig, ModelConfig
+from ..config import ModelConfig
+from ..layer_config import NORMS, LayerConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
 from .mesh_sizes import Parallel
@@ -155,11 +156,12 @@ def block_kinds(config: ModelConfig) -> Counter[LayerConfig]:
 def one_of_each(config: ModelConfig, kinds: Sequence[LayerConfig]) -> ModelConfig:
     """The model with one block of each of these kinds, in this order, and otherwise as it is."""
     types = None if config.layer_types is None else [kind.type for kind in kinds]
-    read = [n for n, kind in enumerate(kinds) if kind.linear or config.softmax is None]
+    linear = any(kind.linear for kind in kinds)  # then position_layers counts those alone
+    turned = [n for n, kind in enumerate(kinds) if kind.position != "none"]
     return config.replace(
         num_hidden_layers=len(kinds),
         layer_types=types,
-        position_layers=tuple(n for n in read if kinds[n].position != "none"),
+        position_layers=tuple(n for n in turned if kinds[n].linear or not linear),
     )
 
 
@@ -193,10 +195,13 @@ def saved_bytes(
             wider = 2 * NORMS[config.norm]  # with gains it is kept in float32
             mixer += (2 * layer.gate + wider) * inner
     else:
-        # q and k turned, the soft-max's sums
-        mixer += 2 * (inner + keys) + 4 * layer.num_attention_heads
+        # q and k, where they are not just parts of the projection; the softmax's sums
+        copied = (layer.position, layer.activation) != ("none", "none")
+        wider = layer.key_dim // layer.head_dim
+        mixer += 2 * (inner + keys) * wider * copied + 4 * layer.num_attention_heads
         if layer.gate:
-            mixer += 2 * inner
+            # what is gated; the gate, apart from q, k and v
+            mixer += 2 * inner * (1 if rank else 2)
     if rank:
         mixer += 2 * inner
     # before and after GELU; or both branches and their product
@@ -291,7 +296,7 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
     )
     saved = {
         layer: tokens
-        * saved_bytes(config, layer, tensor, one_op=plain and layer.position != "lrpe")
+        * saved_bytes(config, layer, tensor, one_op=plain and layer.position == "none")
         for layer in {*config.layers}
     }
     kept = [saved[layer] for layer in config.layers]
@@ -305,7 +310,7 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
     normed = 2 * tokens * d  # what the head reads, and its gradient; gathered ones are put in order
     # The last state of every block lives until the loss is computed. Under `context` the state with
     # which a slice of the row begins is kept as well, because the backward pass reads it.
-    # Keys and values without a window are dropped at once.
+    # Keys and values without a window are not kept beyond their block.
     each = [
         rows * layer.state_bytes(seq_len, itemsize=2) // tensor if layer.bounded else 0
         for layer in config.layers

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..config import nearest
 from ..files import read_tensors, write_tensors
+from ..layer_config import nearest
 from ..model.language_model import LanguageModel
 from ..model.layers import fill
 from .recipe import Lora

@@ -16,8 +16,9 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
-from ..config import SIZES, TRANSFORMER, ModelConfig, SoftmaxSettings, nearest
+from ..config import SIZES, TRANSFORMER, ModelConfig
 from ..data.chat import FORMATS
+from ..layer_config import SoftmaxSettings, nearest
 from ..planning.mesh_sizes import Parallel
 
 # in the model's words

@@ -6,6 +6,7 @@ needs, however fast the run is."""
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ def heed() -> None:
 
     gradients = loop.gradients
 
-    def wait_for_the_file_to_go(passes: Any, share: Any, *rest: Any) -> Any:
-        loss = gradients(passes, share, *rest)
-        while HOLD.exists() and int(HOLD.read_text()) in range(*share.samples):
-            time.sleep(0.01)
+    def wait_for_the_file_to_go(runner: Any, batches: Any, *rest: Any) -> Any:
+        loss = gradients(runner, batches, *rest)
+        with suppress(FileNotFoundError):
+            while int(HOLD.read_text()) in range(*batches.samples):
+                time.sleep(0.01)
         return loss
 
     loop.gradients = wait_for_the_file_to_go
 
 
-# not torchrun above it
+# the training process, not the torchrun that starts it
 if " ".join(sys.orig_argv[1:]).removeprefix("-u ").startswith("-m transnormer train "):
     heed()
