@@ -11,16 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-import trl
-from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transnormer
-import transnormer.hub
 from transnormer import LanguageModel, ModelConfig
 from transnormer.config import TRANSFORMER
 from transnormer.data.chat import DEFAULT, FILE
@@ -33,8 +28,11 @@ from transnormer.train.loop import train
 from transnormer.train.metrics import read_metrics
 from transnormer.train.recipe import Lora, Recipe
 
+from ..lazy import Lazy
 from ..test_cli import call
 from .runs import load, train_on_two
+
+datasets, peft, transformers, trl = map(Lazy, ("datasets", "peft", "transformers", "trl"))
 
 PLACES = {
     "Ann": "Rome", "Bob": "Oslo", "Cal": "Lima", "Dot": "Bonn", "Eve": "Cork", "Flo": "Kiev",
@@ -43,6 +41,11 @@ PLACES = {
     "Ned": "Hove",
     "Ora": "Hull", "Pam": "Ayr", "Roy": "Ely", "Sam": "Wem", "Tom": "Diss", "Una": "Ware",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    import transnormer.hub  # noqa: F401  registers our classes with the Auto classes
 
 
 @pytest.fixture
@@ -166,9 +169,9 @@ def test_packed_conversations_are_read_as_if_each_stood_alone(
 
 def test_trl_packs_masks_and_weighs_the_same(work: Path) -> None:
     train(tune("run=prepares", "train.steps=1", "data.split=0"))
-    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("base")
     tokenizer.chat_template = DEFAULT
-    records = Dataset.from_list(
+    records = datasets.Dataset.from_list(
         [json.loads(line) for line in Path("records.jsonl").read_text().splitlines()]
     )
     settings = trl.SFTConfig(
@@ -180,7 +183,7 @@ def test_trl_packs_masks_and_weighs_the_same(work: Path) -> None:
         bf16=False,
         use_cpu=True,
     )
-    model = AutoModelForCausalLM.from_pretrained("base")
+    model = transformers.AutoModelForCausalLM.from_pretrained("base")
     trainer = trl.SFTTrainer(model, settings, train_dataset=records, processing_class=tokenizer)
     (theirs,) = trainer.get_train_dataloader()
     data = TokenData("data")
@@ -297,7 +300,7 @@ def test_an_adapter_is_trained_merged_and_read_by_peft(work: Path) -> None:
     ids = torch.randint(300, (2, 30))
     merged = transnormer.load(run)(ids)[0]
     theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained("base"), str(newest / lora.FOLDER)
+        transformers.AutoModelForCausalLM.from_pretrained("base"), str(newest / lora.FOLDER)
     )
     unmerged = theirs(ids).logits
     assert (unmerged - transnormer.load("base")(ids)[0]).abs().max() > 0.1
@@ -409,7 +412,7 @@ def test_adapters_on_two_processes(work: Path) -> None:
                 assert (merged[each] - tensor).norm() <= 0.02 * (tensor - base[each]).norm(), each
         ids = torch.randint(300, (2, 30))
         theirs = peft.PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained("base"), str(two[0] / lora.FOLDER)
+            transformers.AutoModelForCausalLM.from_pretrained("base"), str(two[0] / lora.FOLDER)
         )
         torch.testing.assert_close(
             transnormer.load(f"runs/{name}")(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4
