@@ -239,7 +239,7 @@ def test_a_new_norm_is_counted_and_planned(add, ids) -> None:
         == small(norm="rmsnorm").parameter_count()
     )
     model.loss(ids, ids).backward()
-    for layout in (Layout(1, 1, 1, 1, 1, False), Layout(1, 1, 1, 3, 1, False)):
+    for layout in (Layout(), Layout(tensor=3)):
         assert expected_memory(measure(model.config, 12), layout, 1, 12).total > 0
 
 

@@ -382,7 +382,7 @@ def _hold(rank: int, folder: str) -> None:
         "gloo", store=dist.FileStore(os.path.join(folder, "store"), 4), rank=rank, world_size=4
     )
     found = []
-    meshes = {layout: make_mesh(layout.parallel, torch.device("cpu")) for layout in MESHES}
+    meshes = {layout: make_mesh(layout, torch.device("cpu")) for layout in MESHES}
     for layout, words in CASES:
         with torch.device("meta"):
             model = LanguageModel(ModelConfig.from_dict(TINY).replace(**words))
@@ -412,7 +412,7 @@ def test_every_size_on_many_gpus(size: str) -> None:
     job = Job(config=config, gpus=gpus, kind="h200", tokens=2e12, seq_len=8_192)
     plans = job.best()
     assert len(plans) == 3
-    assert len({plan.layout.parallel for plan in plans}) == 3
+    assert len({plan.layout.mesh for plan in plans}) == 3
     assert all(job.fits(plan) and plan.layout.world == gpus for plan in plans)
     for plan in plans:
         check_plan(config, plan)

@@ -14,7 +14,7 @@ import torch
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.data.loader import Batch
-from transnormer.planning.mesh_sizes import Parallel, check_mesh, sizes
+from transnormer.planning.mesh_sizes import Parallel, check_mesh, resolve
 from transnormer.train.mesh import Mesh, start
 from transnormer.train.parallelize import clip, full_tensors, parallelize
 from transnormer.train.recipe import Recipe
@@ -245,7 +245,7 @@ def test_segments_are_cut_by_context_rank() -> None:
 )
 def test_a_mesh_must_fit_the_processes(parallel: Parallel, world: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sizes(parallel, world)
+        resolve(parallel, world)
 
 
 @pytest.mark.parametrize(
