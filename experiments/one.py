@@ -158,6 +158,48 @@ def state_bytes(model: LanguageModel, tokens: int) -> int:
     return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
 
 
+def splits_to_score(run: Run, corpus: Path) -> dict[str, TokenData]:
+    """The data that a run is scored on. What explores must not see the test."""
+    names = ["wikitext-valid"]
+    if run.seed >= CONFIRMING_SEED:
+        names += ["test", "wikitext-test"]
+    there = [name for name in names if (corpus / name).exists()]
+    return {
+        "valid": TokenData(corpus / "train", "valid"),
+        **{name: TokenData(corpus / name, "train") for name in there},
+    }
+
+
+def mean_loss(lines: list[dict[str, Any]]) -> float:
+    """Of some steps of metrics.jsonl; NaN where one had none."""
+    return statistics.fmean(line["loss"] or math.nan for line in lines)
+
+
+def of_training(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What metrics.jsonl says of a run: speed, losses, gradient norms, and two curves."""
+    speeds = sorted(line["tokens_per_second"] for line in lines)
+    norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] is not None]
+    every = max(1, len(lines) // 200)
+    return {
+        "tokens_per_second": speeds[len(speeds) // 2],
+        "train_loss": mean_loss(lines[-max(1, len(lines) // 20) :]),
+        "gradient_norm": {
+            "mean": statistics.fmean(norms),
+            "largest": max(norms),
+            "last": norms[-1],
+        },
+        "valid_curve": [
+            [line["tokens"], line["valid_loss"]]
+            for line in lines
+            if line.get("valid_loss") is not None
+        ],
+        "curve": [
+            {"tokens": lines[n]["tokens"], "loss": mean_loss(lines[max(0, n - every + 1) : n + 1])}
+            for n in range(every - 1, len(lines), every)
+        ],
+    }
+
+
 def measure(
     run: Run, corpus: Path, work: Path, side_by_side: int, commit: str | None, command: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -187,36 +229,14 @@ def measure(
         return {**of_run, "seconds": 0.0, "valid_loss": None, "diverged": str(error), **where}, {}
     model = load(summary.folder, device="cuda" if cuda else "cpu")
     length = wanted.train.seq_len
-    splits = {"valid": TokenData(corpus / "train", "valid")}
-    splits |= {
-        name: TokenData(corpus / name, "train")
-        for name in ("wikitext-valid",)
-        if (corpus / name).exists()
-    }
-    if run.seed >= CONFIRMING_SEED:  # what explores must not see the test
-        names = ("test", "wikitext-test")
-        splits |= {
-            name: TokenData(corpus / name, "train") for name in names if (corpus / name).exists()
-        }
+    splits = splits_to_score(run, corpus)
     scores = {name: score(model, split, length, text=text) for name, split in splits.items()}
     began = time.monotonic()
     draws = run.seed == CONFIRMING_SEED and "draw" in known("datasets", run.dataset)
     drawn = drawings(model, run, splits["test"], length) if draws else {}
     draw_seconds = {"draw_seconds": round(time.monotonic() - began, 2)} if draws else {}
     unit = "bits_per_byte" if text else "bits_per_sample"
-    lines = read_metrics(summary.folder / "metrics.jsonl")
-    speeds = sorted(line["tokens_per_second"] for line in lines)
-    norms = [line["gradient_norm"] for line in lines if line["gradient_norm"] is not None]
-    every = max(1, len(lines) // 200)
-    curve = [
-        {
-            "tokens": lines[n]["tokens"],
-            "loss": statistics.fmean(
-                x["loss"] or math.nan for x in lines[max(0, n - every + 1) : n + 1]
-            ),
-        }
-        for n in range(every - 1, len(lines), every)
-    ]
+    seen = of_training(read_metrics(summary.folder / "metrics.jsonl"))
     embeddings = sum(p.numel() for name, p in model.named_parameters() if name.startswith("embed"))
     record = {
         **of_run,
@@ -227,27 +247,17 @@ def measure(
         "seconds": round(summary.seconds, 2),
         **draw_seconds,
         "peak_memory_bytes": summary.peak_memory_bytes,
-        "tokens_per_second": speeds[len(speeds) // 2],
-        "train_loss": statistics.fmean(
-            line["loss"] or math.nan for line in lines[-max(1, len(lines) // 20) :]
-        ),
+        "tokens_per_second": seen["tokens_per_second"],
+        "train_loss": seen["train_loss"],
         "valid_loss": scores["valid"]["loss"],
         unit: scores["valid"][unit],
         "test_loss": scores["test"]["loss"] if "test" in scores else None,
         "scores": scores,
         "refused": summary.refused,
-        "gradient_norm": {
-            "mean": statistics.fmean(norms),
-            "largest": max(norms),
-            "last": norms[-1],
-        },
-        "valid_curve": [
-            [line["tokens"], line["valid_loss"]]
-            for line in lines
-            if line.get("valid_loss") is not None
-        ],
+        "gradient_norm": seen["gradient_norm"],
+        "valid_curve": seen["valid_curve"],
         "by_layer": by_layer(model, splits["valid"], length),
-        "curve": curve,
+        "curve": seen["curve"],
         "model": model.config.to_dict(),
         "recipe": wanted.to_toml(),
         "data": data.fingerprint,

@@ -169,7 +169,8 @@ def execute(
     return len(waiting) + left
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -213,12 +214,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.last and options.until is None:
         parser.error("--last needs --until, which says when nothing is kept any more")
-    began = time.monotonic()
-    if options.merge:
-        with tarfile.open(options.merge) as archive:
-            archive.extractall(options.out, filter="data")
-        return
-    queue = Queue(options, shlex.join(["python", "experiments/run.py", *sys.argv[1:]]))
+    return options
+
+
+def wanted_runs(options: argparse.Namespace) -> dict[str, Run]:
+    """The runs of all tables that are asked for, by name."""
     wanted: dict[str, Run] = {}
     for table in options.tables:
         found = arms.runs(
@@ -230,6 +230,17 @@ def main() -> None:
             optimizers=options.optimizers,
         )
         wanted |= {run.name: run for run in found if run.name not in wanted}
+    return wanted
+
+
+def main() -> None:
+    options, began = read_options(), time.monotonic()
+    if options.merge:
+        with tarfile.open(options.merge) as archive:
+            archive.extractall(options.out, filter="data")
+        return
+    queue = Queue(options, shlex.join(["python", "experiments/run.py", *sys.argv[1:]]))
+    wanted = wanted_runs(options)
     missing = [run for name, run in wanted.items() if not (options.out / f"{name}.json").exists()]
     print(
         f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done, {len(queue.gpus)} "
@@ -239,9 +250,8 @@ def main() -> None:
     if options.dry:
         print("\n".join(run.name for run in missing))
         return
-    left = execute(
-        queue, missing, None if options.until is None else began + options.until, options
-    )
+    until = None if options.until is None else began + options.until
+    left = execute(queue, missing, until, options)
     if options.archive:
         with tarfile.open(options.archive, "w:gz") as archive:
             for file in sorted([*options.out.glob("*.json"), *options.out.glob("*.npz")]):

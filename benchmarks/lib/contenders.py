@@ -97,6 +97,23 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return lightning_attention(q, k, v, log_decay, backend="triton")  # type: ignore[return-value]
 
 
+def attention_inputs(
+    B: int, H: int, T: int, sets: int = 1, heads_first: bool = False
+) -> tuple[list[Any], Tensor]:
+    """(sets of q, k, v and the output's gradient, log_decay by ALiBi)."""
+    log_decay = -torch.exp2(-8 * torch.arange(1, H + 1, device="cuda") / H)
+    shape = (B, H, T, 128) if heads_first else (B, T, H, 128)
+    tensors = [
+        [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        for _ in range(sets)
+    ]
+    for q, k, v, _ in tensors:
+        k.mul_(0.1)
+        for x in (q, k, v):
+            x.requires_grad_()
+    return tensors, log_decay
+
+
 def attention_contenders() -> dict[str, Callable[..., Tensor]]:
     def softmax(backend: SDPBackend) -> Callable[..., Tensor]:
         def attend(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:

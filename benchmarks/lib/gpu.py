@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lib import record
 
@@ -171,3 +172,8 @@ def ceilings() -> dict[str, float]:
         "copy_tb_per_second": 2 * 2**32 / copy / 1e9,
         "matmul_tflop_per_second": 2 * 8192**3 / product / 1e9,
     }
+
+
+def distance(found: Tensor, want: Tensor) -> float:
+    """How far a tensor is from the one that is wanted, as a share of its norm."""
+    return ((found.float() - want.float()).norm() / want.float().norm()).item()

@@ -3,6 +3,8 @@ values."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.figure import Figure
 
 from lib.pictures import bars, lines, panels
@@ -10,12 +12,13 @@ from lib.report_training import Values
 from lib.results import GIB, Result, newest, pair, table
 
 
-def attention() -> tuple[Figure, Values]:
-    result, limits = newest("ops"), newest("ops_profile")
-    found = {(row["contender"], row["B"], row["H"], row["T"]): row for row in result["attention"]}
-    names = list(dict.fromkeys(name for name, *_ in found))
-    shapes = list(dict.fromkeys(tuple(shape) for _, *shape in found))
-    rows, memory = [], []
+def attention_cells(
+    found: dict[tuple[Any, ...], Result], names: list[str], shapes: list[tuple[Any, ...]]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """The cells of two tables, of time and of memory: a shape a row, a contender a column. found:
+    rows of the result by contender and shape."""
+    rows: list[list[str]] = []
+    memory: list[list[str]] = []
     for shape in shapes:
         ours = found["ours", *shape]
         label = ", ".join(f"{n:,}" for n in shape)
@@ -53,6 +56,15 @@ def attention() -> tuple[Figure, Values]:
                 ),
             ]
         )
+    return rows, memory
+
+
+def attention() -> tuple[Figure, Values]:
+    result, limits = newest("ops"), newest("ops_profile")
+    found = {(row["contender"], row["B"], row["H"], row["T"]): row for row in result["attention"]}
+    names = list(dict.fromkeys(name for name, *_ in found))
+    shapes = list(dict.fromkeys(tuple(shape) for _, *shape in found))
+    rows, memory = attention_cells(found, names, shapes)
     figure, axes = panels(2, 5.2, 4)
     drawn = [shape for shape in shapes if shape[0] == 4]
     for axis, key, scale, label in (

@@ -12,6 +12,7 @@ from lib.pictures import bars, lines, panels
 from lib.results import GIB, Result, every, link, newest, table
 
 Values = dict[str, Any]
+Compared = dict[tuple[str, int, str], tuple[Result, Result, Result]]
 NAMES = {
     "transnormer": "TransNormerLLM",
     "llama": "LLaMA",
@@ -35,7 +36,7 @@ KINDS = {  # of kernels, by what their names hold; the first kind that fits is a
 }
 
 
-def compared() -> dict[tuple[str, int, str], tuple[Result, Result, Result]]:
+def compared() -> Compared:
     """The newest (row, our row of the same run, result) by size, length and model."""
     others = [
         each for subject in ("train_long", "train_retnet", "train_1b") for each in every(subject)
@@ -56,6 +57,51 @@ def compared() -> dict[tuple[str, int, str], tuple[Result, Result, Result]]:
     return found
 
 
+def times_faster(found: Compared, size: str, length: int) -> dict[str, float]:
+    """Our tokens per second over those of every other model, each in its own run."""
+    over = {}
+    for model in list(NAMES)[1:]:
+        if (size, length, model) in found:
+            theirs, beside, _ = found[size, length, model]
+            over[model] = beside["tokens_per_second"] / theirs["tokens_per_second"]
+    return over
+
+
+def training_row(found: Compared, size: str, length: int, over: dict[str, float]) -> list[str]:
+    """One size at one length, as a row of the table."""
+    ours, _, result = found[size, length, "transnormer"]
+    both = [found[size, length, model][0] for model in ("transnormer", "llama")]
+    energy = [row["millijoules_per_token"] for row in both]
+    return [
+        size,
+        f"{ours['rows']} × {length:,}",
+        f"{ours['tokens_per_second']:,}",
+        *(f"{over[model]:.2f}" if model in over else "–" for model in list(NAMES)[1:]),
+        f"{ours['flop_share']:.0%}",
+        *(f"{row['peak_bytes'] / GIB:.1f}" for row in both),
+        *(f"{joules:.1f}" if joules else "–" for joules in energy),
+        f"{result['date']}",
+    ]
+
+
+def all_ratios(runs: list[Result], commit: str, length: int) -> dict[str, str]:
+    """Our tokens per second over LLaMA's at 385m, in all runs: those of a commit (now), and those
+    before it."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}  # at this commit, and before it
+    for each in (*runs, *every("train_profile"), *every("train_graph")):
+        speed = {
+            row["model"]: row.get("tokens_per_second")
+            for row in each["rows"]
+            if (row["size"], row["seq_len"]) == ("385m", length)
+        }
+        if speed.get("llama"):
+            ratios[each["commit"] == commit].append(speed["transnormer"] / speed["llama"])
+    return {
+        name: ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios[which]))
+        for name, which in (("now", True), ("before", False))
+    }
+
+
 def training() -> tuple[Figure, Values]:
     found = compared()
     shapes = sorted(
@@ -66,33 +112,10 @@ def training() -> tuple[Figure, Values]:
     values: Values = {"least": lengths[0], "most": lengths[-1]}
     rows = []
     for size, length in shapes:
-        ours, _, result = found[size, length, "transnormer"]
-        over = {}
-        for model in list(NAMES)[1:]:
-            if (size, length, model) in found:
-                theirs, beside, _ = found[size, length, model]
-                over[model] = beside["tokens_per_second"] / theirs["tokens_per_second"]
+        over = times_faster(found, size, length)
         where = {lengths[0]: "least", lengths[-1]: "most"}.get(length)
         values |= {f"{size} {where} {model}": ratio for model, ratio in over.items()}
-        energy = [
-            found[size, length, model][0]["millijoules_per_token"]
-            for model in ("transnormer", "llama")
-        ]
-        rows.append(
-            [
-                size,
-                f"{ours['rows']} × {length:,}",
-                f"{ours['tokens_per_second']:,}",
-                *(f"{over[model]:.2f}" if model in over else "–" for model in list(NAMES)[1:]),
-                f"{ours['flop_share']:.0%}",
-                *(
-                    f"{found[size, length, model][0]['peak_bytes'] / GIB:.1f}"
-                    for model in ("transnormer", "llama")
-                ),
-                *(f"{joules:.1f}" if joules else "–" for joules in energy),
-                f"{result['date']}",
-            ]
-        )
+        rows.append(training_row(found, size, length, over))
     head = [
         "size",
         "rows × tokens",
@@ -119,19 +142,7 @@ def training() -> tuple[Figure, Values]:
         lines(axis, series, "tokens in a row", "tokens per second", size)
     sources = {result["name"]: result for _, _, result in found.values()}
     commit = found["385m", lengths[0], "transnormer"][2]["commit"]
-    ratios: dict[bool, list[float]] = {True: [], False: []}  # at this commit, and before it
-    for each in (*sources.values(), *every("train_profile"), *every("train_graph")):
-        speed = {
-            row["model"]: row.get("tokens_per_second")
-            for row in each["rows"]
-            if (row["size"], row["seq_len"]) == ("385m", lengths[0])
-        }
-        if speed.get("llama"):
-            ratios[each["commit"] == commit].append(speed["transnormer"] / speed["llama"])
-    said = {
-        name: ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios[which]))
-        for name, which in (("now", True), ("before", False))
-    }
+    said = all_ratios([*sources.values()], commit, lengths[0])
     return figure, values | said | {"table": table(head, rows), "runs": sources.values()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,17 +39,49 @@ def perplexity(
 ) -> None:
     """Loss, perplexity and bits per byte of texts of any length, each read from its first token to
     its last."""
-    import json
+    files = [*text, *(more or [])]
+    scores = _scores(model, files, text_field, window, device)
+    total = sum((score for score, _ in scores[1:]), scores[0][0])
+    if as_json:
+        import json
 
-    from rich.markup import escape
+        each = [
+            {"file": str(file), "documents": count} | score.record()
+            for file, (score, count) in zip(files, scores, strict=True)
+        ]
+        record = {"model": str(model), "window": window, "files": each, "together": total.record()}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+
     from rich.table import Table
     from rich.text import Text
+
+    table = Table(
+        "text",
+        "tokens",
+        "bytes",
+        "loss (nats/token)",
+        "perplexity",
+        "bits per byte",
+        "perplexity per word",
+    )
+    for file, (score, _) in zip(files, scores, strict=True):
+        table.add_row(Text(str(file)), *_cells(score))
+    if len(files) > 1:
+        table.add_row("together", *_cells(total))
+    stdout_console(200).print(table)
+
+
+def _scores(
+    model: Path, files: list[Path], text_field: str, window: int | None, device: str
+) -> list[tuple[Score, int]]:
+    """The score of each file's texts, and how many texts it has, beside a progress bar."""
+    from rich.markup import escape
 
     from ..data.documents import read_texts
     from ..data.prepare import progress_bar
     from ..evaluation.perplexity import score_documents
 
-    files = [*text, *(more or [])]
     sizes = [
         sum(len(each.encode()) for each in read_texts(file, text_field=text_field))
         for file in files
@@ -67,29 +99,7 @@ def perplexity(
                 scores.append(score_documents(loaded, texts, window=window, progress=show))
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
-    total = sum((score for score, _ in scores[1:]), scores[0][0])
-    if as_json:
-        each = [
-            {"file": str(file), "documents": count} | score.record()
-            for file, (score, count) in zip(files, scores, strict=True)
-        ]
-        record = {"model": str(model), "window": window, "files": each, "together": total.record()}
-        print(json.dumps(record, indent=2, ensure_ascii=False))
-        return
-    table = Table(
-        "text",
-        "tokens",
-        "bytes",
-        "loss (nats/token)",
-        "perplexity",
-        "bits per byte",
-        "perplexity per word",
-    )
-    for file, (score, _) in zip(files, scores, strict=True):
-        table.add_row(Text(str(file)), *_cells(score))
-    if len(files) > 1:
-        table.add_row("together", *_cells(total))
-    stdout_console(200).print(table)
+    return scores
 
 
 @evaluation.command(
@@ -133,7 +143,6 @@ def harness(
 
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
     from ..files import check_can_write, write_text
 
@@ -161,16 +170,22 @@ def harness(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     result["transnormer"] |= {"model": str(model), "command": ["transnormer", *sys.argv[1:]]}
+    _show_result(result["transnormer"], table(result))
+    if out is not None:  # last, so that a disk that is full by now costs no table
+        write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def _show_result(ran: dict[str, Any], rows: list[tuple[str, ...]]) -> None:
+    """Print what the harness found, and below it what ran."""
+    from rich.table import Table
+
     shown = Table("task", "version", "split", "documents", "shots", "metric", "value")
-    for row in table(result):
+    for row in rows:
         shown.add_row(*row)
     console = stdout_console(200)
     console.print(shown)
-    ran = result["transnormer"]
     for line in (f"lm-eval {ran['lm_eval']}, {ran['seconds']:,} s", *ran["notes"]):
         console.print(line, markup=False, highlight=False)
-    if out is not None:  # last, so that a disk that is full by now costs no table
-        write_text(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def _cells(score: Score) -> list[str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .app import app, see, stdout_console
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+    from ..planning.search import Job
 
 
 @app.command(
@@ -56,34 +60,14 @@ def plan(
 ) -> None:
     """Find the meshes of GPUs on which a training run fits, what they need, and how long it
     takes."""
-    import json
-
-    from rich.console import Console
-
-    from ..config import TRANSFORMER
-    from ..planning import search
-    from ..planning.check import as_settings, check_plan, compared, record, table
+    from ..planning.search import Job
     from ..train.recipe import model_overrides
 
     config = model_overrides(size, overrides or ())
-    console = stdout_console(100)
     if compare_tensor:
-        models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
-        found = {
-            name: search.compare_tensor(each, gpus, seq, gpu.lower())
-            for name, each in models.items()
-        }
-        if as_json:
-            print(
-                json.dumps(
-                    {name: [vars(plan.memory) for plan in plans] for name, plans in found.items()},
-                    indent=2,
-                )
-            )
-        else:
-            console.print(compared(found))
+        _show_tensor_sizes(config, gpus, seq, gpu.lower(), as_json)
         return
-    job = search.Job(
+    job = Job(
         config=config,
         gpus=gpus,
         kind=gpu.lower(),
@@ -96,15 +80,47 @@ def plan(
         accumulate=accumulate,
         recompute=recompute,
     )
+    _show_plans(job, as_json)
+
+
+def _show_tensor_sizes(
+    config: ModelConfig, gpus: int, seq_len: int, kind: str, as_json: bool
+) -> None:
+    """Print what a model needs under tensor parallelism of several sizes, beside a Transformer."""
+    import json
+
+    from ..config import TRANSFORMER
+    from ..planning import search
+    from ..planning.check import compared
+
+    models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
+    found = {
+        name: search.compare_tensor(each, gpus, seq_len, kind) for name, each in models.items()
+    }
+    if as_json:
+        memory = {name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}
+        print(json.dumps(memory, indent=2))
+    else:
+        stdout_console(100).print(compared(found))
+
+
+def _show_plans(job: Job, as_json: bool) -> None:
+    """Find the best plans of a job, check their shares, and print them."""
+    import json
+
+    from rich.console import Console
+
+    from ..planning.check import as_settings, check_plan, record, table
+
     with Console(stderr=True).status("looking for meshes") as status:
         plans, checked = job.best(), True
         for number, each in enumerate(plans):
             status.update(f"cutting the model for plan {number + 1} of {len(plans)}")
-            checked &= check_plan(config, each)
+            checked &= check_plan(job.config, each)
     if as_json:
         print(json.dumps(record(job, plans), indent=2))
         return
-    console.print(table(job, plans))
+    stdout_console(100).print(table(job, plans))
     if checked:
         print(
             "Shares of weights, and so of gradients and optimizer, are checked against the real "

@@ -25,7 +25,6 @@ from .fingerprint import Fingerprint, last_logits, published_logits
 from .folders import find_model, load
 from .published import (
     HEAD_DIFFERS,
-    check_index,
     check_shapes,
     config_from_published,
     is_published,
@@ -36,10 +35,9 @@ from .published import (
     published_shapes,
     published_tensors,
     read_config,
-    read_file,
-    weight_files,
 )
 from .tokenizers import read_tokenizer
+from .weight_files import check_index, read_file, weight_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,18 +1,10 @@
-"""Our models as transformers' own: configuration, model, tokenizer. Importing this registers them
-with the Auto classes.
-
-What a model remembers rides in transformers' own cache classes, one a layer: in each
-`LinearAttentionLayer` the state [B, H, K, V] of the layer as the first recurrent state, in the
-first of them also the tokens read, [B], as the second; keys and values of softmax attention in a
-`DynamicLayer` or, with a window, in a `DynamicSlidingWindowLayer`. A linear layer knows no length:
-positions come from the tokens read."""
+"""Our models as transformers' own: the model and its tokenizer. Importing this registers them and
+their configuration with the Auto classes."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,49 +20,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..config import SHAPE, ModelConfig
 from ..data.tokenizer import end_of_text_id
 from ..files import FINGERPRINT
-from ..layer_config import FULL, LINEAR, SLIDING, SoftmaxSettings, nearest
 from ..model import language_model
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE, Linear, TokenPositions
 from ..model.mixers import LayerState, Mixer
-from ..model.state import State
 from ..ops.loss import linear_cross_entropy
+from .cache_hf import read_cache, write_cache
+from .config_hf import TransNormerConfig
+from .row_layout import RowLayout, read_layout
 
-CACHES = {
-    LINEAR: LinearAttentionLayer,
-    FULL: DynamicLayer,
-    SLIDING: DynamicSlidingWindowLayer,
-}
-FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
-# What transformers itself puts into a configuration besides its own fields, and what of all that
-# config.json keeps.
-THEIRS = {
-    "_commit_hash",
-    "_name_or_path",
-    "attn_implementation",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "quantization_config",
-    "torch_dtype",
-    "use_cache",
-}
-KEPT = ("architectures", "dtype", "quantization_config", "transformers_version")
 # What collators of packed rows may give.
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 # What says where a folder is that may lie on a hub.
@@ -84,94 +49,6 @@ PLACE_OPTIONS = (
 )
 # The name of the cache in outputs; transformers changed it in 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class TransNormerConfig(PreTrainedConfig):
-    """`ModelConfig` for transformers: the same fields, defaults and checks, and transformers' own
-    keys beside them.
-
-    Raises ValueError for an unknown key and for a published checkpoint's configuration, which is
-    another format."""
-
-    model_type = "transnormer"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    use_cache: ClassVar[bool] = True
-    auto_map: ClassVar[dict[str, str]] = {}  # no remote code; TRL asks for it
-
-    def __init__(self, **values: Any):
-        if "decoder_embed_dim" in values:
-            raise ValueError(
-                "this is a published TransNormerLLM checkpoint; make a folder that transformers "
-                "reads of it: "
-                "transnormer convert"
-            )
-        own = {name: values.pop(name) for name in FIELDS if name in values}
-        unknown = values.keys() - THEIRS - PreTrainedConfig.__dataclass_fields__.keys()
-        for key in sorted(unknown):
-            raise ValueError(f"unknown model config key {key!r}{nearest(key, FIELDS)}")
-        checked = ModelConfig(**own)
-        super().__init__(**values)
-        for name in FIELDS:
-            value = getattr(checked, name)
-            if isinstance(value, SoftmaxSettings):  # which other libraries could not write as JSON
-                value = dataclasses.asdict(value)
-            setattr(self, name, value)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """What a config.json holds. Raises ValueError where it does not say the model's shape."""
-        missing = [name for name in SHAPE if name not in config_dict]
-        # of a published checkpoint __init__ says more
-        if missing and "decoder_embed_dim" not in config_dict:
-            raise ValueError(
-                f"config.json: no {', '.join(missing)}, so the model's shape is not known"
-            )
-        return super().from_dict(config_dict, **kwargs)
-
-    def own(self) -> ModelConfig:
-        """Our record. Raises ValueError where a field was set to what no model can have."""
-        values = {name: getattr(self, name) for name in FIELDS if name != "layer_types"}
-        return ModelConfig(**values, layer_types=self._layer_types)
-
-    @property
-    def fixed_state(self) -> bool:
-        """As in `ModelConfig`."""
-        return self.own().fixed_state
-
-    @property
-    def layer_types(self) -> list[str]:
-        """transformers' word for each layer, from which it makes the layer's cache; of a uniform
-        stack, too, whose words our record does not name."""
-        return [layer.type for layer in self.own().layers]
-
-    @layer_types.setter
-    def layer_types(self, words: Sequence[str] | None) -> None:
-        self._layer_types = None if words is None else tuple(words)
-
-    @property
-    def sliding_window(self) -> int | None:
-        """transformers' word for the window of the sliding_attention layers."""
-        return next((layer.window for layer in self.own().layers if layer.window), None)
-
-    @property
-    def number_of_conv_states(self) -> int:
-        """How many states a linear layer's cache holds: the recurrent state, and the tokens
-        read."""
-        return 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, under the names that `__init__` reads."""
-        values = super().to_dict()
-        values["layer_types"] = values.pop("_layer_types", None)
-        return values
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: our record whole, which `transnormer.load` reads, and
-        transformers' bookkeeping."""
-        theirs = super().to_diff_dict()
-        return self.own().to_dict() | {
-            key: theirs[key] for key in KEPT if theirs.get(key) is not None
-        }
 
 
 class Block(GradientCheckpointingLayer, language_model.Block):
@@ -348,122 +225,33 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             )
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
-        rows, length = given.shape[:2]
+        shape = given.shape[:2]
         cache = past_key_values if cache is None else cache
-        state = None if cache is None else self._state(cache, attention_mask, rows, length)
-        seen = None if state is None else state.seen
-        # a look at the GPU would wait for it
-        step = seen is not None and length == 1 and given.device.type != "cpu"
-        pad, right = (
-            (None, False) if attention_mask is None or step else _padding(attention_mask, length)
-        )
-        if pad is not None and seen is not None and bool(((pad > 0) & (seen > 0)).any()):
+        state = read_cache(cache, self.layer_configs, attention_mask, shape)
+        seen, bounds = None if state is None else state.seen, packing.get("cu_seq_lens_q")
+        if seen is not None and shape[1] == 1 and given.device.type != "cpu":
+            rows = RowLayout(bounds=bounds)  # a look at the GPU would wait for it
+        else:
+            rows = read_layout(shape, attention_mask, position_ids, bounds, seen)
+        if rows.no_cache_from and (use_cache or cache is not None):
             raise ValueError(
-                "attention_mask has a hole: padding after tokens that were read before"
+                f"no cache can go on from {rows.no_cache_from}; or pass use_cache=False"
             )
-        packed = packing.get("cu_seq_lens_q")
-        if position_ids is not None and packed is None and not step:
-            real = None if attention_mask is None else attention_mask[:, -length:].bool()
-            packed = _packed(position_ids, seen, pad, real, rows, length)
-        lasting = not right and packed is None
-        if not lasting and (use_cache or cache is not None):
-            what = (
-                "rows padded at the right (padding_side='left' puts it where it can be)"
-                if right
-                else "packed rows"
-            )
-            raise ValueError(f"no cache can go on from {what}; or pass use_cache=False")
         if use_cache is None:
-            use_cache = self.config.use_cache and lasting
+            use_cache = self.config.use_cache and not rows.no_cache_from
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         inputs: list[Tensor] | None = [] if output_hidden_states else None
-        x, state = self.hidden(given, state, cu_seqlens=packed, pad=pad, inputs=inputs)
+        x, state = self.hidden(given, state, cu_seqlens=rows.bounds, pad=rows.pad, inputs=inputs)
         if cache is not None:
-            self._remember(cache, state, length)
+            write_cache(cache, self.layer_configs, state, shape[1])
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=None if inputs is None else (*inputs, x),
             **{CACHE: cache if use_cache else None},
         )
-
-    def _state(self, cache: Cache, mask: Tensor | None, rows: int, length: int) -> State | None:
-        """What a cache holds, as our state; None where nothing was read."""
-        linear = [n for n, kind in enumerate(self.layer_configs) if kind.linear]
-        fits = [type(layer) for layer in cache.layers] == [
-            CACHES[kind.type] for kind in self.layer_configs
-        ]
-        # a DynamicCache() makes its layers later; offloaded ones are not at hand
-        if len(linear) < len(self.layer_configs):
-            uniform = all(kind.type == FULL for kind in self.layer_configs)
-            fits = (fits or (uniform and not cache.layers)) and not getattr(
-                cache, "offloading", False
-            )
-        if not fits:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
-            raise ValueError(
-                f"this cache was not made for the model: {type(cache).__name__} of "
-                f"{kinds or 'no layers'}; "
-                "make one by DynamicCache(config=model.config)"
-            )
-        past = 0
-        if len(linear) < len(self.layer_configs):
-            past = cache.get_seq_length()
-            if mask is not None and mask.shape[1] != past + length:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[1]} columns for {past} tokens read and "
-                    f"{length} to read"
-                )
-            if not past:
-                return None
-        elif not cache.layers[0].is_recurrent_states_initialized[0]:
-            return None
-        # linear layers are updated in place, which a backward pass must not see
-        keep: Callable[[Tensor], Tensor] = (
-            torch.clone if torch.is_grad_enabled() else lambda part: part
-        )
-        layers: list[LayerState] = [
-            (keep(layer.recurrent_states[0]),)
-            if kind.linear
-            else (layer.keys.transpose(1, 2), layer.values.transpose(1, 2))
-            for layer, kind in zip(cache.layers, self.layer_configs, strict=True)
-        ]
-        if linear:
-            return State(layers, keep(cache.layers[linear[0]].recurrent_states[1]))
-        device = cache.layers[0].keys.device
-        seen = (
-            torch.full((rows,), past, device=device)
-            if mask is None
-            else mask[:, :past].to(device).sum(1)
-        )
-        return State(layers, seen)
-
-    def _remember(self, cache: Cache, state: State, length: int) -> None:
-        """Put the state after `length` more tokens into the cache. Raises ValueError for what it
-        has no place for."""
-        first = True
-        for number, (parts, kind) in enumerate(zip(state.layers, self.layer_configs, strict=True)):
-            if len(parts) != (1 if kind.linear else 2):
-                raise ValueError(
-                    f"mixer {kind.mixer} keeps {len(parts)} tensors a layer, for which "
-                    "transformers' cache has "
-                    "no place; transnormer.generate writes with any mixer"
-                )
-            if kind.linear:
-                cache.update_recurrent_state(parts[0].detach(), number)
-                # transformers sets it for convolutions alone
-                cache.layers[number].device = parts[0].device
-                if first:
-                    cache.update_recurrent_state(state.seen, number, state_idx=1)
-                first = False
-                continue
-            # ours are right-aligned over the longest row; theirs have a place for each column read,
-            # of which a window drops the first ones again
-            new = [part[:, -length:].detach() for part in parts]
-            new = [nn.functional.pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in new]
-            cache.update(new[0].transpose(1, 2), new[1].transpose(1, 2), number)
 
     # Generation.
 
@@ -501,7 +289,7 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             and cache is not None
             and places is not None
         ):
-            state = self._state(cache, None, len(input_ids), input_ids.shape[1])
+            state = read_cache(cache, self.layer_configs, None, input_ids.shape)
             if state is not None and places.shape[1] == input_ids.shape[1]:
                 row = int(state.seen.argmax())  # one that is not padding as far as was read
                 next_sequence_length = int(places[row, -1]) + 1 - int(state.seen[row])
@@ -648,59 +436,6 @@ class TransNormerTokenizer(PreTrainedTokenizerFast):
             if getattr(tokenizer, name) is None and number is not None and number < len(tokenizer):
                 setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
         return tokenizer
-
-
-def _padding(mask: Tensor, length: int) -> tuple[Tensor | None, bool]:
-    """Read the padding of the last `length` columns of a mask.
-
-    Returns ([B] how many columns at the left of each row are padding, or None where none is;
-    whether any column at the right is). Raises ValueError for padding between tokens."""
-    if mask.dim() != 2 or mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask must be [B, T] with T at least {length}; got {list(mask.shape)}"
-        )
-    real = mask[:, -length:].bool()
-    if bool(real.all()):
-        return None, False
-    count, first = real.sum(1), real.int().argmax(1)
-    last = length - real.flip(1).int().argmax(1)
-    # a row of padding alone
-    first, last = first.where(count > 0, length), last.where(count > 0, length)
-    if bool((last - first != count).any()):
-        raise ValueError("attention_mask has a hole: padding between the tokens of a row")
-    return (first if bool(first.any()) else None), bool((last < length).any())
-
-
-def _packed(
-    position_ids: Tensor,
-    seen: Tensor | None,
-    pad: Tensor | None,
-    real: Tensor | None,
-    rows: int,
-    length: int,
-) -> Tensor | None:
-    """Where the sequences that position_ids [B or 1, T] pack into one row begin and end; None for
-    one sequence a row.
-
-    real: [B, T] bool or None: whose places count. Raises ValueError for places that do not follow
-    from what was read."""
-    start = torch.zeros(rows, dtype=torch.int64, device=position_ids.device)
-    start = start if seen is None else start + seen
-    places = torch.arange(length, device=position_ids.device)
-    expected = (start if pad is None else start - pad)[:, None] + places
-    wrong = position_ids != expected
-    if not bool((wrong if real is None else wrong & real).any()):
-        return None
-    begins = (position_ids[0] == 0).nonzero().flatten()
-    bounds = nn.functional.pad(begins, (0, 1), value=length)
-    whole = rows == 1 and seen is None and pad is None and len(begins) and not begins[0]
-    if whole and torch.equal(position_ids[0], places - begins.repeat_interleave(bounds.diff())):
-        return bounds
-    raise ValueError(
-        f"position_ids must go on from the tokens read ({start.tolist()}) one by one, or begin "
-        "again at 0 where "
-        "sequences are packed in one row"
-    )
 
 
 AutoConfig.register(TransNormerConfig.model_type, TransNormerConfig)

@@ -21,47 +21,9 @@ def write_card(folder: Path, config: ModelConfig, parameters: int) -> None:
 def model_card(config: ModelConfig, parameters: int) -> str:
     """Markdown with the front matter that model hubs read. The licence, languages and data are its
     author's to add."""
-    linear = any(layer.linear for layer in config.layers)
-    kinds = {
-        "gla": "a language model with linear attention",
-        "softmax": "a Transformer language model, a baseline",
-    }
-    kind = kinds.get(config.mixer, f"a language model with the mixer {config.mixer}")
-    mixer = config.mixer
-    if config.layer_types is not None:
-        counts = Counter(config.layer_types)
-        mixer = ", ".join(f"{word} in {count} layers" for word, count in counts.items())
-        kind = "a language model whose layers have several mixers"
-    memory = "does not grow with the text"
-    if growth := config.growth_bytes(itemsize=1):
-        memory = f"grows with every token, by {growth:,} numbers"
-    elif not config.linear:
-        window = max(layer.window or 0 for layer in config.layers)
-        memory = f"does not grow with the text after {window - 1:,} tokens"
-    layers = {"first": "in the first layer", "all": "in every layer"}
-    where = ""
-    if POSITIONS[config.position] is not None:
-        known = isinstance(config.position_layers, str)
-        where = (
-            f" {layers[str(config.position_layers)]}"
-            if known
-            else f" in layers {list(config.position_layers)}"
-        )
-    tags = ["transnormer", *(["linear-attention"] if linear else [])]
-    tied = "tied" if config.tie_word_embeddings else "untied"
-    facts = {
-        "parameters": f"{parameters:,}",
-        "layers": config.num_hidden_layers,
-        "width": f"{config.hidden_size:,}",
-        "heads": f"{config.num_attention_heads} of {config.head_dim}",
-        "inner width": f"{config.intermediate_size:,} ({config.glu})",
-        "vocabulary": f"{config.vocab_size:,}, {tied}",
-        "token mixer": mixer,
-        "positions": f"{config.position}{where}",
-        "decay": config.decay,
-        "norm": config.norm,
-        "memory of a text": memory,
-    }
+    tags = ["transnormer"]
+    if any(layer.linear for layer in config.layers):
+        tags.append("linear-attention")
     return f"""---
 library_name: transnormer
 pipeline_tag: text-generation
@@ -71,11 +33,11 @@ tags:
 
 # TransNormerLLM, {parameters:,} parameters
 
-This is {kind} (TransNormerLLM, arXiv 2307.14995).
+This is {_kind(config)} (TransNormerLLM, arXiv 2307.14995).
 
 | | |
 |---|---|
-{chr(10).join(f"| {name} | {value} |" for name, value in facts.items())}
+{chr(10).join(f"| {name} | {value} |" for name, value in _facts(config, parameters).items())}
 
 ## Use
 
@@ -100,3 +62,55 @@ inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 """
+
+
+def _kind(config: ModelConfig) -> str:
+    """What kind of model this is, in words."""
+    if config.layer_types is not None:
+        return "a language model whose layers have several mixers"
+    kinds = {
+        "gla": "a language model with linear attention",
+        "softmax": "a Transformer language model, a baseline",
+    }
+    return kinds.get(config.mixer, f"a language model with the mixer {config.mixer}")
+
+
+def _facts(config: ModelConfig, parameters: int) -> dict[str, str | int]:
+    """The rows of the card's table."""
+    tied = "tied" if config.tie_word_embeddings else "untied"
+    mixer = config.mixer
+    if config.layer_types is not None:
+        counts = Counter(config.layer_types)
+        mixer = ", ".join(f"{word} in {count} layers" for word, count in counts.items())
+    return {
+        "parameters": f"{parameters:,}",
+        "layers": config.num_hidden_layers,
+        "width": f"{config.hidden_size:,}",
+        "heads": f"{config.num_attention_heads} of {config.head_dim}",
+        "inner width": f"{config.intermediate_size:,} ({config.glu})",
+        "vocabulary": f"{config.vocab_size:,}, {tied}",
+        "token mixer": mixer,
+        "positions": f"{config.position}{_positioned_layers(config)}",
+        "decay": config.decay,
+        "norm": config.norm,
+        "memory of a text": _memory(config),
+    }
+
+
+def _positioned_layers(config: ModelConfig) -> str:
+    """Which layers have positions, as the end of a phrase; nothing where none has."""
+    if POSITIONS[config.position] is None:
+        return ""
+    if isinstance(config.position_layers, str):
+        return {"first": " in the first layer", "all": " in every layer"}[config.position_layers]
+    return f" in layers {list(config.position_layers)}"
+
+
+def _memory(config: ModelConfig) -> str:
+    """How what the model remembers grows with a text."""
+    if growth := config.growth_bytes(itemsize=1):
+        return f"grows with every token, by {growth:,} numbers"
+    if config.linear:
+        return "does not grow with the text"
+    window = max(layer.window or 0 for layer in config.layers)
+    return f"does not grow with the text after {window - 1:,} tokens"

@@ -271,34 +271,34 @@ def least_memory(
     return Least(held // (layout.world // layout.replicate) + activations, activations)
 
 
-def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
-    """The memory of the GPU that needs most.
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a rank keeps of the tokens of one microbatch."""
 
-    rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context
-    ranks together."""
-    config, tensor, again = shape.config, layout.tensor, layout.recompute
-    d, vocab, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
-    alone, ranks = layout.world == 1, layout.shard * layout.context
-    numbers, tensors = shape.share(layout)
+    stream: float  # a residual stream: a block's input, or the gradient of its output
+    blocks: list[float]  # what each block keeps for its backward pass
+    held: float  # what all blocks keep between the passes
+    inside: float  # gradients in the midst of a block
+    normed: int  # what the head reads
+    logits: float  # a slice of them
+    states: int  # when the loss is computed
+    state: int  # in the backward pass
+
+
+def kept_bytes(config: ModelConfig, layout: Layout, rows: int, seq_len: int) -> Kept:
+    """What one rank keeps of `rows` rows of `seq_len` tokens each, arguments of
+    `expected_memory`."""
+    d, tensor, again = config.hidden_size, layout.tensor, layout.recompute
     tokens = rows * seq_len // layout.context
-    plain = tensor * layout.context == 1 and (config.norm, config.activation) == (
-        "srmsnorm",
-        "swish",
-    )
+    words = (config.norm, config.activation)
+    plain = tensor * layout.context == 1 and words == ("srmsnorm", "swish")
     saved = {
         layer: tokens
         * saved_bytes(config, layer, tensor, one_op=plain and layer.position == "none")
         for layer in {*config.layers}
     }
-    kept = [saved[layer] for layer in config.layers]
-    # a residual stream: a block's input, or the gradient of its output
+    blocks = [saved[layer] for layer in config.layers]
     stream = tokens * 4 * d / tensor
-    held = layers * stream if again else sum(kept)  # between the passes
-    # gradients in the midst of a block
-    inside = tokens * (6 * config.intermediate_size / tensor + 2 * d) + stream
-    # the last block's, while all others are still kept
-    backward = held + inside + (kept[-1] - stream if again else 0)
-    normed = 2 * tokens * d  # what the head reads, and its gradient; gathered ones are put in order
     # The last state of every block lives until the loss is computed. Under `context` the state with
     # which a slice of the row begins is kept as well, because the backward pass reads it.
     # Keys and values without a window are not kept beyond their block.
@@ -307,67 +307,28 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
         for layer in config.layers
     ]
     begun = sum(each) if layout.context > 1 and not again else 0
-    states, state = sum(each), max(each) + begun
-    # `wide` is how many bytes one weight of each block takes while it is gathered. `cast` is how
-    # many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept because
-    # the backward pass reads it.
-    block, words = shape.block / tensor, vocab * d / tensor
-    wide, groups = gathered(shape, tensor)
-    cast = [2 if alone or x == 4 else 0 for x in wide]
-    wide = [0 if alone else x for x in wide]
-    if alone:
-        groups = [range(n, n + 1) for n in range(layers)]
-    at_once = [len(group) * wide[group[0]] for group in groups]
-    # all but the last blocks' are dropped
-    end, earlier = groups[-1], at_once[-2] if len(groups) > 1 else 0
-    # Blocks' gradients on their way to their sum, while those of the blocks before them are made.
-    moving = [0 if alone else 4 * len(group) for group in groups]
-    tied = config.tie_word_embeddings
-    root = 0.0 if alone else 4 * words * (1 if tied else 2)
-    logits = min(CUDA_SLICE_BYTES, 2 * tokens * vocab / tensor)
-    late, own = 4 * numbers, 4 * words  # all gradients at last; the head's
-    first = late if layout.accumulate > 1 else 0
-    summed = max(first, moving[-1] * block / ranks)  # of the last blocks
-    kept_casts, before = (0, 0) if again else (sum(cast), sum(cast[: end[0]]))
-    done = len(end) * stream if again else sum(kept[n] for n in end)
-    own_root = 0 if alone else own + root  # one GPU's are among all gradients
-    moments = {  # (gradients, activations, states, buffers)
-        "head": (
-            first,
-            held + stream + normed * (3 if tensor > 1 else 2),
-            states + begun,
-            (2 * at_once[-1] + kept_casts) * block + root + logits + 2 * words + own,
-        ),
-        "last block": (
-            first,
-            backward,
-            state,
-            (at_once[-1] + earlier + (kept_casts or cast[-1])) * block + root + own,
-        ),
-        "sum of the last": (
-            summed,
-            held + stream - done,
-            state,
-            (before + at_once[-1] + moving[-1] + earlier) * block + root + own,
-        ),
-        "blocks before": (
-            summed,
-            backward - done,
-            state,
-            (before + moving[-1] + 2 * earlier + wide[max(0, end[0] - 1)]) * block + root + own,
-        ),
-        "first block": (
-            late,
-            kept[0] + inside,
-            state,
-            (sum(moving[1:2]) + 2 * at_once[0]) * block + own_root,
-        ),
-        # The gradients of the head and of the embedding, and where they are one matrix their sum.
-        # What `late` counts of them already is subtracted.
-        "embedding": (late, stream, 0, words * (8 * tied if alone else 16) - root / ranks),
-    }
+    return Kept(
+        stream=stream,
+        blocks=blocks,
+        held=config.num_hidden_layers * stream if again else sum(blocks),
+        inside=tokens * (6 * config.intermediate_size / tensor + 2 * d) + stream,
+        normed=2 * tokens * d,
+        logits=min(CUDA_SLICE_BYTES, 2 * tokens * config.vocab_size / tensor),
+        states=sum(each) + begun,
+        state=max(each) + begun,
+    )
+
+
+def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
+    """The memory of the GPU that needs most.
+
+    rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context
+    ranks together."""
+    numbers, tensors = shape.share(layout)
+    moments = _moments(shape, layout, kept_bytes(shape.config, layout, rows, seq_len))
     gradients, activations, state, buffers = map(int, max(moments.values(), key=sum))
-    meshes = sum(size > 1 for size in (layout.replicate, ranks, layout.context, tensor))
+    ranks = layout.shard * layout.context
+    meshes = sum(size > 1 for size in (layout.replicate, ranks, layout.context, layout.tensor))
     return Memory(
         weights=4 * numbers,
         gradients=gradients,
@@ -377,3 +338,70 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
         buffers=buffers + WORKSPACE_BYTES,
         reserve=CONTEXT_BYTES + meshes * GROUP_BYTES,
     )
+
+
+def _moments(shape: Shape, layout: Layout, kept: Kept) -> dict[str, tuple[float, ...]]:
+    """Bytes of (gradients, activations, states, buffers) at each moment of a step that may need the
+    most memory."""
+    config, tensor, again = shape.config, layout.tensor, layout.recompute
+    alone, ranks = layout.world == 1, layout.shard * layout.context
+    stream, tied = kept.stream, config.tie_word_embeddings
+    # `wide` is how many bytes one weight of each block takes while it is gathered. `cast` is how
+    # many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept because
+    # the backward pass reads it.
+    block, words = shape.block / tensor, config.vocab_size * config.hidden_size / tensor
+    wide, groups = gathered(shape, tensor)
+    cast = [2 if alone or x == 4 else 0 for x in wide]
+    if alone:
+        wide = [0] * len(wide)
+        groups = [range(n, n + 1) for n in range(len(wide))]
+    at_once = [len(group) * wide[group[0]] for group in groups]
+    # all but the last blocks' are dropped
+    end, earlier = groups[-1], at_once[-2] if len(groups) > 1 else 0
+    kept_casts, before = (0, 0) if again else (sum(cast), sum(cast[: end[0]]))
+    # Blocks' gradients on their way to their sum, while those of the blocks before them are made.
+    moving = [0 if alone else 4 * len(group) for group in groups]
+    root = 0.0 if alone else 4 * words * (1 if tied else 2)
+    late, own = 4 * shape.share(layout)[0], 4 * words  # all gradients at last; the head's
+    first = late if layout.accumulate > 1 else 0
+    summed = max(first, moving[-1] * block / ranks)  # of the last blocks
+    own_root = 0 if alone else own + root  # one GPU's are among all gradients
+    # the last block's activations, while all others are still kept
+    backward = kept.held + kept.inside + (kept.blocks[-1] - stream if again else 0)
+    done = len(end) * stream if again else sum(kept.blocks[n] for n in end)
+    return {
+        "head": (
+            first,
+            # what the head reads has a gradient; gathered ones are put in order
+            kept.held + stream + kept.normed * (3 if tensor > 1 else 2),
+            kept.states,
+            (2 * at_once[-1] + kept_casts) * block + root + kept.logits + 2 * words + own,
+        ),
+        "last block": (
+            first,
+            backward,
+            kept.state,
+            (at_once[-1] + earlier + (kept_casts or cast[-1])) * block + root + own,
+        ),
+        "sum of the last": (
+            summed,
+            kept.held + stream - done,
+            kept.state,
+            (before + at_once[-1] + moving[-1] + earlier) * block + root + own,
+        ),
+        "blocks before": (
+            summed,
+            backward - done,
+            kept.state,
+            (before + moving[-1] + 2 * earlier + wide[max(0, end[0] - 1)]) * block + root + own,
+        ),
+        "first block": (
+            late,
+            kept.blocks[0] + kept.inside,
+            kept.state,
+            (sum(moving[1:2]) + 2 * at_once[0]) * block + own_root,
+        ),
+        # The gradients of the head and of the embedding, and where they are one matrix their sum.
+        # What `late` counts of them already is subtracted.
+        "embedding": (late, stream, 0, words * (8 * tied if alone else 16) - root / ranks),
+    }

@@ -32,7 +32,7 @@ from .mesh import Mesh, start
 from .metrics import Metrics, console, plot, progress_bar, read_metrics, say
 from .optim import learning_rate, new_optimizer, step_unless
 from .parallelize import clip, parallelize
-from .recipe import Checkpoint, Recipe
+from .recipe import Checkpoint, Recipe, Train
 from .recovery import Recovery
 from .setup import describe, only_one, open_data
 from .step import MicrobatchRunner, StepResult, agree, evaluation, gradients, refusal
@@ -302,87 +302,58 @@ def _train(
         MicrobatchRunner(model, mesh, settings) as runner,
         stop_requests(at_once=mesh.world == 1) as stop,
     ):
-        recovery = Recovery(
-            checkpoints,
-            model,
-            optimizer,
-            mesh,
-            settings.patience,
-            _probe(recipe, model, loader, mesh),
-        )
+        probe = _probe(recipe, model, loader, mesh)
+        recovery = Recovery(checkpoints, model, optimizer, mesh, settings.patience, probe)
         progress = checkpoints.resume(model, optimizer)
         feed.seek(progress.position)
-        if mesh.first:
-            describe(recipe, run, model, loader, mesh, progress.step)
+        describe(recipe, run, model, loader, mesh, progress.step)
         metrics = Metrics(run / METRICS, progress.step, settings.tensorboard, write=mesh.first)
         with _picture(recipe, run, mesh) as redraw, progress_bar(steps, progress.step) as show:
             while progress.step < steps:
-                # One step on all ranks.
+                # Take a step on all ranks.
                 began, step, batches = time.perf_counter(), progress.step + 1, next(feed)
-                outcome = take_step(
-                    recipe,
-                    model,
-                    optimizer,
-                    runner,
-                    batches,
-                    progress,
-                    mesh,
-                    stop,
-                    checkpoints.flags,
+                result = take_step(
+                    recipe, optimizer, runner, batches, progress, mesh, stop, checkpoints.flags
                 )
-                progress.pass_step(
-                    batches.samples[1],
-                    not outcome.applied,
-                    [outcome.loss] if settings.spike else [],
-                )
-                checkpoints.advance(*outcome.saving)
-
-                # What is known of it.
+                checkpoints.advance(*result.saving)
                 speed = settings.batch_tokens / (time.perf_counter() - began)
-                line = {
-                    "step": step,
-                    "loss": outcome.loss,
-                    "gradient_norm": outcome.gradient_norm,
-                    "tokens": step * settings.batch_tokens,
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                    "tokens_per_second": round(speed, 1),
-                } | went_back
-                if not outcome.applied:
-                    first, last_sample = batches.samples
-                    say(
-                        f"step {step}: {outcome.refusal}; not applied (samples {first:,} to "
-                        f"{last_sample:,})"
-                    )
-                    line |= {"refused": outcome.refusal, "samples": batches.samples}
+                line = _metrics_line(step, result, settings, optimizer, speed) | went_back
                 went_back, last = {}, step == steps
-                saves = bool(last or outcome.stop or _due(step, recipe.checkpoint))
-                if evaluate and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
-                    line |= evaluate(f"step {step}/{steps}  loss {outcome.loss:.3f}")
-                metrics.write(line)
-                show(step, outcome.loss, speed)
 
-                # Ruined weights are never saved. The run goes back to the newest checkpoint from
-                # before the trouble.
-                trouble = recovery.trouble(
-                    progress, outcome.refusal, line.get("valid_loss"), saves=saves, last=last
-                )
+                # Was it refused? Then the weights are as they were.
+                if not result.applied:
+                    line |= {"refused": result.refusal, "samples": batches.samples}
+                    samples = "samples {:,} to {:,}".format(*batches.samples)
+                    say(f"step {step}: {result.refusal}; not applied ({samples})")
+
+                # Validate.
+                if evaluate and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
+                    line |= evaluate(f"step {step}/{steps}  loss {result.loss:.3f}")
+                metrics.write(line)
+                show(step, result.loss, speed)
+
+                # Recover: ruined weights are never saved. The run goes back to the newest
+                # checkpoint from before the trouble.
+                saves = bool(last or result.stop or _due(step, recipe.checkpoint))
+                valid = line.get("valid_loss")
+                trouble = recovery.trouble(progress, result.refusal, valid, saves=saves, last=last)
                 if trouble is not None:
                     progress = recovery.go_back(progress, trouble)
                     went_back = {"went_back": {"after_step": step, "for": trouble}}
                     feed.seek(progress.position)
                     metrics.cut(progress.step)
                     continue
+
+                # Save, and stop where that was asked for.
                 if saves:
                     metrics.flush()
                     checkpoints.save(model, optimizer, progress)
-                if "valid_loss" in line:
+                if valid is not None:
                     redraw()
-                if outcome.stop and not last:
+                if result.stop and not last:
                     checkpoints.settle()
-                    raise Interrupted(
-                        f"stopped and saved at step {step}; the same command goes on from there",
-                        outcome.stop,
-                    )
+                    said = f"stopped and saved at step {step}; the same command goes on from there"
+                    raise Interrupted(said, result.stop)
         checkpoints.settle()
         metrics.close()
     say(f"finished: model in {run}, curve in {run / CURVE}")
@@ -390,7 +361,6 @@ def _train(
 
 def take_step(
     recipe: Recipe,
-    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     runner: MicrobatchRunner,
     batches: StepBatches,
@@ -399,14 +369,14 @@ def take_step(
     stop: StopRequests,
     saving: tuple[int, int],
 ) -> StepResult:
-    """Take the step after `progress`, or refuse it. All ranks do the same and return the same
-    result."""
+    """Take the step after `progress`, or refuse it, and move `progress` past it. All ranks do the
+    same and return the same result."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe.optim, progress.step + 1, recipe.train.steps)
     loss = gradients(runner, batches, mesh)
     # the first step has compiled everything; a stop now waits for the step, and saves it
     stop.at_once = False
-    gradient_norm = clip(model, mesh, recipe.optim.clip)
+    gradient_norm = clip(runner.model, mesh, recipe.optim.clip)
     not_finite, read_result = agree(mesh, loss, gradient_norm, stop, saving)
     # Without a spike rule the fused AdamW update is queued before the host reads the result,
     # because its kernel reads `not_finite` on the device. Other optimizers cannot, and step below.
@@ -416,7 +386,23 @@ def take_step(
     if result.applied and not queued:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    losses = [result.loss] if recipe.train.spike else []
+    progress.pass_step(batches.samples[1], not result.applied, losses)
     return result
+
+
+def _metrics_line(
+    step: int, result: StepResult, settings: Train, optimizer: torch.optim.Optimizer, speed: float
+) -> dict[str, Any]:
+    """What metrics.jsonl says of every step. speed: in tokens per second."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        "gradient_norm": result.gradient_norm,
+        "tokens": step * settings.batch_tokens,
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "tokens_per_second": round(speed, 1),
+    }
 
 
 @contextmanager

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import tomllib
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from ..config import SIZES, TRANSFORMER, ModelConfig
 from ..data.chat import FORMATS
 from ..layer_config import SoftmaxSettings, nearest
 from ..planning.mesh_sizes import Parallel
+from .tables import build, flatten, set_value, split_overrides, toml_value
 
 # in the model's words
 KINDS: dict[str, dict[str, Any]] = {"published": {}, "transformer": TRANSFORMER}
@@ -146,9 +144,9 @@ class Recipe:
             raise ValueError(f"{path}: not TOML ({error})") from error
         _look_beside(path.parent, values)
         values.setdefault("run", path.stem)
-        named = _split(overrides)
+        named = split_overrides(overrides)
         for key, text in named.items():
-            _set(values, key, _parse(key, text))
+            set_value(values, key, _parse(key, text))
         # a size or kind asked for is that one, whatever model the file describes
         replaced: set[str] = set()
         if "model.size" in named:
@@ -166,7 +164,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """From nested tables, every key and type checked."""
-        recipe: Recipe = _build(cls, values, "")
+        recipe: Recipe = build(cls, values, "")
         if not re.fullmatch(r"[\w][\w.-]*", recipe.run):
             raise ValueError(
                 f"run = {recipe.run!r}, but must be a name of letters, digits, '.', '_' and '-'"
@@ -319,17 +317,17 @@ class Recipe:
             # which `check_content` compares, unless they are the defaults
             known = {key: getattr(self.data, key) for key in ("path", "format", "chat_template")}
             values["data"] = {k: v for k, v in known.items() if v != getattr(Data, k)}
-        lines = [f"run = {_toml(values.pop('run'))}"]
+        lines = [f"run = {toml_value(values.pop('run'))}"]
         for table, content in values.items():
             if content is not None:
                 lines += ["", f"[{table}]"]
-                lines += [f"{key} = {_toml(v)}" for key, v in content.items() if v is not None]
+                lines += [f"{key} = {toml_value(v)}" for key, v in content.items() if v is not None]
         return "\n".join(lines) + "\n"
 
     def difference(self, other: Recipe) -> str | None:
         """The first setting in which two recipes differ, as text; None where they are equal but for
         MOVABLE ones."""
-        mine, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))
+        mine, theirs = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(other))
         for key in [*mine, *theirs]:
             if not MOVABLE.fullmatch(key) and mine.get(key) != theirs.get(key):
                 return (
@@ -337,84 +335,6 @@ class Recipe:
                     f"{json.dumps(theirs.get(key))}"
                 )
         return None
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, dict):
-        items = (f"{key} = {_toml(item)}" for key, item in value.items() if item is not None)
-        return f"{{{', '.join(items)}}}"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-_KINDS_IN_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text, in quotes",
-}
-
-
-def _build(kind: type, values: object, prefix: str) -> Any:
-    """A dataclass from a table, refusing unknown keys and wrong types; ints are taken for
-    floats."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.')} must be a table of settings, not {values!r}")
-    hints = typing.get_type_hints(kind)
-    built = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise ValueError(f"unknown key {prefix}{key}{nearest(key, list(hints), prefix)}")
-        wanted = hints[key]
-        if isinstance(wanted, types.UnionType):  # of something and None, which is its absence
-            wanted = typing.get_args(wanted)[0]
-        if dataclasses.is_dataclass(wanted):
-            built[key] = _build(typing.cast(type, wanted), value, f"{prefix}{key}.")
-            continue
-        if wanted is float and type(value) is int:
-            value = float(value)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{prefix}{key} = {value}, but must be a finite number")
-        if typing.get_origin(wanted) is tuple:
-            item = typing.get_args(wanted)[0]
-            if not isinstance(value, (list, tuple)):
-                value = () if value == "" else (value,)
-            value = tuple(value)
-            kinds = (float, int) if item is float else (item,)
-            fits = all(type(part) in kinds for part in value)
-        else:
-            fits = type(value) is (typing.get_origin(wanted) or wanted)
-        if not fits:
-            word = _KINDS_IN_WORDS.get(wanted, "a list or table")
-            shown = value if isinstance(value, (date, time)) else repr(value)  # TOML has them, too
-            raise ValueError(f"{prefix}{key} = {shown}, but must be {word}")
-        built[key] = value
-    return kind(**built)
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    for table in tables:
-        values = values.setdefault(table, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"{key}: {table} is a setting, not a table")
-    values[last] = value
-
-
-def _split(overrides: Sequence[str], example: str = "optim.lr=1e-3") -> dict[str, str]:
-    """Setting -> text of `key=value` overrides. Raises ValueError for anything else, and for a
-    setting given twice."""
-    named: dict[str, str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        if not equals:
-            raise ValueError(f"{override!r} is not an override; write key=value, e.g. {example}")
-        if key in named:
-            raise ValueError(
-                f"{key} is given twice, as {named[key]!r} and {text.strip()!r}; write it once"
-            )
-        named[key] = text.strip()
-    return named
 
 
 def _parse(key: str, text: str) -> Any:
@@ -486,21 +406,11 @@ def model_overrides(size: str, overrides: Sequence[str]) -> ModelConfig:
     """A named size with `model.key=value` overrides, as a recipe takes them. Raises ValueError for
     any other."""
     fields: dict[str, Any] = {}
-    for key, text in _split(overrides, "model.hidden_size=4096").items():
+    for key, text in split_overrides(overrides, "model.hidden_size=4096").items():
         table, _, name = key.partition(".")
         if table != "model" or not name:
             raise ValueError(
                 f"{f'{key}={text}'!r} is no field of the model; write e.g. model.hidden_size=4096"
             )
-        _set(fields, name, _parse(key, text))
+        set_value(fields, name, _parse(key, text))
     return _named(size.lower(), fields)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

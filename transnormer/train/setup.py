@@ -75,8 +75,10 @@ def _same_files(some: list[str], others: list[str]) -> bool:
 def describe(
     recipe: Recipe, run: Path, model: LanguageModel, loader: Loader, mesh: Mesh, done: int
 ) -> None:
-    """Say what is about to run, and add this start to run.json: command, versions, commit,
-    device."""
+    """Say what is about to run, and add this start to run.json: command, versions, commit, device.
+    The first process does it for all."""
+    if not mesh.first:
+        return
     epochs = recipe.train.steps * recipe.train.accumulate * recipe.rows / loader.count
     trained, all_of_them = (
         sum(p.numel() for p in model.parameters() if p.requires_grad),

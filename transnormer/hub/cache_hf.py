@@ -1,0 +1,111 @@
+"""Our state in transformers' caches: read from one, and written into one.
+
+What a model remembers rides in transformers' own cache classes, one a layer: in each
+`LinearAttentionLayer` the state [B, H, K, V] of the layer as the first recurrent state, in the
+first of them also the tokens read, [B], as the second; keys and values of softmax attention in a
+`DynamicLayer` or, with a window, in a `DynamicSlidingWindowLayer`. A linear layer knows no length:
+positions come from the tokens read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from ..layer_config import FULL, LINEAR, SLIDING, LayerConfig
+from ..model.mixers import LayerState
+from ..model.state import State
+
+CACHES = {
+    LINEAR: LinearAttentionLayer,
+    FULL: DynamicLayer,
+    SLIDING: DynamicSlidingWindowLayer,
+}
+
+
+def read_cache(
+    cache: Cache | None, layers: Sequence[LayerConfig], mask: Tensor | None, shape: torch.Size
+) -> State | None:
+    """What a cache of these layers holds, as our state; None where nothing was read.
+
+    shape: [B, T] of the tokens that are to be read next. mask: of those and of all read before
+    them, [B, all]. Raises ValueError for a cache that was not made for these layers, or that does
+    not fit the mask."""
+    if cache is None:
+        return None
+    rows, length = shape
+    _check_kind(cache, layers)
+    linear = [number for number, layer in enumerate(layers) if layer.linear]
+    past = 0
+    if len(linear) < len(layers):
+        past = cache.get_seq_length()
+        if mask is not None and mask.shape[1] != past + length:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns for {past} tokens read and "
+                f"{length} to read"
+            )
+        if not past:
+            return None
+    elif not cache.layers[0].is_recurrent_states_initialized[0]:
+        return None
+    # linear layers are updated in place, which a backward pass must not see
+    keep: Callable[[Tensor], Tensor] = torch.clone if torch.is_grad_enabled() else lambda part: part
+    states: list[LayerState] = [
+        (keep(held.recurrent_states[0]),)
+        if layer.linear
+        else (held.keys.transpose(1, 2), held.values.transpose(1, 2))
+        for held, layer in zip(cache.layers, layers, strict=True)
+    ]
+    if linear:
+        return State(states, keep(cache.layers[linear[0]].recurrent_states[1]))
+    device = cache.layers[0].keys.device
+    if mask is None:
+        return State(states, torch.full((rows,), past, device=device))
+    return State(states, mask[:, :past].to(device).sum(1))
+
+
+def _check_kind(cache: Cache, layers: Sequence[LayerConfig]) -> None:
+    """Raise ValueError for a cache that was not made for these layers."""
+    fits = [type(held) for held in cache.layers] == [CACHES[layer.type] for layer in layers]
+    # a DynamicCache() makes its layers later; offloaded ones are not at hand
+    if not all(layer.linear for layer in layers):
+        uniform = all(layer.type == FULL for layer in layers)
+        fits = (fits or (uniform and not cache.layers)) and not getattr(cache, "offloading", False)
+    if not fits:
+        kinds = ", ".join(sorted({type(held).__name__ for held in cache.layers}))
+        raise ValueError(
+            f"this cache was not made for the model: {type(cache).__name__} of "
+            f"{kinds or 'no layers'}; make one by DynamicCache(config=model.config)"
+        )
+
+
+def write_cache(cache: Cache, layers: Sequence[LayerConfig], state: State, length: int) -> None:
+    """Put the state after `length` more tokens into the cache. Raises ValueError for what it has no
+    place for."""
+    first = True
+    for number, (parts, layer) in enumerate(zip(state.layers, layers, strict=True)):
+        if len(parts) != (1 if layer.linear else 2):
+            raise ValueError(
+                f"mixer {layer.mixer} keeps {len(parts)} tensors a layer, for which "
+                "transformers' cache has no place; transnormer.generate writes with any mixer"
+            )
+        if layer.linear:
+            cache.update_recurrent_state(parts[0].detach(), number)
+            # transformers sets it for convolutions alone
+            cache.layers[number].device = parts[0].device
+            if first:
+                cache.update_recurrent_state(state.seen, number, state_idx=1)
+            first = False
+            continue
+        # ours are right-aligned over the longest row; theirs have a place for each column read, of
+        # which a window drops the first ones again
+        new = [part[:, -length:].detach() for part in parts]
+        new = [nn.functional.pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in new]
+        cache.update(new[0].transpose(1, 2), new[1].transpose(1, 2), number)

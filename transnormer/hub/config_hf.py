@@ -1,0 +1,118 @@
+"""Our configuration as transformers' own: the fields of `ModelConfig` beside transformers' keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from ..config import SHAPE, ModelConfig
+from ..layer_config import SoftmaxSettings, nearest
+
+FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
+# What transformers itself puts into a configuration besides its own fields, and what of all that
+# config.json keeps.
+THEIRS = {
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+}
+KEPT = ("architectures", "dtype", "quantization_config", "transformers_version")
+
+
+class TransNormerConfig(PreTrainedConfig):
+    """`ModelConfig` for transformers: the same fields, defaults and checks, and transformers' own
+    keys beside them.
+
+    Raises ValueError for an unknown key and for a published checkpoint's configuration, which is
+    another format."""
+
+    model_type = "transnormer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    use_cache: ClassVar[bool] = True
+    auto_map: ClassVar[dict[str, str]] = {}  # no remote code; TRL asks for it
+
+    def __init__(self, **values: Any):
+        if "decoder_embed_dim" in values:
+            raise ValueError(
+                "this is a published TransNormerLLM checkpoint; make a folder that transformers "
+                "reads of it: "
+                "transnormer convert"
+            )
+        own = {name: values.pop(name) for name in FIELDS if name in values}
+        unknown = values.keys() - THEIRS - PreTrainedConfig.__dataclass_fields__.keys()
+        for key in sorted(unknown):
+            raise ValueError(f"unknown model config key {key!r}{nearest(key, FIELDS)}")
+        checked = ModelConfig(**own)
+        super().__init__(**values)
+        for name in FIELDS:
+            value = getattr(checked, name)
+            if isinstance(value, SoftmaxSettings):  # which other libraries could not write as JSON
+                value = dataclasses.asdict(value)
+            setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """What a config.json holds. Raises ValueError where it does not say the model's shape."""
+        missing = [name for name in SHAPE if name not in config_dict]
+        # of a published checkpoint __init__ says more
+        if missing and "decoder_embed_dim" not in config_dict:
+            raise ValueError(
+                f"config.json: no {', '.join(missing)}, so the model's shape is not known"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def own(self) -> ModelConfig:
+        """Our record. Raises ValueError where a field was set to what no model can have."""
+        values = {name: getattr(self, name) for name in FIELDS if name != "layer_types"}
+        return ModelConfig(**values, layer_types=self._layer_types)
+
+    @property
+    def fixed_state(self) -> bool:
+        """As in `ModelConfig`."""
+        return self.own().fixed_state
+
+    @property
+    def layer_types(self) -> list[str]:
+        """transformers' word for each layer, from which it makes the layer's cache; of a uniform
+        stack, too, whose words our record does not name."""
+        return [layer.type for layer in self.own().layers]
+
+    @layer_types.setter
+    def layer_types(self, words: Sequence[str] | None) -> None:
+        self._layer_types = None if words is None else tuple(words)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """transformers' word for the window of the sliding_attention layers."""
+        return next((layer.window for layer in self.own().layers if layer.window), None)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """How many states a linear layer's cache holds: the recurrent state, and the tokens
+        read."""
+        return 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, under the names that `__init__` reads."""
+        values = super().to_dict()
+        values["layer_types"] = values.pop("_layer_types", None)
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: our record whole, which `transnormer.load` reads, and
+        transformers' bookkeeping."""
+        theirs = super().to_diff_dict()
+        return self.own().to_dict() | {
+            key: theirs[key] for key in KEPT if theirs.get(key) is not None
+        }
