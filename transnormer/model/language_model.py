@@ -19,7 +19,8 @@ from ..ops.context import Context
 from ..ops.loss import linear_cross_entropy
 from .card import write_card
 from .layers import GLUS, NORMS, Linear, TokenPositions, added, fill, rotation
-from .mixers import MIXERS, LayerState
+from .mixer import LayerState
+from .mixers import MIXERS
 from .slots import Slots
 from .state import State
 

@@ -14,7 +14,7 @@ from .state import State
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
-    from .mixers import LayerState
+    from .mixer import LayerState
 
 
 @dataclass(frozen=True)
