@@ -165,8 +165,7 @@ def test_importing_and_loading_a_model_is_light(tmp_path: Path) -> None:
     )
     assert package & {*HEAVY, "torch", "numpy"} == set()
     assert names & HEAVY == set()
-    # torch itself looks for triton where it runs something on meta
-    assert loaded & HEAVY <= {"safetensors", "triton"}
+    assert loaded & {*HEAVY, "torch._dynamo"} == {"safetensors"}
 
 
 def test_help_needs_no_torch() -> None:

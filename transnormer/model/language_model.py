@@ -18,7 +18,7 @@ from ..files import FINGERPRINT, WEIGHTS, read_weights, write_tensors, write_tex
 from ..ops.context import Context
 from ..ops.loss import linear_cross_entropy
 from .card import write_card
-from .layers import GLUS, NORMS, Linear, TokenPositions, added, fill, rotation
+from .layers import GLUS, NORMS, Embedding, Linear, TokenPositions, added, fill, rotation
 from .mixer import LayerState
 from .mixers import MIXERS
 from .slots import Slots
@@ -83,14 +83,14 @@ class LanguageModel(nn.Module):
             if config.pad_token_id in (config.bos_token_id, config.eos_token_id)
             else config.pad_token_id
         )
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         # of the heads that RoPE turns
         self.rope_widths = sorted(
             {layer.head_dim for layer in config.layers if layer.position == "rope"}
         )
         self.embed_positions = None
         if config.position == "ape":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(
             self.block(config, layer) for layer in range(config.num_hidden_layers)
         )
