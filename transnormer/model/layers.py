@@ -56,8 +56,8 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that is left alone on the meta device, where filling it with nothing would import
-    torch's compiler, three seconds of work."""
+    """nn.Embedding that is left alone on the meta device, where filling it would import
+    torch's compiler, which takes seconds."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
