@@ -76,11 +76,12 @@ class Mixer(nn.Module, ABC):
             self._decays, dtype=torch.float32, device=device or self.log_decay.device
         )
 
-    def keep_heads(self, part: int, parts: int) -> None:
-        """Hold the heads of this part alone, for inputs and weights that do."""
-        self.heads //= parts
-        self.key_value_heads //= parts
-        self._decays = self._decays[part * self.heads :][: self.heads]
+    def keep_heads(self, rank: int, ranks: int) -> None:
+        """Of the heads, which so many ranks share, hold those of this rank alone, as the inputs and
+        weights do that it is given."""
+        self.heads //= ranks
+        self.key_value_heads //= ranks
+        self._decays = self._decays[rank * self.heads :][: self.heads]
         self.reset_decay()
 
     @abstractmethod
