@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from transnormer.data.prepare import prepare
-from transnormer.data.tokenizer import END_OF_TEXT
+from transnormer.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 SHAKESPEARE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
 
@@ -32,3 +33,9 @@ def prepared_scenes(tmp_path_factory: pytest.TempPathFactory, scenes_file: Path)
     out = tmp_path_factory.mktemp("prepared_scenes") / "data"
     prepare([scenes_file], out, vocab_size=400, split=0.2, shard_tokens=1000)
     return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepared: Path) -> Tokenizer:
+    """The tokenizer of the prepared text."""
+    return load_tokenizer(prepared)

@@ -1,12 +1,10 @@
-"""`transnormer convert` and `export`: published checkpoints in, models out, whole and checked, or
-one clear line."""
+"""Published checkpoints into our format: every number as it was, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,85 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import transnormer
-from transnormer import TRANSFORMER, LanguageModel, ModelConfig
-from transnormer.data.tokenizer import encode, train_tokenizer
+from transnormer import LanguageModel
 from transnormer.files import sha256
-from transnormer.formats.convert import PublishedReader, convert, export
-from transnormer.formats.fingerprint import published_logits
+from transnormer.formats.convert import convert, export
 from transnormer.formats.published import (
     config_from_published,
     published_config,
     published_shapes,
     published_tensors,
 )
-from transnormer.run_folder import seal
 
-from ..conftest import PUBLISHED, REPOSITORY, TEXT
+from ..conftest import PUBLISHED, REPOSITORY
 from ..test_cli import call, refused
-
-VALUES = {
-    "architectures": ["TransnormerForCausalLM"],
-    "auto_map": {"AutoConfig": "configuration_transnormer.TransnormerConfig"},
-    "decoder_embed_dim": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "hidden_dim": 32,
-    "glu_dim": 48,
-    "vocab_size": 41, "linear_act_fun": "silu", "linear_use_lrpe_list": [1, 0, 0],
-    "no_scale_embedding": True,
-    "norm_type": "simplermsnorm", "model_type": "transnormer", "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-
-
-def tensors_of(
-    values: dict, dtype: torch.dtype = torch.float32, std: float = 0.2
-) -> dict[str, torch.Tensor]:
-    """Random weights of a published configuration, by their published names."""
-    config = config_from_published(values)
-    model = LanguageModel(config.replace(initializer_range=std))
-    # gains, biases and theta away from their special initial values
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return {
-        name: t.to(dtype).contiguous()
-        for name, t in published_tensors(model.state_dict(), config).items()
-    }
-
-
-def publish(
-    folder: Path, tensors: dict[str, torch.Tensor], values: dict = VALUES, kind: str = "bin"
-) -> Path:
-    """Write a published folder. kind: bin, old (before torch 1.6) or safetensors; "2 bin" is two
-    shards and an index."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(values))
-    *count, ending = kind.split()
-    stem, suffix = ("model", "safetensors") if ending == "safetensors" else ("pytorch_model", "bin")
-    names, number = list(tensors), int(count[0]) if count else 1
-    parts = [names[part::number] for part in range(number)] if count else [names]
-    files = [
-        f"{stem}-{n + 1:05d}-of-{number:05d}.{suffix}" if count else f"{stem}.{suffix}"
-        for n in range(number)
-    ]
-    for file, part in zip(files, parts, strict=True):
-        chosen = {name: tensors[name] for name in part}
-        if ending == "safetensors":
-            save_file(chosen, folder / file, {"format": "pt"})
-        else:
-            torch.save(chosen, folder / file, _use_new_zipfile_serialization=ending != "old")
-    if count:
-        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        (folder / f"{stem}.{suffix}.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": weight_map})
-        )
-    return folder
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
+from .published_folders import VALUES, publish, stored, tensors_of
 
 # Every kind of model and file, there and back.
 
@@ -177,6 +109,12 @@ def test_shapes_are_those_of_the_modules() -> None:
         assert [(name, tuple(tensor.shape)) for name, tensor in found.items()] == [
             *published_shapes(config).items()
         ]
+
+
+def test_published_configs_say_what_ours_say() -> None:
+    for change, _, _ in MODELS:
+        config = config_from_published({**VALUES, **change})
+        assert config_from_published(published_config(config)) == config
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
@@ -291,168 +229,6 @@ def test_progress_goes_to_the_end_and_never_back(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len({total for _, total in seen}) == 1
     assert 0.9 < seen[-1][0] / seen[-1][1] <= 1
-
-
-# The fingerprint.
-
-
-def test_the_published_logits_are_the_published_code_s(tmp_path: Path) -> None:
-    """What the fingerprint is taken from agrees with the published code, not only with our
-    model."""
-    expected = load_file(PUBLISHED / "expected.safetensors")
-    config = config_from_published(json.loads((PUBLISHED / "config.json").read_text()))
-    read = PublishedReader(PUBLISHED, config).pieces
-    found = published_logits(
-        read, config, expected["input_ids"][0].long(), torch.arange(68), torch.float32
-    )
-    assert (found - expected["logits_eval"][0, -1]).abs().max() < 1e-4
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("converted") / "ours"
-    convert(PUBLISHED, out)
-    return out
-
-
-@pytest.fixture
-def ours(converted: Path, tmp_path: Path) -> Path:
-    """A copy of a converted folder, to be changed."""
-    return Path(shutil.copytree(converted, tmp_path / "ours"))
-
-
-def refuse(folder: Path, match: str, error: type[Exception] = ValueError, **options) -> str:
-    with pytest.raises(error, match=match) as caught:
-        transnormer.load(folder, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_one_flipped_bit_is_found(ours: Path) -> None:
-    weights = ours / "model.safetensors"
-    whole = bytearray(weights.read_bytes())
-    whole[-5] ^= 1
-    weights.write_bytes(whole)
-    refuse(ours, r"model\.safetensors is truncated or damaged.*fingerprint\.json")
-    transnormer.load(ours, check=False)
-    weights.write_bytes(whole[:-8])
-    refuse(ours, r"model\.safetensors is truncated")
-    weights.unlink()
-    refuse(ours, r"model\.safetensors: no such file", FileNotFoundError)
-
-
-def test_one_damaged_shard_is_named(tmp_path: Path) -> None:
-    convert(PUBLISHED, tmp_path / "ours", shard_bytes=200_000)
-    shard = tmp_path / "ours" / "model-00002-of-00004.safetensors"
-    whole = bytearray(shard.read_bytes())
-    whole[len(whole) // 2] ^= 128
-    shard.write_bytes(whole)
-    refuse(tmp_path / "ours", r"model-00002-of-00004\.safetensors is truncated or damaged")
-    shard.unlink()
-    refuse(tmp_path / "ours", r"model-00002-of-00004\.safetensors: no such file", FileNotFoundError)
-
-
-def _misplace(tensors: dict[str, torch.Tensor]) -> None:
-    name = "layers.1.mixer.qkvu_proj.weight"
-    tensors[name] = (
-        tensors[name].unflatten(0, (4, 4, -1)).transpose(0, 1).flatten(0, 2).contiguous()
-    )
-
-
-def _one_weight(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["layers.2.mixer.out_proj.weight"][3, 5] += 1
-
-
-def _swap(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["layers.0.mixer.out_proj.weight"], tensors["layers.1.mixer.out_proj.weight"] = (
-        tensors["layers.1.mixer.out_proj.weight"],
-        tensors["layers.0.mixer.out_proj.weight"],
-    )
-
-
-@pytest.mark.parametrize("damage", [_misplace, _one_weight, _swap])
-def test_wrong_weights_with_right_hashes_are_found_by_their_logits(damage, ours: Path) -> None:
-    weights = ours / "model.safetensors"
-    tensors = load_file(weights)
-    damage(tensors)
-    save_file(tensors, weights, {"format": "pt"})
-    record = json.loads((ours / "fingerprint.json").read_text())
-    record["files"] = {weights.name: {"bytes": weights.stat().st_size, "sha256": sha256(weights)}}
-    (ours / "fingerprint.json").write_text(json.dumps(record))
-    refuse(ours, r"fingerprint\.json: in float32 on cpu the logit of token \d+ is")
-
-
-@pytest.mark.parametrize(
-    "change", [{"embed_scale": False}, {"decay": "paper"}, {"activation": "gelu"}], ids=str
-)
-def test_a_changed_configuration_is_found(change: dict, ours: Path) -> None:
-    values = json.loads((ours / "config.json").read_text())
-    (ours / "config.json").write_text(json.dumps({**values, **change}))
-    for dtype in (torch.float32, torch.bfloat16):
-        refuse(ours, r"the logit of token \d+ is", dtype=dtype)
-
-
-def test_other_weights_saved_into_the_folder_are_not_held_to_it(ours: Path) -> None:
-    model = transnormer.load(ours)
-    with torch.no_grad():
-        model.embed_tokens.weight.mul_(2)
-    model.save_pretrained(ours)
-    assert torch.equal(transnormer.load(ours).embed_tokens.weight, model.embed_tokens.weight)
-
-
-def test_every_dtype_passes_the_check(ours: Path) -> None:
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert transnormer.load(ours, dtype=dtype).head_weight.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"files": {}}'], ids=["empty", "list", "nothing", "part"]
-)
-def test_a_damaged_fingerprint_is_named(text: str, ours: Path) -> None:
-    (ours / "fingerprint.json").write_text(text)
-    refuse(ours, r"fingerprint\.json is damaged")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"files": {}},
-            (
-                r"model\.safetensors is not listed in fingerprint\.json, so nobody knows whether "
-                r"it "
-                r"is right"
-            ),
-        ),
-        ({"ids": []}, r"fingerprint\.json is damaged"),
-        ({"ids": [True]}, r"fingerprint\.json is damaged"),
-        ({"words": [], "logits": []}, r"fingerprint\.json is damaged"),
-        ({"words": [1_000], "logits": [0.0]}, r"fingerprint\.json is of another model"),
-        (
-            {"words": [1], "logits": ["0"]},
-            r"fingerprint\.json is damaged \(a logit or tolerance is not a finite",
-        ),
-        (
-            {"tolerance": float("inf")},
-            r"fingerprint\.json is damaged \(a logit or tolerance is not a finite",
-        ),
-    ],
-    ids=str,
-)
-def test_a_fingerprint_that_would_check_nothing_is_refused(
-    change: dict, message: str, ours: Path
-) -> None:
-    record = json.loads((ours / "fingerprint.json").read_text())
-    (ours / "fingerprint.json").write_text(json.dumps({**record, **change}))
-    refuse(ours, message)
-
-
-def test_weights_whose_logits_are_not_finite_are_refused(tmp_path: Path) -> None:
-    weights = tensors_of(VALUES)
-    for name in ("l1", "l2"):
-        weights[f"model.layers.2.channel_mixer.{name}.weight"] *= 1e30
-    publish(tmp_path / "source", weights)
-    assert "logits are not finite" in refused("convert", tmp_path / "source", tmp_path / "ours")
 
 
 # What is refused: one line that names the thing, and nothing is written.
@@ -614,118 +390,3 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"{tmp_path}/ours/model.safetensors: cannot be written: File too large" in line
     assert not list(tmp_path.iterdir())
-
-
-# Out again.
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run folder as training leaves it: a sealed checkpoint with weights, tokenizer and what only
-    training needs."""
-    model = LanguageModel(
-        ModelConfig(
-            vocab_size=300,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=48,
-        )
-    )
-    model.tokenizer = train_tokenizer([TEXT.read_text()[:20_000]], 300)
-    folder = tmp_path / "runs" / "x" / "checkpoints" / "step-0000007"
-    model.save_pretrained(folder)
-    (folder / "optimizer.safetensors").write_bytes(b"much")
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    seal(folder)
-    return tmp_path / "runs" / "x"
-
-
-def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
-    out, _ = call("export", "--model", run, "--out", tmp_path / "ours")
-    assert "fingerprint     checked by every load" in out
-    names = [
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "fingerprint.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
-    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
-    model, wanted = transnormer.load(tmp_path / "ours"), transnormer.load(run)
-    assert model.config == wanted.config
-    assert all(
-        torch.equal(tensor, model.state_dict()[name])
-        for name, tensor in wanted.state_dict().items()
-    )
-    assert encode(model.tokenizer, "To be") == encode(wanted.tokenizer, "To be")
-
-    call(
-        "export",
-        "--model",
-        run,
-        "--out",
-        tmp_path / "half",
-        "--dtype",
-        "bfloat16",
-        "--max-shard",
-        "30KB",
-    )
-    half = transnormer.load(tmp_path / "half")
-    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
-    assert all(
-        torch.equal(t.bfloat16(), half.state_dict()[name])
-        for name, t in wanted.state_dict().items()
-    )
-    transnormer.load(tmp_path / "half", dtype=torch.float32)
-
-    out, _ = call("export", "--model", run, "--out", tmp_path / "theirs", "--format", "published")
-    assert "fingerprint     none" in out
-    ids = torch.randint(300, (1, 40))
-    with torch.no_grad():
-        assert torch.equal(transnormer.load(tmp_path / "theirs")(ids)[0], wanted(ids)[0])
-    call("convert", tmp_path / "theirs", tmp_path / "round")
-    for name in ("model.safetensors", "chat_template.jinja"):
-        assert sha256(tmp_path / "round" / name) == sha256(tmp_path / "ours" / name)
-
-
-def test_the_softmax_baseline_is_exported_but_not_as_published(tmp_path: Path) -> None:
-    config = ModelConfig(
-        vocab_size=41, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **TRANSFORMER
-    )
-    LanguageModel(config).save_pretrained(tmp_path / "model")
-    call("export", "--model", tmp_path / "model", "--out", tmp_path / "ours")
-    transnormer.load(tmp_path / "ours")
-    line = refused(
-        "export",
-        "--model",
-        tmp_path / "model",
-        "--out",
-        tmp_path / "theirs",
-        "--format",
-        "published",
-    )
-    assert "the published format knows no mixer = 'softmax'" in line
-    assert "'onnx' is unknown; there are transnormer, published" in refused(
-        "export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--format", "onnx"
-    )
-    assert "'int4' is unknown" in refused(
-        "export", "--model", tmp_path / "model", "--out", tmp_path / "theirs", "--dtype", "int4"
-    )
-    assert "ours exists" in refused(
-        "export", "--model", tmp_path / "model", "--out", tmp_path / "ours"
-    )
-    broken = LanguageModel(config)
-    broken.layers[1].glu.up_proj.weight.data[0, 0] = float("nan")
-    broken.save_pretrained(tmp_path / "broken")
-    assert "layers.1.glu.up_proj.weight holds a number that is not finite" in refused(
-        "export", "--model", tmp_path / "broken", "--out", tmp_path / "theirs"
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "model", "ours"]
-
-
-def test_published_configs_say_what_ours_say() -> None:
-    for change, _, _ in MODELS:
-        config = config_from_published({**VALUES, **change})
-        assert config_from_published(published_config(config)) == config

@@ -20,7 +20,7 @@ from transnormer.inference.text import Decoder
 
 from ..conftest import TEXT
 from ..test_cli import call, refused
-from .test_convert import VALUES, publish, tensors_of
+from .published_folders import VALUES, publish, tensors_of
 
 EDGES = [
     "", " ", "  ", "a", " a", "a  ", "  a  b   c ", "\t\ttab", "a\nb\n\n\nc", "\r\n x",

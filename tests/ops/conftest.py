@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from losses import GPU
 
 from tests.interpreter import faster_interpreter
 
@@ -27,3 +28,19 @@ def poisoned(monkeypatch):
             return made.fill_(float("nan")) if made.is_floating_point() else made
 
         monkeypatch.setattr(owner, name, poison)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """Each backend that can run here."""
+    if request.param == "triton":
+        launch_triton = pytest.importorskip("transnormer.ops.launch_triton")
+        if not GPU and not launch_triton.INTERPRETED:
+            pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    return request.param
+
+
+@pytest.fixture
+def exact(backend):
+    """The widest dtype of the backend."""
+    return torch.float64 if backend == "torch" else torch.float32

@@ -14,6 +14,7 @@ from torch import Tensor
 from transnormer.train import loop
 
 from .runs import spoiling, write_recipe
+from .tuning import PLACES, small_model, write_records
 
 
 @pytest.fixture
@@ -34,6 +35,44 @@ def work(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     write_recipe(tmp_path, prepared)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def tuning(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with an untrained model, twenty records, and a recipe that tunes the one on the
+    other."""
+    import transnormer.hub  # noqa: F401  registers our classes with the Auto classes
+
+    small_model(prepared, tmp_path / "base")
+    write_records(tmp_path / "records.jsonl", PLACES)
+    (tmp_path / "tune.toml").write_text(
+        """
+        [model]
+        from = "base"
+        [data]
+        path = "data"
+        text = ["records.jsonl"]
+        format = "messages"
+        split = 0.2
+        [train]
+        steps = 12
+        seq_len = 64
+        batch_tokens = 256
+        [optim]
+        lr = 1e-2
+        weight_decay = 0.0
+        warmup_steps = 4
+        [eval]
+        every = 4
+        [checkpoint]
+        every = 3
+        """
+    )
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

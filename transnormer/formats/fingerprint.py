@@ -160,66 +160,82 @@ def published_logits(
     read(name, start, stop): rows of a published tensor, in pieces; only a piece is held at a time.
     dtype: what weights and the result of every step are rounded to; sums are in float32.
     """
+    published = _Published(read, config, dtype)
+    # [T, D]
+    x = published.embedded(ids)
+    for layer in range(config.num_hidden_layers):
+        x = published.block(x, layer)
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    last = published.norm(x, "model.final_norm")[-1]
+    rows = [published.rows(head, word, word + 1) for word in words.tolist()]
+    return published.cast(torch.cat(rows) @ last)
 
-    def cast(x: Tensor) -> Tensor:
-        return x.to(dtype).float()
 
-    def rows(name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return torch.cat([cast(piece) for piece in read(name, start, stop)])
+@dataclass(frozen=True)
+class _Published:
+    """The published equations on published weights; read, config and dtype as in
+    `published_logits`."""
 
-    def linear(x: Tensor, name: str, width: int) -> Tensor:
+    read: Callable[[str, int, int | None], Iterator[Tensor]]
+    config: ModelConfig
+    dtype: torch.dtype
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).float()
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return torch.cat([self.cast(piece) for piece in self.read(name, start, stop)])
+
+    def linear(self, x: Tensor, name: str, width: int) -> Tensor:
         y, done = x.new_empty(len(x), width), 0
         # kept results between the pieces would scatter the memory
-        for piece in read(f"{name}.weight", 0, None):
-            y[:, done : done + len(piece)] = x @ cast(piece).T
+        for piece in self.read(f"{name}.weight", 0, None):
+            y[:, done : done + len(piece)] = x @ self.cast(piece).T
             done += len(piece)
-        return cast(y + rows(f"{name}.bias") if config.bias else y)
+        return self.cast(y + self.rows(f"{name}.bias") if self.config.bias else y)
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        if config.norm == "srmsnorm":
-            return cast(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps))
-        return cast(
-            F.layer_norm(
-                x, x.shape[-1:], rows(f"{name}.weight"), rows(f"{name}.bias"), config.norm_eps
-            )
-        )
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        eps = self.config.norm_eps
+        if self.config.norm == "srmsnorm":
+            return self.cast(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+        weight, bias = self.rows(f"{name}.weight"), self.rows(f"{name}.bias")
+        return self.cast(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
 
-    heads, inner, d, f = (
-        config.num_attention_heads,
-        config.inner_size,
-        config.hidden_size,
-        config.intermediate_size,
-    )
-    time = torch.arange(len(ids))
-    act = ACTIVATIONS[config.activation]
-    # [T, D]
-    x = torch.cat([rows("model.embed_tokens.weight", word, word + 1) for word in ids.tolist()])
-    if config.embed_scale:
-        x = cast(x * math.sqrt(d))
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}"
-        q, k, v, u = linear(
-            norm(x, f"{at}.token_norm"), f"{at}.token_mixer.qkvu_proj", 4 * inner
-        ).chunk(4, dim=-1)
+    def embedded(self, ids: Tensor) -> Tensor:
+        name = "model.embed_tokens.weight"
+        x = torch.cat([self.rows(name, word, word + 1) for word in ids.tolist()])
+        return self.cast(x * math.sqrt(self.config.hidden_size)) if self.config.embed_scale else x
+
+    def block(self, x: Tensor, layer: int) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        at, d, f = f"model.layers.{layer}", self.config.hidden_size, self.config.intermediate_size
+        mixed = self.mixed(self.norm(x, f"{at}.token_norm"), layer)
+        x = self.cast(x + self.linear(mixed, f"{at}.token_mixer.out_proj", d))
+        y = self.norm(x, f"{at}.channel_norm")
+        gate = self.linear(y, f"{at}.channel_mixer.l1", f)
+        y = self.cast(gate * self.linear(y, f"{at}.channel_mixer.l2", f))
+        return self.cast(x + self.linear(y, f"{at}.channel_mixer.l3", d))
+
+    def mixed(self, x: Tensor, layer: int) -> Tensor:
+        """What the mixer's last projection reads, of x [T, D]."""
+        config, at = self.config, f"model.layers.{layer}.token_mixer"
+        time, act = torch.arange(len(x)), ACTIVATIONS[config.activation]
+        q, k, v, u = self.linear(x, f"{at}.qkvu_proj", 4 * config.inner_size).chunk(4, dim=-1)
         # [H, T, head_dim]
-        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
-        q, k = cast(act(q)), cast(act(k))
+        q, k, v = (
+            part.unflatten(-1, (config.num_attention_heads, -1)).transpose(0, 1)
+            for part in (q, k, v)
+        )
+        q, k = self.cast(act(q)), self.cast(act(k))
         if config.has_position(layer):
-            theta = rows(f"{at}.token_mixer.lrpe.theta")  # [H, 1, head_dim]
+            theta = self.rows(f"{at}.lrpe.theta")  # [H, 1, head_dim]
             angle = (theta.double() * time[:, None]).float()
             q, k = (
-                cast(torch.cat([part * angle.cos(), part * angle.sin()], dim=-1)) for part in (q, k)
+                self.cast(torch.cat([part * angle.cos(), part * angle.sin()], dim=-1))
+                for part in (q, k)
             )
         distance = time[:, None] - time
-        decay = torch.exp(
-            torch.tensor(config.log_decay(layer))[:, None, None] * distance.clamp(min=0)
-        )
-        mixed = (q @ k.transpose(-1, -2) * decay * (distance >= 0)) @ v
-        mixed = norm(cast(mixed.transpose(0, 1).flatten(-2)), f"{at}.token_mixer.norm")
-        x = cast(x + linear(cast(u * mixed), f"{at}.token_mixer.out_proj", d))
-        y = norm(x, f"{at}.channel_norm")
-        y = cast(linear(y, f"{at}.channel_mixer.l1", f) * linear(y, f"{at}.channel_mixer.l2", f))
-        x = cast(x + linear(y, f"{at}.channel_mixer.l3", d))
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    last = norm(x, "model.final_norm")[-1]
-    return cast(torch.cat([rows(head, word, word + 1) for word in words.tolist()]) @ last)
+        log_decay = torch.tensor(config.log_decay(layer))[:, None, None]
+        decay = torch.exp(log_decay * distance.clamp(min=0))
+        y = (q @ k.transpose(-1, -2) * decay * (distance >= 0)) @ v
+        return self.cast(u * self.norm(self.cast(y.transpose(0, 1).flatten(-2)), f"{at}.norm"))

@@ -101,22 +101,12 @@ def read_tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer, str] |
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    try:
-        from sentencepiece import SentencePieceProcessor
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-    except ImportError:
-        raise ValueError(
-            f"{path.name} needs libraries: pip install sentencepiece protobuf{WAY_OUT}"
-        ) from None
-    data = path.read_bytes()
-    try:
-        model, library = ModelProto.FromString(data), SentencePieceProcessor(model_proto=data)
-    except Exception as error:  # the libraries raise nothing narrower
-        raise ValueError(f"{path.name}: not a SentencePiece model, or damaged{WAY_OUT}") from error
-    rules, kinds = model.normalizer_spec, ModelProto.SentencePiece
+    model, library = _read_sentencepiece(path)
     _refuse_unknown_settings(path, model)
-
-    plain = {piece.piece: piece.score for piece in model.pieces if piece.type == kinds.NORMAL}
+    rules = model.normalizer_spec
+    plain = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+    control = [piece.piece for piece in model.pieces if piece.type == piece.CONTROL]
+    spelled = [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]
     unknown = model.pieces[library.unk_id()].piece
     tokenizer = Tokenizer(
         models.BPE(
@@ -127,6 +117,46 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
             byte_fallback=model.trainer_spec.byte_fallback,
         )
     )
+    _add_normalizer(tokenizer, path, model, bool(spelled))
+    tokenizer.decoder = _sentencepiece_decoder(model, unknown)
+    tokenizer.add_special_tokens(
+        [AddedToken(piece, normalized=False, special=True) for piece in control]
+    )
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in spelled])
+    if spelled and (rules.add_dummy_prefix or rules.remove_extra_whitespaces):
+        warnings.warn(
+            f"{path.name}: beside its user-defined pieces ({spelled[0]!r} and {len(spelled) - 1} "
+            "more), where a text "
+            "spells them, blanks may be encoded otherwise than by SentencePiece",
+            stacklevel=2,
+        )
+    words = [piece.replace("▁", " ") for piece in plain]
+    _compare(
+        path, tokenizer, library.encode, library.decode, [] if rules.precompiled_charsmap else words
+    )
+    return tokenizer
+
+
+def _read_sentencepiece(path: Path) -> tuple[Any, Any]:
+    """A SentencePiece file as the record that it holds, and as the library's own tokenizer."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    except ImportError:
+        raise ValueError(
+            f"{path.name} needs libraries: pip install sentencepiece protobuf{WAY_OUT}"
+        ) from None
+    data = path.read_bytes()
+    try:
+        return ModelProto.FromString(data), SentencePieceProcessor(model_proto=data)
+    except Exception as error:  # the libraries raise nothing narrower
+        raise ValueError(f"{path.name}: not a SentencePiece model, or damaged{WAY_OUT}") from error
+
+
+def _add_normalizer(tokenizer: Tokenizer, path: Path, model: Any, spelled: bool) -> None:
+    """What a SentencePiece model does to a text before it looks for pieces. spelled: it has pieces
+    that its user defined."""
+    rules = model.normalizer_spec
     steps = _unicode_steps(path, model) if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
         steps += [
@@ -134,8 +164,6 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
     steps += [normalizers.Replace(" ", "▁")]
-    control = [piece.piece for piece in model.pieces if piece.type == kinds.CONTROL]
-    spelled = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
     if (
         rules.add_dummy_prefix
         and spelled
@@ -153,6 +181,11 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     elif rules.add_dummy_prefix:
         steps += [normalizers.Prepend("▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
+
+
+def _sentencepiece_decoder(model: Any, unknown: str) -> decoders.Decoder:
+    """What makes text of a SentencePiece model's pieces."""
+    rules = model.normalizer_spec
     # An unknown piece is spelled last: it does not lose its blank where the text begins.
     texts = [
         decoders.Replace("▁", " "),
@@ -162,26 +195,9 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     ]
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
         texts += [decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(
+    return decoders.Sequence(
         [*texts, decoders.Replace("\U0010ffff", model.trainer_spec.unk_surface)]
     )
-
-    tokenizer.add_special_tokens(
-        [AddedToken(piece, normalized=False, special=True) for piece in control]
-    )
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in spelled])
-    if spelled and (rules.add_dummy_prefix or rules.remove_extra_whitespaces):
-        warnings.warn(
-            f"{path.name}: beside its user-defined pieces ({spelled[0]!r} and {len(spelled) - 1} "
-            "more), where a text "
-            "spells them, blanks may be encoded otherwise than by SentencePiece",
-            stacklevel=2,
-        )
-    words = [piece.replace("▁", " ") for piece in plain]
-    _compare(
-        path, tokenizer, library.encode, library.decode, [] if rules.precompiled_charsmap else words
-    )
-    return tokenizer
 
 
 def _refuse_unknown_settings(path: Path, model: Any) -> None:
@@ -250,7 +266,7 @@ def _unicode_steps(path: Path, model: Any) -> list[normalizers.Normalizer]:
         f"{path.name}: its normalizer {model.normalizer_spec.name} becomes Unicode's NFKC; marks "
         "that do not stand in "
         "canonical order, and letters newer than the library's Unicode, may be encoded otherwise",
-        stacklevel=3,
+        stacklevel=4,
     )
     return steps
 
