@@ -46,7 +46,7 @@ def write(path, records):
 
 
 def read(path, format="messages"):
-    return [json.loads(text) for text in conversations([path], format)]
+    return [document.content for document in conversations([path], format)]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,9 @@ def test_every_format_becomes_messages(tmp_path):
     pair = say("user: Ask", "assistant: Say")
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "id": 7}, {"messages": pair}])
     assert read(path) == [CHAT, pair]
+    first, second = conversations([path], "messages")
+    assert (first.id, first.metadata) == (f"{path} line 1", {"id": 7, "source": str(path)})
+    assert (second.id, second.metadata) == (f"{path} line 2", {"source": str(path)})
     assert read(
         write(tmp_path / "b.jsonl", [{"prompt": "Ask", "completion": "Say"}]), "prompt"
     ) == [pair]
