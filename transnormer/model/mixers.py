@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..ops.context import Context
 from ..ops.dispatch import check_devices
 from ..ops.gla import gated_linear_attention
-from ..ops.lightning import lightning_attention
+from ..ops.lightning import lightning_attention, lightning_step_
 from ..ops.register import without_autocast
 from .layers import (
     ACTIVATIONS,
@@ -105,6 +105,37 @@ class Mixer(nn.Module, ABC):
         """What the layer remembers before the first token of `rows` texts."""
 
     @abstractmethod
+    def new_slots(self, slots: int, capacity: int) -> LayerState:
+        """What the layer keeps of so many texts at a time, in memory that is written in place.
+        capacity: the tokens of a text that can be held where the state grows."""
+
+    @abstractmethod
+    def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
+        """A copy of the states in slots [S], which have read seen [S] tokens."""
+
+    @abstractmethod
+    def write_slots_(
+        self, memory: LayerState, slots: Tensor, state: LayerState, seen: Tensor
+    ) -> None:
+        """Put a state of S rows, which have read seen [S] tokens, into slots [S]."""
+
+    @abstractmethod
+    def step_(
+        self,
+        x: Tensor,
+        memory: LayerState,
+        tokens: TokenPositions,
+        slots: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """Decoding: x [S, T, D] -> [S, T, D], and the states move on in place.
+
+        memory: as `new_slots` makes it. slots: [S] integers, where each row's state is; -1 for a
+        row without one, whose output means nothing; None where row i is slot i.
+        lengths: [S], how many of a row's T tokens are read; the outputs of the others mean nothing.
+        None: all. There is no gradient."""
+
+    @abstractmethod
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         """Forward operations of a token beside the projections, on average over rows of seq_len
         tokens."""
@@ -157,6 +188,51 @@ class GatedLinearAttention(Mixer):
     def new_state(self, rows: int) -> LayerState:
         return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
 
+    def new_slots(self, slots: int, capacity: int) -> LayerState:
+        (state,) = self.new_state(slots)
+        return (state.to(torch.promote_types(state.dtype, self.out_proj.weight.dtype)),)
+
+    def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
+        return (memory[0][slots],)
+
+    def write_slots_(
+        self, memory: LayerState, slots: Tensor, state: LayerState, seen: Tensor
+    ) -> None:
+        memory[0][slots] = self._past(state).to(memory[0].dtype)
+
+    def step_(
+        self,
+        x: Tensor,
+        memory: LayerState,
+        tokens: TokenPositions,
+        slots: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        q, k, v, gate = self._project(x, tokens)
+        outputs = []
+        for t in range(x.shape[1]):
+            one = slice(t, t + 1)
+            owned = slots
+            if lengths is not None:
+                every = torch.arange(len(x), device=x.device) if slots is None else slots
+                owned = every.where(t < lengths, -1)
+            outputs.append(
+                lightning_step_(
+                    q[:, one], k[:, one], v[:, one], self.log_decay, memory[0], slots=owned
+                )
+            )
+        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.out_proj(gated(self.norm, mixed.flatten(-2), gate))  # type: ignore[no-any-return]
+
+    def _past(self, state: LayerState) -> Tensor:
+        """The state itself. Raises ValueError where it is another mixer's."""
+        if len(state) != 1:
+            raise ValueError(
+                f"the state of a layer is [B, H, K, V] alone; got {len(state)} tensors of another "
+                "mixer"
+            )
+        return state[0]
+
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         k, v = self.key_dim, self.head_dim
         return self.heads * (2 * min(seq_len, chunk) * (k + v) + 4 * k * v)
@@ -164,12 +240,7 @@ class GatedLinearAttention(Mixer):
     def forward(
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
-        if state is not None and len(state) != 1:
-            raise ValueError(
-                f"the state of a layer is [B, H, K, V] alone; got {len(state)} tensors of another "
-                "mixer"
-            )
-        before = None if state is None else state[0]
+        before = None if state is None else self._past(state)
         if self._is_one_op():
             qkvu = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim))
             y, after = gated_linear_attention(
@@ -214,6 +285,81 @@ class SoftmaxAttention(Mixer):
             weight.new_zeros(rows, 0, heads, self.head_dim),
         )
 
+    # In slots, keys and values are [N, C + 1, G, K] and [N, C + 1, G, V]. The token at position p
+    # of a text stands in place p mod C: C is the window, so that a token takes the place of the one
+    # that its own window no longer shows, or without a window the capacity. The last place takes
+    # what is not to be kept, because a kernel cannot leave a row out.
+
+    def new_slots(self, slots: int, capacity: int) -> LayerState:
+        places, weight = self.window or capacity, self.out_proj.weight
+        return (
+            weight.new_zeros(slots, places + 1, self.key_value_heads, self.key_dim),
+            weight.new_zeros(slots, places + 1, self.key_value_heads, self.head_dim),
+        )
+
+    def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
+        most, places = int(seen.max()) if len(seen) else 0, memory[0].shape[1] - 1
+        kept = most if self.window is None else min(most, self.window - 1)
+        if kept > places:
+            raise ValueError(f"a slot has read {most:,} tokens, but holds {places:,}")
+        positions = seen[:, None] - kept + torch.arange(kept, device=seen.device)  # [S, P]
+        filled = (positions >= 0)[..., None, None]
+        place = positions % max(1, places)
+        return tuple(part[slots[:, None], place].masked_fill(~filled, 0) for part in memory)
+
+    def write_slots_(
+        self, memory: LayerState, slots: Tensor, state: LayerState, seen: Tensor
+    ) -> None:
+        state, places = self._past(state), memory[0].shape[1] - 1
+        most = int(seen.max()) if len(seen) else 0
+        if self.window is None and most > places:
+            raise ValueError(f"a state of {most:,} tokens does not fit a slot of {places:,}")
+        kept = state[0].shape[1]
+        positions = seen[:, None] - kept + torch.arange(kept, device=seen.device)  # [S, P]
+        place = (positions % max(1, places)).where(positions >= 0, places)
+        for part, values in zip(memory, state, strict=True):
+            part[slots[:, None], place] = values.to(part.dtype)
+
+    def step_(
+        self,
+        x: Tensor,
+        memory: LayerState,
+        tokens: TokenPositions,
+        slots: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        q, k, v, gate = self._project(x, tokens)
+        places = memory[0].shape[1] - 1
+        every = torch.arange(len(x), device=x.device) if slots is None else slots
+        rows = every.clamp(min=0)
+        outputs = []
+        for t in range(x.shape[1]):
+            position = tokens.positions[:, t]  # [S]
+            kept = every >= 0
+            if lengths is not None:
+                kept &= t < lengths
+            if self.window is None:
+                kept &= position < places
+            place = (position % max(1, places)).where(kept, places)
+            for part, new in zip(memory, (k, v), strict=True):
+                part[rows, place] = new[:, t].to(part.dtype)
+            keys, values = (part if slots is None else part[rows] for part in memory)
+            # [S, C]: how many tokens before this one the token in each place stands
+            age = (position[:, None] - torch.arange(places, device=x.device)) % max(1, places)
+            bias = torch.zeros_like(age, dtype=torch.float32)[:, None]
+            if self.decays:
+                bias = self.log_decay[:, None] * age[:, None]
+            mask = bias.masked_fill((age > position[:, None])[:, None], -torch.inf)
+            one = q[:, t : t + 1]
+            mixed = self._weighed(
+                one, keys[:, :places].to(one), values[:, :places].to(one), mask[:, :, None]
+            )
+            if self.window is None:
+                mixed = mixed.masked_fill((position >= places)[:, None, None, None], torch.nan)
+            outputs.append(mixed)
+        mixed = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(-2)
+        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape))  # type: ignore[no-any-return]
+
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         window = seq_len if self.window is None else min(self.window, seq_len)
         # keys that a query sees, times two: the first queries of a row see fewer than a window
@@ -224,18 +370,16 @@ class SoftmaxAttention(Mixer):
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
         q, k, v, gate = self._project(x, tokens)
-        keys, values = self._past(state)
+        keys, values = (None, None) if state is None else self._past(state)
         check_devices("softmax attention", x=x, log_decay=self.log_decay, keys=keys, values=values)
         attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
         mixed, after = attend(q, k, v, state, tokens)
         mixed = mixed.flatten(-2)
         return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape)), after
 
-    def _past(self, state: LayerState | None) -> LayerState | tuple[None, None]:
+    def _past(self, state: LayerState) -> LayerState:
         """The keys and values of a state. Raises ValueError where they are another mixer's, or of
         other widths."""
-        if state is None:
-            return None, None
         heads = self.key_value_heads
         wanted = [[heads, self.key_dim], [heads, self.head_dim]]
         if [list(part.shape[2:]) for part in state] != wanted:
