@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 COMPRESSED = (".gz", ".zst")  # may follow the suffix of most kinds of files, see `FILE_KINDS`
-# The columns of parquet that a document keeps beside its content; to read all could cost much.
+# The columns of parquet that a document keeps beside its content. Reading every column could cost
+# more than reading the text.
 METADATA = ("id", "source", "url", "title", "author", "date", "language", "license", "licence")
 
 INSTALL = "pip install 'transnormer[data]'"
@@ -156,6 +157,7 @@ def _read_records(
 
 
 def _with_source(record: Record, source: str) -> Record:
+    """The record, as the metadata of its document. source: the path of its file."""
     if record.get("source") is None:
         record["source"] = source
     return record
