@@ -88,6 +88,8 @@ class Squared(MLP):
 
 # One whose state is [B, H, K, V], with parameters of its own, and one that keeps keys and values.
 MIXERS = '''
+from torch import nn
+
 from .layers import local
 
 class Skipping(Mixer):
