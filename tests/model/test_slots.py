@@ -146,3 +146,18 @@ def test_what_does_not_fit_is_refused() -> None:
     softmax = small(mixer="softmax", position="rope")
     with pytest.raises(ValueError, match="the state of a layer is"):
         slots.write_(model, [0], State.new(softmax))
+
+
+@pytest.mark.parametrize("number", [0, 4, 5, 9])
+@torch.inference_mode()
+def test_states_are_stacked_row_by_row(number: int) -> None:
+    model = models()[number]
+    ids = torch.randint(29, (3, 20))
+    states = [State.new(model), model(ids[1:2, :13])[1], model(ids[2:, :4])[1]]
+    together = State.stack(states)
+    assert together.seen.tolist() == [0, 13, 4]
+    rows = torch.stack([ids[0, :7], ids[1, 13:], ids[2, 4:11]])
+    found, _ = model(rows, together)
+    for row, state in enumerate(states):
+        wanted, _ = model(rows[row : row + 1], state)
+        same(found[row], wanted[0])

@@ -281,11 +281,13 @@ def _read_json_lines(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]
     name = str(path)
     for number, line in enumerate(_split_lines(_read_chunks(path)), start=1):
         where = f"{name} line {number}"
-        decoded = _decode(line, where).removeprefix("\ufeff")
-        if not decoded or decoded.isspace():
-            continue
         try:
+            decoded = line.decode().removeprefix("\ufeff")
+            if not decoded or decoded.isspace():
+                continue
             record = json.loads(decoded)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict):

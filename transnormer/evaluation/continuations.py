@@ -70,7 +70,7 @@ def score_requests(
         ids = torch.from_numpy(np.concatenate([piece.tokens for piece in batch]))[None]
         x, states = model.hidden(
             ids.to(model.device),
-            _stack(model, [piece.state for piece in batch]),
+            _stacked(model, [piece.state for piece in batch]),
             cu_seqlens=torch.from_numpy(bounds).to(model.device),
         )
         _score(model, x[0], batch, bounds, scores, greedy)
@@ -176,24 +176,9 @@ def _size(pieces: list[_Piece]) -> int:
     return tokens
 
 
-def _stack(model: LanguageModel, states: Sequence[State | None]) -> State | None:
-    """One state with a row each, None standing for a fresh one; None where all are.
-
-    Softmax attention's keys and values, whose number differs, stand at the right of their places.
-    """
+def _stacked(model: LanguageModel, states: Sequence[State | None]) -> State | None:
+    """One state with a row each, None standing for a fresh one; None where all are."""
     if not any(states):
         return None
     fresh = State.new(model)
-    some = [state or fresh for state in states]
-    layers = []
-    for layer in zip(*(state.layers for state in some), strict=True):
-        parts = []
-        for tensors in zip(*layer, strict=True):
-            most = max(t.shape[1] for t in tensors)
-            parts.append(
-                torch.cat(
-                    [F.pad(t, (0, 0) * (t.dim() - 2) + (most - t.shape[1], 0)) for t in tensors]
-                )
-            )
-        layers.append(tuple(parts))
-    return State(layers, torch.cat([state.seen for state in some]))
+    return State.stack([state or fresh for state in states])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import read_tensors, write_tensors
@@ -37,6 +38,21 @@ class State:
         """The state before the first token."""
         layers = [block.mixer.new_state(rows) for block in model.blocks()]
         return cls(layers, torch.zeros(rows, dtype=torch.int64, device=model.device))
+
+    @classmethod
+    def stack(cls, states: Sequence[State]) -> State:
+        """One state with the rows of all of these, which are of one model.
+
+        Keys and values of softmax attention, whose number differs, stand at the right of their
+        places."""
+        layers = []
+        for layer in zip(*(state.layers for state in states), strict=True):
+            parts = []
+            for tensors in zip(*layer, strict=True):
+                most = max(part.shape[1] for part in tensors)
+                parts.append(torch.cat([_padded_left(part, most) for part in tensors]))
+            layers.append(tuple(parts))
+        return cls(layers, torch.cat([state.seen for state in states]))
 
     @property
     def nbytes(self) -> int:
@@ -126,6 +142,11 @@ class State:
                 tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True))
             )
         return cls(layers, tensors["seen"].to(model.device))
+
+
+def _padded_left(part: Tensor, most: int) -> Tensor:
+    """[B, P, ...] -> [B, most, ...], zeros first."""
+    return F.pad(part, (0, 0) * (part.dim() - 2) + (most - part.shape[1], 0))
 
 
 def _shape(state: State) -> str:
