@@ -307,7 +307,7 @@ def planned(
     if kind not in GPUS:
         return {}
     shape = measure_shape(config, length)
-    layout = Layout(mesh.replicate, mesh.shard, mesh.context, mesh.tensor, recompute=recompute)
+    layout = Layout(**mesh.sizes, recompute=recompute)
     return {
         "planned_bytes": expected_memory(shape, layout, rows, length).allocated,
         "planned_tokens_per_second": round(find_speed(shape, layout, GPUS[kind], rows, length)[0]),

@@ -18,8 +18,9 @@ from arms import CONFIRMING_SEED, Run, folder_of, known, recipe
 from transnormer.data.shards import TokenData
 from transnormer.files import write_text
 from transnormer.formats.folders import load
-from transnormer.inference.sampling import Sampling, sample
+from transnormer.inference.sampling import Sampling, Samplings, sample
 from transnormer.model.language_model import LanguageModel
+from transnormer.model.slots import Slots
 from transnormer.ops.loss import linear_cross_entropy
 from transnormer.provenance import provenance
 from transnormer.train.loop import Interrupted, train
@@ -89,15 +90,15 @@ def draw(model: LanguageModel, rows: int, length: int, end: int, seed: int) -> n
 
     The token of level n is end + 1 + n. Only levels are sampled; the end of a text is left out.
     """
-    sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
-    generator = sampling.generator(model.device)
-    ids, state, drawn = torch.full((rows, 1), end, device=model.device), None, []
+    seeds = [Sampling(temperature=1.0, top_p=1.0, seed=rows * seed + row) for row in range(rows)]
+    samplings = Samplings.of(seeds, model.device)
+    ids, slots, drawn = torch.full((rows, 1), end), Slots.new(model, rows, length), []
+    ids, number = ids.to(model.device), torch.zeros(rows, dtype=torch.int64, device=model.device)
     for _ in range(length):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            hidden, state = model.hidden(ids, state)
-            logits = torch.nn.functional.linear(hidden[:, -1], model.head_weight)
-        drawn.append(sample(logits[:, end + 1 :], sampling, generator))
-        ids = drawn[-1][:, None] + end + 1
+            logits = model.step_(ids, slots)[:, -1]
+        drawn.append(sample(logits[:, end + 1 :], samplings, number))
+        ids, number = drawn[-1][:, None] + end + 1, number + 1
     return torch.stack(drawn, 1).to("cpu", torch.uint8).numpy()
 
 

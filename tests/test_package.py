@@ -149,19 +149,28 @@ HEAVY = {
 }
 
 
-def _loaded(code: str) -> set[str]:
-    """The modules that a fresh Python has loaded after `code`."""
-    command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+def _loaded(*codes: str) -> list[set[str]]:
+    """The modules that a fresh Python has loaded after each of these, one after another."""
+    lines = "; ".join(f"{code}; print(*sys.modules)" for code in codes)
+    command = [sys.executable, "-c", f"import sys; {lines}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [set(line.split()) for line in said.splitlines()]
 
 
-def test_importing_is_light() -> None:
-    assert _loaded("import transnormer") & {*HEAVY, "torch", "numpy"} == set()
-    assert _loaded("from transnormer import *") & HEAVY == set()
+def test_importing_and_loading_a_model_is_light(tmp_path: Path) -> None:
+    config = transnormer.ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+    transnormer.LanguageModel(config).save_pretrained(tmp_path)
+    package, names, loaded = _loaded(
+        "import transnormer", "from transnormer import *", f"load({str(tmp_path)!r})"
+    )
+    assert package & {*HEAVY, "torch", "numpy"} == set()
+    assert names & HEAVY == set()
+    assert loaded & {*HEAVY, "torch._dynamo"} == {"safetensors"}
 
 
 def test_help_needs_no_torch() -> None:
-    assert "torch" not in _loaded("from transnormer.cli import app")
+    (loaded,) = _loaded("from transnormer.cli import app")
+    assert "torch" not in loaded
 
 
 def test_the_public_names_are_there() -> None:

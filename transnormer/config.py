@@ -244,7 +244,10 @@ class ModelConfig:
             turned = tuple(reading[:1] if turned == "first" else reading)
         if POSITIONS[self.position] is None:
             turned = ()
-        return tuple(self._layer(name, n in turned, linear) for n, name in enumerate(types))
+        places = set(turned)
+        kinds = [(name, n in places) for n, name in enumerate(types)]
+        records = {kind: self._layer(*kind, linear) for kind in set(kinds)}
+        return tuple(records[kind] for kind in kinds)
 
     def _layer(self, name: str, turned: bool, linear: bool) -> LayerConfig:
         """name: its type. turned: whether it has `position`. linear: whether any layer is."""

@@ -23,7 +23,7 @@ import torch
 from transnormer.config import ModelConfig
 from transnormer.data.loader import Loader
 from transnormer.data.shards import TokenData
-from transnormer.inference.sampling import Sampling, sample
+from transnormer.inference.sampling import Sampling, Samplings, sample
 from transnormer.model.language_model import LanguageModel
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
@@ -457,15 +457,16 @@ def test_what_is_drawn_token_by_token_follows_the_whole_text() -> None:
         num_attention_heads=2,
         intermediate_size=16,
     )
-    model, sampling = LanguageModel(config).eval(), Sampling(temperature=1.0, top_p=1.0, seed=1)
+    model = LanguageModel(config).eval()
+    samplings = Samplings.of(
+        [Sampling(temperature=1.0, top_p=1.0, seed=5 + row) for row in range(5)], model.device
+    )
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(20)  # so that logits differ, and with all tokens before
     drawn = torch.from_numpy(one.draw(model, 5, 40, 0, 1)).long()
     logits, _ = model(torch.cat([torch.zeros(5, 1, dtype=torch.long), drawn + 1], 1))
-    generator = sampling.generator(model.device)
     for place in range(40):
-        assert (
-            sample(logits[:, place, 1:], sampling, generator).tolist() == drawn[:, place].tolist()
-        )
+        number = torch.full((5,), place)
+        assert sample(logits[:, place, 1:], samplings, number).tolist() == drawn[:, place].tolist()
     assert len(drawn.unique()) == 8

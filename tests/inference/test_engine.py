@@ -12,7 +12,7 @@ from transnormer import LanguageModel, ModelConfig
 from transnormer.data.tokenizer import load_tokenizer
 from transnormer.inference import engine
 from transnormer.inference.engine import PIECE, Session, generate_text
-from transnormer.inference.sampling import Sampling, sample
+from transnormer.inference.sampling import NOT_FINITE, Sampling, Samplings, _uniform, sample
 
 GREEDY = Sampling(temperature=0)
 
@@ -85,7 +85,7 @@ def test_the_pieces_are_the_text(model: LanguageModel) -> None:
 
 
 def test_stop_strings_end_the_text_before_them(model: LanguageModel) -> None:
-    options = {"max_tokens": 120, "sampling": Sampling(seed=5, temperature=1.5)}
+    options = {"max_tokens": 120, "sampling": Sampling(seed=6, temperature=1.5)}
     text = "".join(generate_text(model, "When", **options))
     for start, length in ((10, 1), (20, 7), (40, 15)):
         stop = text[start : start + length]
@@ -115,11 +115,10 @@ def test_memory_of_a_token_does_not_grow(model: LanguageModel) -> None:
 
 
 def test_filters_keep_the_likeliest() -> None:
-    generator = torch.Generator().manual_seed(0)
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.25, 0.15]]))
 
     def drawn(**options) -> set[int]:
-        return {int(sample(logits, Sampling(**options), generator)) for _ in range(400)}
+        return {*draws(logits, 400, **options).tolist()}
 
     assert drawn(temperature=0) == {1}
     assert drawn(temperature=1, top_k=2, top_p=1) == {1, 2}
@@ -128,10 +127,51 @@ def test_filters_keep_the_likeliest() -> None:
     assert drawn(temperature=1, top_p=0.76) == {1, 2, 3}
     assert drawn(temperature=1, top_p=1) == {0, 1, 2, 3}
     assert drawn(temperature=1e-3, top_p=1) == {1}
-    counts = torch.zeros(4)
-    for _ in range(4_000):
-        counts[int(sample(logits, Sampling(temperature=1, top_p=1), generator))] += 1
-    assert (counts / 4_000 - logits.exp()[0]).abs().max() < 0.04
+    for options in ({"top_p": 1}, {"top_p": 1, "top_k": 4}):
+        counts = draws(logits, 4_000, temperature=1, **options).bincount(minlength=4)
+        assert (counts / 4_000 - logits.exp()[0]).abs().max() < 0.04
+
+
+def draws(logits: torch.Tensor, count: int, **options) -> torch.Tensor:
+    """So many draws in a row from one row's logits, each as the row of a batch."""
+    samplings = Samplings.of([Sampling(**{"seed": 0, **options})] * count, logits.device)
+    return sample(logits.expand(count, -1), samplings, torch.arange(count))
+
+
+def test_each_row_is_drawn_as_if_it_were_alone() -> None:
+    logits = 3 * torch.randn(6, 500)
+    settings = [
+        Sampling(seed=1),
+        Sampling(temperature=0),
+        Sampling(seed=2, top_k=3, temperature=2.0),
+        Sampling(seed=1, top_p=0.4, temperature=5.0),
+        Sampling(seed=9, temperature=1.0, top_p=1),
+        Sampling(seed=2**63 - 1, top_k=400, temperature=3.0),
+    ]
+    for number in torch.randint(10_000, (20,)):
+        alone = [
+            sample(logits[row : row + 1], Samplings.of([one], logits.device), number[None])
+            for row, one in enumerate(settings)
+        ]
+        order = torch.randperm(6).tolist()
+        together = Samplings.of([settings[row] for row in order], logits.device)
+        found = sample(logits[order], together, number.expand(6))
+        assert found.tolist() == [int(alone[row]) for row in order]
+
+
+def test_numbers_drawn_are_uniform_and_those_of_neighbouring_seeds_unrelated() -> None:
+    seeds, numbers = torch.arange(300)[:, None], torch.arange(300)
+    drawn = _uniform(*torch.broadcast_tensors(seeds, numbers))
+    assert drawn.dtype == torch.float64
+    assert 0 <= drawn.min() < 1e-4
+    assert 1 - 1e-4 < drawn.max() < 1
+    counts = (drawn * 100).long().flatten().bincount(minlength=100)
+    assert ((counts - 900) ** 2 / 900).sum() < 150  # chi-square of 99 degrees: p > 0.0007
+    wave = drawn - 0.5
+    for first, second in (
+        (wave[1:], wave[:-1]), (wave[:, 1:], wave[:, :-1]), (wave[1:, :-1], wave[:-1, 1:])
+    ):  # fmt: skip
+        assert (first * second).mean().abs() * 12 < 4 / 300
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -140,8 +180,10 @@ def test_logits_that_are_not_finite_are_refused_however_tokens_are_drawn(
     wrong: float, temperature: float
 ) -> None:
     logits = torch.tensor([[0.0, wrong, 1.0]])
-    with pytest.raises(ValueError, match="logits are not finite"):
-        sample(logits, Sampling(temperature=temperature), torch.Generator())
+    good = torch.tensor([[0.0, 9.0, 1.0]])
+    samplings = Samplings.of([Sampling(temperature=temperature)] * 2, logits.device)
+    found = sample(torch.cat([logits, good]), samplings, torch.zeros(2, dtype=torch.int64))
+    assert found.tolist() == [NOT_FINITE, 1]
 
 
 def test_a_read_that_is_interrupted_goes_on_where_it_stopped(
@@ -163,6 +205,43 @@ def test_a_read_that_is_interrupted_goes_on_where_it_stopped(
     whole.read([*ids, 7])
     assert told == [(8, 21), (8, 14), (14, 14)]
     assert list(session.write(5, GREEDY)) == list(whole.write(5, GREEDY))
+
+
+@pytest.mark.parametrize("kind", [{}, {"mixer": "softmax", "position": "rope"}], ids=str)
+def test_writing_that_is_interrupted_anywhere_goes_on_where_it_stopped(
+    kind: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of a step, when some layers have moved on already."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, initializer_range=0.3, **kind,
+    )  # fmt: skip
+    model = LanguageModel(config).double().eval()
+    monkeypatch.setattr(engine, "LEAST_CAPACITY", 4)  # so that memory is enlarged on the way
+    session, whole = Session(model), Session(model)
+    for one in (session, whole):
+        one.read([3, 4])
+    wanted = list(whole.write(30, GREEDY))
+    step, calls, found = model.layers[1].step_, [], []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) % 4 == 0:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(model.layers[1], "step_", interrupted)
+    while len(found) < 30:
+        try:
+            for token in session.write(30 - len(found), GREEDY):
+                found.append(token)
+        except KeyboardInterrupt:
+            continue
+    assert found == wanted
+    session.read([])
+    whole.read([])
+    assert session.state.seen.tolist() == whole.state.seen.tolist() == [32]
 
 
 @pytest.mark.parametrize(

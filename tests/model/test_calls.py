@@ -12,6 +12,7 @@ from transnormer import TRANSFORMER, LanguageModel, ModelConfig, State, layer_co
 from transnormer.inference.engine import Session
 from transnormer.model import layers, mixers
 from transnormer.model.card import model_card
+from transnormer.model.softmax_attention import SoftmaxAttention
 
 SMALL = {
     "vocab_size": 29,
@@ -171,7 +172,7 @@ def test_autocast_leaves_softmax_attention_its_decays() -> None:
     """Distances over 256 are no numbers of bfloat16, and far keys would have the decay of
     others."""
     torch.manual_seed(0)
-    mixer = mixers.SoftmaxAttention(
+    mixer = SoftmaxAttention(
         ModelConfig(**SMALL, mixer="softmax", position="none", decay_scale=0.02), 0
     )
     q, k, v = (torch.randn(1, 1_500, 3, 8) for _ in range(3))
@@ -239,7 +240,7 @@ def test_a_new_norm_is_counted_and_planned(add, ids) -> None:
         == small(norm="rmsnorm").parameter_count()
     )
     model.loss(ids, ids).backward()
-    for layout in (Layout(1, 1, 1, 1, 1, False), Layout(1, 1, 1, 3, 1, False)):
+    for layout in (Layout(), Layout(tensor=3)):
         assert expected_memory(measure(model.config, 12), layout, 1, 12).total > 0
 
 

@@ -17,10 +17,10 @@ from transnormer.cli.info import _say_model
 from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
 from transnormer.layer_config import FULL, LINEAR, SLIDING, SoftmaxSettings
-from transnormer.model import mixers
+from transnormer.model import softmax_attention
 from transnormer.model.card import model_card
 from transnormer.model.layers import TokenPositions
-from transnormer.model.mixers import SoftmaxAttention
+from transnormer.model.softmax_attention import SoftmaxAttention
 
 from .test_language_model import SMALL as BASE
 from .test_language_model import STACK as MIXED
@@ -61,7 +61,7 @@ def drawn(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(12))
 @torch.inference_mode()
 def test_every_way_of_reading_gives_the_same(seed: int, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(mixers, "MIN_QUERY_BLOCK", 3)
+    monkeypatch.setattr(softmax_attention, "MIN_QUERY_BLOCK", 3)
     model = small(**drawn(seed))
     assert model.parameter_count() == model.config.parameter_count()
     ids = torch.randint(29, (2, 40))
@@ -122,7 +122,7 @@ def looped(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, window: int) -> T
 def test_a_window_is_what_the_loop_says(
     window: int, groups: int, block: int, decay: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr(mixers, "MIN_QUERY_BLOCK", block)
+    monkeypatch.setattr(softmax_attention, "MIN_QUERY_BLOCK", block)
     settings = {"window": window, "num_key_value_heads": groups, "decay": decay}
     config = ModelConfig(**SMALL, **TRANSFORMER, layer_types=[SLIDING] * 3, softmax=settings)
     mixer = SoftmaxAttention(config, 1).double()

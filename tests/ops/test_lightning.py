@@ -123,6 +123,39 @@ def test_step_in_place_moves_the_state_on():
         lightning_step_(two.q, two.k, two.v, two.log_decay, two.state)
 
 
+def test_a_step_by_slots_moves_those_states_alone():
+    case = draw(1, rows=3)
+    states = torch.full((5, *case.state.shape[1:]), torch.nan)
+    states[[4, 0]] = case.state[[0, 2]]
+    slots = torch.tensor([4, -1, 0])
+    output = lightning_step_(case.q, case.k, case.v, case.log_decay, states, slots=slots)
+    want, last = attention(case.q, case.k, case.v, case.log_decay, state=case.state)
+    assert torch.equal(output[[0, 2]], want[[0, 2]])
+    assert torch.equal(states[[4, 0]], last[[0, 2]])
+    assert states[1:4].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([0, 1], r"slots must be \[3\] integers, one a row"),
+        ([0.0, 1.0, 2.0], "integers"),
+        ([0, 1, 5], r"different numbers below N = 5; got \[0, 1, 5\]"),
+        ([2, 1, 2], "different numbers"),
+        ([0, 1, -2], "must be -1, or"),
+    ],
+)
+def test_slots_that_do_not_fit_are_refused(slots, message):
+    case = draw(1, rows=3)
+    states = case.state.new_zeros(5, *case.state.shape[1:])
+    with pytest.raises(ValueError, match=message):
+        lightning_step_(case.q, case.k, case.v, case.log_decay, states, slots=torch.tensor(slots))
+    with pytest.raises(ValueError, match=r"state must be \[N, "):
+        lightning_step_(
+            case.q, case.k, case.v, case.log_decay, states[:, 1:], slots=torch.arange(3)
+        )
+
+
 def test_no_tokens_keep_the_state_and_pass_its_gradient():
     case = draw(0)
     found = run(attention, case)

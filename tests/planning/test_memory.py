@@ -377,7 +377,7 @@ def _hold(rank: int, folder: str) -> None:
         "gloo", store=dist.FileStore(os.path.join(folder, "store"), 4), rank=rank, world_size=4
     )
     found = []
-    meshes = {layout: make_mesh(layout.parallel, torch.device("cpu")) for layout in MESHES}
+    meshes = {layout: make_mesh(layout, torch.device("cpu")) for layout in MESHES}
     for layout, words in CASES:
         with torch.device("meta"):
             model = LanguageModel(ModelConfig.from_dict(TINY).replace(**words))

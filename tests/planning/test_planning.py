@@ -33,7 +33,7 @@ def test_every_size_on_many_gpus(size: str) -> None:
     job = Job(config=config, gpus=gpus, kind="h200", tokens=2e12, seq_len=8_192)
     plans = job.best()
     assert len(plans) == 3
-    assert len({plan.layout.parallel for plan in plans}) == 3
+    assert len({plan.layout.mesh for plan in plans}) == 3
     assert all(job.fits(plan) and plan.layout.world == gpus for plan in plans)
     for plan in plans:
         check_plan(config, plan)

@@ -30,7 +30,8 @@ from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train import segments
 from transnormer.train.mesh import Mesh, make_mesh
 from transnormer.train.optim import new_optimizer
-from transnormer.train.parallelize import clip, full_tensors, parallelize
+from transnormer.train.parallelize import clip, parallelize
+from transnormer.train.parallelize import whole as gathered
 from transnormer.train.recipe import Optim
 
 from ..children import run_processes
@@ -258,6 +259,13 @@ def step(case: Case, mesh: Mesh, exact: bool = False) -> dict[str, Tensor]:
     found |= {f"clipped/{name}": whole(p.grad).clone() for name, p in model.named_parameters()}
     new_optimizer(model, Optim()).step()
     return found | {f"stepped/{name}": x for name, x in full_tensors(model).items()}
+
+
+def full_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """Copies of whole weights by name on rank 0; {} on the others. All ranks call it."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    tensors = gathered(model.state_dict())
+    return {name: tensor.detach().clone() for name, tensor in tensors if first}
 
 
 def whole(x: Any) -> Tensor:

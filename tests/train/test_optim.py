@@ -27,11 +27,11 @@ from transnormer.train.optim import (
     optimizer_tensors,
     step_unless,
 )
-from transnormer.train.parallelize import clip, full_tensors, parallelize
+from transnormer.train.parallelize import clip, parallelize
 from transnormer.train.recipe import OPTIMIZERS, Optim
 
 from ..children import run_processes
-from .processes import ROWS, Case, batches, build
+from .processes import ROWS, Case, batches, build, full_tensors
 from .runs import curve, tiny
 
 WIDE = {

@@ -10,7 +10,7 @@ import torch
 
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.layer_config import SoftmaxSettings
-from transnormer.planning.mesh_sizes import check_mesh, sizes
+from transnormer.planning.mesh_sizes import check_mesh, resolve
 from transnormer.train.mesh import Mesh
 from transnormer.train.optim import learning_rate
 from transnormer.train.recipe import Optim, Recipe, model_overrides
@@ -306,7 +306,7 @@ def test_the_papers_sizes_fit_the_gpus_that_their_recipes_name(
         "constant",
     )
     check_mesh(config, recipe.parallel, gpus, seq_len=train.seq_len, rows=recipe.rows)
-    mesh = Mesh(torch.device("cuda"), *sizes(recipe.parallel, gpus))
+    mesh = Mesh(torch.device("cuda"), **resolve(recipe.parallel, gpus).sizes)
     assert recipe.rows == rows_each * mesh.data_ranks
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30, 80 * 2**30))
     check_memory(recipe, config, mesh)

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from ..layer_config import FULL, LINEAR, SLIDING, LayerConfig
-from ..model.mixers import LayerState
+from ..model.mixer import LayerState
 from ..model.state import State
 
 CACHES = {

@@ -30,7 +30,7 @@ from ..model import language_model
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE, Linear, TokenPositions
-from ..model.mixers import LayerState, Mixer
+from ..model.mixer import LayerState, Mixer
 from ..ops.loss import linear_cross_entropy
 from .cache_hf import read_cache, write_cache
 from .config_hf import TransNormerConfig

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..data.tokenizer import encode, end_of_text_id
 from ..model.language_model import LanguageModel
+from ..model.slots import Slots
 from ..model.state import State
-from .sampling import Sampling, sample
+from .sampling import NOT_FINITE, REFUSED, Sampling, Samplings, sample
 from .text import Decoder, check_stop, until_stop
 
 PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
+LEAST_CAPACITY = 256  # tokens that a text begun can grow by before its memory is enlarged
 
 Progress = Callable[[int, int], None]  # (tokens read, tokens to read in all)
 
@@ -23,19 +25,27 @@ class Session:
     """One text being read and written. It remembers the state, and the last token where the state
     has not read it yet.
 
-    Time and memory of a token do not depend on how long the text is (with a linear mixer).
+    Time and memory of a token do not depend on how long the text is (with a linear mixer). Text is
+    read by forward passes and written by steps in place, in a slot that the session owns.
     """
 
     def __init__(self, model: LanguageModel, state: State | None = None):
-        self.model, self.state = model, state
+        self.model, self._state = model, state
+        # Where the state is while text is written, what it has read in all, and since `_state`.
+        self._slot: Slots | None = None
+        self._held, self._stepped = 0, list[int]()
         self._logits: Tensor | None = None  # [1, vocab], after the last token read
         self._unread: list[int] = []
 
-    def fork(self) -> Session:
-        """Another session that goes on from here.
+    @property
+    def state(self) -> State | None:
+        """The state after what was read, which nothing writes to afterwards; None before."""
+        if self._slot is not None:
+            return self._slot.read(self.model, [0])
+        return self._state
 
-        The two do not meet, because a state is never written in place.
-        """
+    def fork(self) -> Session:
+        """Another session that goes on from here. The two do not meet."""
         fork = Session(self.model, self.state)
         fork._logits, fork._unread = self._logits, self._unread
         return fork
@@ -55,7 +65,8 @@ class Session:
             piece = torch.tensor([ids[start:stop]], device=self.model.device)
             x, state = self.model.hidden(piece, self.state)
             logits = torch.nn.functional.linear(x[:, -1], self.model.head_weight)
-            self.state, self._logits, self._unread = state, logits, ids[stop:]
+            self._state, self._slot = state, None
+            self._logits, self._unread = logits, ids[stop:]
             if progress is not None:
                 progress(min(stop, len(ids)), len(ids))
 
@@ -72,17 +83,43 @@ class Session:
 
     @torch.inference_mode()
     def _write(self, max_tokens: int, sampling: Sampling, end: int | None) -> Iterator[int]:
-        generator = sampling.generator(self.model.device)
+        samplings = Samplings.of([sampling], self.model.device)
+        number = torch.zeros(1, dtype=torch.int64, device=self.model.device)
         for _ in range(max_tokens):
-            if self._unread:
+            if len(self._unread) == 1 and self._state is not None:
+                self._step(self._unread[0])
+            elif self._unread:
                 self.read([])
             if self._logits is None:
                 raise ValueError("nothing was read yet: give a prompt")
-            token = int(sample(self._logits, sampling, generator))
+            token = int(sample(self._logits, samplings, number))
+            if token == NOT_FINITE:
+                raise ValueError(REFUSED)
+            number += 1
             self._unread = [token]
             if token == end:
                 return
             yield token
+
+    def _step(self, token: int) -> None:
+        """Take in one token, in place."""
+        if self._slot is None or self._held == self._slot.capacity:
+            state = self.state
+            assert state is not None
+            self._held = int(state.seen[0])
+            slot = Slots.new(self.model, 1, max(2 * self._held, LEAST_CAPACITY))
+            slot.write_(self.model, [0], state)
+            self._state, self._slot, self._stepped = state, slot, []
+        ids = torch.tensor([[token]], device=self.model.device)
+        try:
+            self._logits = self.model.step_(ids, self._slot)[:, -1]
+        except BaseException:
+            # Some layers may have moved on, so all since the last whole state is read anew.
+            self._slot, self._unread = None, [*self._stepped, token]
+            raise
+        self._held += 1
+        self._stepped.append(token)
+        self._unread = []
 
 
 def end_token(model: LanguageModel) -> int | None:

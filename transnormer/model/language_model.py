@@ -18,8 +18,10 @@ from ..files import FINGERPRINT, WEIGHTS, read_weights, write_tensors, write_tex
 from ..ops.context import Context
 from ..ops.loss import linear_cross_entropy
 from .card import write_card
-from .layers import GLUS, NORMS, Linear, TokenPositions, added, fill, rotation
-from .mixers import MIXERS, LayerState
+from .layers import GLUS, NORMS, Embedding, Linear, TokenPositions, added, fill, rotation
+from .mixer import LayerState
+from .mixers import MIXERS
+from .slots import Slots
 from .state import State
 
 
@@ -37,8 +39,23 @@ class Block(nn.Module):
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
         mixed, state = self.mixer(self.mixer_norm(x), state, tokens)
+        return self._after(x, mixed), state
+
+    def step_(
+        self,
+        x: Tensor,
+        memory: LayerState,
+        tokens: TokenPositions,
+        slots: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """As the mixer's `step_`."""
+        mixed = self.mixer.step_(self.mixer_norm(x), memory, tokens, slots, lengths)
+        return self._after(x, mixed)
+
+    def _after(self, x: Tensor, mixed: Tensor) -> Tensor:
         x, normed = added(self.glu_norm, x, mixed)
-        return x + self.glu(normed), state
+        return x + self.glu(normed)  # type: ignore[no-any-return]
 
 
 class LanguageModel(nn.Module):
@@ -66,14 +83,14 @@ class LanguageModel(nn.Module):
             if config.pad_token_id in (config.bos_token_id, config.eos_token_id)
             else config.pad_token_id
         )
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
         # of the heads that RoPE turns
         self.rope_widths = sorted(
             {layer.head_dim for layer in config.layers if layer.position == "rope"}
         )
         self.embed_positions = None
         if config.position == "ape":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(
             self.block(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -149,13 +166,8 @@ class LanguageModel(nn.Module):
                 inputs[:] = [_unpack(x, real) for x in inputs]
             return _unpack(packed, real), state
         seen = None if state is None else state.seen
-        x = self.embed_tokens(ids) if ids.dim() == 2 else ids
         first = 0 if self.context is None else self.context.rank * ids.shape[1]
-        positions = _positions(ids, seen, cu_seqlens, first)
-        turns = rotation(self.rope_widths, self.config.rope_theta, positions, x.dtype)
-        tokens = TokenPositions(positions, seen, cu_seqlens, turns)
-        if self.config.embed_scale:
-            x = x * math.sqrt(self.config.hidden_size)
+        x, tokens = self._embed(ids, _positions(ids, seen, cu_seqlens, first), seen, cu_seqlens)
         if self.embed_positions is not None:
             last = first + ids.shape[1] - 1
             if seen is not None or cu_seqlens is not None:
@@ -177,6 +189,63 @@ class LanguageModel(nn.Module):
         else:
             read = cu_seqlens.diff().to(tokens.positions)
         return self.norm(x), State(layers, read if seen is None else seen + read)
+
+    def _embed(
+        self, ids: Tensor, positions: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, TokenPositions]:
+        """The tokens' vectors, scaled, without learned positions; and what the layers know of
+        where the tokens stand."""
+        x = self.embed_tokens(ids) if ids.dim() == 2 else ids
+        turns = rotation(self.rope_widths, self.config.rope_theta, positions, x.dtype)
+        if self.config.embed_scale:
+            x = x * math.sqrt(self.config.hidden_size)
+        return x, TokenPositions(positions, seen, cu_seqlens, turns)
+
+    @torch.no_grad()
+    def step_(
+        self,
+        ids: Tensor,
+        slots: Slots,
+        rows: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Decoding: logits [S, T, vocab] of the next token after each of ids; the slots' states
+        move on in place.
+
+        Nothing is waited for on a GPU and no memory depends on what was read, so that a CUDA graph
+        can hold the call. Tokens of a row are read one after another, so T is meant to be small.
+        ids: [S, T] integers. rows: [S] integers, the slot of each row, all different; -1 for a row
+            that only fills up the call: nothing is written for it, and its logits mean nothing.
+            None: row i is slot i. On a GPU they are not looked at.
+        lengths: [S] integers from 0 to T, how many of a row's tokens are read; the logits of the
+            others mean nothing. None: all.
+        Logits are NaN where a slot is full, or a position is past the learned table. Raises
+        ValueError where the shapes do not fit."""
+        if ids.dim() != 2 or not (rows is not None or len(ids) == len(slots.seen)):
+            raise ValueError(
+                f"ids must be [S, T] integers, S the slots where rows are not given; got "
+                f"{list(ids.shape)} for {len(slots.seen)} slots"
+            )
+        for name, part in (("rows", rows), ("lengths", lengths)):
+            if part is not None and part.shape != ids.shape[:1]:
+                raise ValueError(
+                    f"{name} must be [{len(ids)}], one number a row; got {list(part.shape)}"
+                )
+        seen = slots.seen if rows is None else slots.seen[rows]
+        positions = seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        x, tokens = self._embed(ids, positions, seen, None)
+        if self.embed_positions is not None:
+            table = self.embed_positions.num_embeddings
+            learned = self.embed_positions(positions.clamp(max=table - 1))
+            x = x + learned.masked_fill((positions >= table)[..., None], torch.nan)
+        for block, memory in zip(self.blocks(), slots.layers, strict=True):
+            x = block.step_(x, memory, tokens, rows, lengths)
+        read = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths.to(seen)
+        if rows is None:
+            slots.seen.add_(read)
+        else:
+            slots.seen.index_add_(0, rows.clamp(min=0), read.where(rows >= 0, 0))
+        return F.linear(self.norm(x), self.head_weight)
 
     def loss(
         self,

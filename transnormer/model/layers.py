@@ -55,6 +55,15 @@ class Linear(nn.Linear):
         pass
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that is left alone on the meta device, where filling it would import
+    torch's compiler, which takes seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def local(x: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor as it is."""
     if torch.distributed.is_initialized():

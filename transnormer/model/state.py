@@ -16,7 +16,7 @@ from ..files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
-    from .mixers import LayerState
+    from .mixer import LayerState
 
 
 @dataclass(frozen=True)

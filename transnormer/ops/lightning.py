@@ -89,15 +89,26 @@ def lightning_attention(
 
 
 def lightning_step_(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    slots: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """One token of inference: `state` [B, H, K, V] moves on in place, the output [B, 1, H, V] is
-    returned.
+    """One token of inference: the state moves on in place, the output [B, 1, H, V] is returned.
 
-    q, k: [B, 1, H, K]; v: [B, 1, H, V]. One launch on a GPU, fit for CUDA graphs. There is no
-    gradient: raises ValueError where one would be wanted, and as `lightning_attention` does."""
-    _check_devices(q, k, v, log_decay, state, None)
-    check(q, k, v, log_decay, state, None)
+    q, k: [B, 1, H, K]; v: [B, 1, H, V]. state: [B, H, K, V], or with slots [N, H, K, V].
+    slots: [B] integers, which of the N states is each row's; no two rows may share one. A row of
+        slot -1 has none: nothing is written, and its output means nothing.
+    One launch on a GPU, fit for CUDA graphs. There is no gradient: raises ValueError where one
+    would be wanted, and as `lightning_attention` does. Slots on a GPU are not looked at."""
+    check_devices("lightning_step_", q=q, k=k, v=v, log_decay=log_decay, state=state, slots=slots)
+    check(q, k, v, log_decay, state if slots is None else None, None)
+    if slots is not None:
+        _check_slots(slots, q, v, state)
     if q.shape[1] != 1:
         raise ValueError(f"one token, T = 1, is a step; got {_shape(q)}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)):
@@ -111,9 +122,14 @@ def lightning_step_(
     if choose("lightning_step_", backend, refusals) == "triton":
         from . import lightning_triton
 
-        return lightning_triton.attend_in_place(q, k, v, log_decay, state)
-    output, new = lightning_torch.step(q, k, v, log_decay, state)
-    state.copy_(new)
+        return lightning_triton.attend_in_place(q, k, v, log_decay, state, slots)
+    if slots is None:
+        output, new = lightning_torch.step(q, k, v, log_decay, state)
+        state.copy_(new)
+        return output
+    output, new = lightning_torch.step(q, k, v, log_decay, state[slots])
+    owned = slots >= 0
+    state[slots[owned]] = new[owned].to(state.dtype)
     return output
 
 
@@ -267,6 +283,26 @@ def _check_devices(
         state=state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _check_slots(slots: Tensor, q: Tensor, v: Tensor, state: Tensor) -> None:
+    rows, _, heads, width = q.shape
+    if slots.shape != (rows,) or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"slots must be [{rows}] integers, one a row; got {_shape(slots)} {slots.dtype}"
+        )
+    if state.dim() != 4 or state.shape[1:] != (heads, width, v.shape[3]):
+        raise ValueError(
+            f"state must be [N, {heads}, {width}, {v.shape[3]}] where slots are given; got "
+            f"{_shape(state)}"
+        )
+    if slots.is_cpu and not torch.compiler.is_compiling():
+        taken = [slot for slot in slots.tolist() if slot != -1]
+        if len({*taken}) < len(taken) or not all(0 <= slot < len(state) for slot in taken):
+            raise ValueError(
+                f"slots must be -1, or different numbers below N = {len(state)}; got "
+                f"{slots.tolist()}"
+            )
 
 
 def _check_bounds(cu_seqlens: Tensor, rows: int, length: int) -> None:

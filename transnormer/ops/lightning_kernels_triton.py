@@ -469,11 +469,15 @@ def segments_kernel(
 
 @triton.jit(do_not_specialize=["H"])
 def step_kernel(
-    q, k, v, output, state, new_state, log_decay,
+    q, k, v, output, state, new_state, log_decay, slots,
     q_b, q_h, q_c, k_b, k_h, k_c, v_b, v_h, v_c, s_b, s_h, s_k, s_v, n_b, n_h, n_k, n_v, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_STATE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """state <- lambda state + k^T v; output = q state. `new_state` may be `state`."""
+    """state <- lambda state + k^T v; output = q state. `new_state` may be `state`.
+
+    slots: [B], where the state of each row is; -1 for a row without one, of which none is read or
+    written."""
     SLICES: tl.constexpr = (V + BV - 1) // BV
     column = tl.program_id(0) % SLICES * BV
     rest = tl.program_id(0) // SLICES
@@ -485,13 +489,22 @@ def step_kernel(
     kt = tl.load(k + row * k_b + head * k_h + r * k_c, mask=r < K, other=0.0).to(tl.float32)
     vt = tl.load(v + row * v_b + head * v_h + c * v_c, mask=c < V, other=0.0).to(tl.float32)
     s = kt[:, None] * vt[None, :]
+    place = row
+    if HAS_SLOTS:
+        place = tl.load(slots + row).to(tl.int64)
     if HAS_STATE:
         offsets, mask = _state_offsets(column, s_k, s_v, K, V, BK, BV)
-        old = tl.load(state + row * s_b + head * s_h + offsets, mask=mask, other=0.0).to(tl.float32)
+        if HAS_SLOTS:
+            mask = mask & (place >= 0)
+        old = tl.load(state + place * s_b + head * s_h + offsets, mask=mask, other=0.0).to(
+            tl.float32
+        )
         s += tl.exp(tl.load(log_decay + head).to(tl.float32)) * old
     offsets, mask = _state_offsets(column, n_k, n_v, K, V, BK, BV)
+    if HAS_SLOTS:
+        mask = mask & (place >= 0)
     tl.store(
-        new_state + row * n_b + head * n_h + offsets, s.to(new_state.dtype.element_ty), mask=mask
+        new_state + place * n_b + head * n_h + offsets, s.to(new_state.dtype.element_ty), mask=mask
     )
     result = tl.sum(qt[:, None] * s, axis=0)
     tl.store(output + (row * H + head) * V + c, result.to(output.dtype.element_ty), mask=c < V)

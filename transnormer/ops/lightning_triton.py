@@ -369,18 +369,23 @@ def step(
     state: Tensor | None,
     new_state: Tensor,
     output: Tensor,
+    slots: Tensor | None = None,
 ) -> None:
-    """One token, [B, 1, H, K]: fills `output` and `new_state`, which may be `state`."""
-    call = _Call(q, k, v, log_decay, None, None, None, (state, new_state))
+    """One token, [B, 1, H, K]: fills `output` and `new_state`, which may be `state`.
+
+    slots: [B], where each row's state is among [N, H, K, V], or -1; by default where the row is."""
+    slots = None if slots is None else slots.contiguous()
+    call = _Call(q, k, v, log_decay, None, None, None, (state, new_state, slots))
     if call.B * call.H == 0:
         return
     wide = 32 if call.V > 16 else 16
     arguments = (
         q, k, v, output, new_state if state is None else state, new_state, call.log_decay,
+        call.log_decay if slots is None else slots,
         q.stride(0), q.stride(2), q.stride(3), k.stride(0), k.stride(2), k.stride(3),
         v.stride(0), v.stride(2), v.stride(3), *(_NO_STRIDES if state is None else state.stride()),
         *new_state.stride(), call.H, call.K, call.V, triton.next_power_of_2(call.K), wide,
-        state is not None,
+        state is not None, slots is not None,
     )  # fmt: skip
     programs = call.B * call.H * _over(call.V, wide)
     call.run(
@@ -393,9 +398,11 @@ def step(
 # What autograd and torch.compile see.
 
 
-def attend_in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+def attend_in_place(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None
+) -> Tensor:
     """One token; `state` moves on."""
-    inputs = q, k, v, log_decay, state
+    inputs = q, k, v, log_decay, state, slots
     return (_step_in_place if direct(*inputs) else step_in_place_op)(*inputs)  # type: ignore[no-any-return]
 
 
@@ -407,9 +414,11 @@ def _step(
     return output, new_state
 
 
-def _step_in_place(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+def _step_in_place(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None
+) -> Tensor:
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
-    step(q, k, v, log_decay, state, state, output)
+    step(q, k, v, log_decay, state, state, output, slots)
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
     return output
@@ -440,8 +449,9 @@ _backward = define_backward(
     backward, _fake_backward, "lightning_attention", "those of backend='reference'",
 )  # fmt: skip
 step_in_place_op = define(
-    "lightning_triton_step_", f"({_TENSORS}, Tensor(a!) state) -> Tensor", _step_in_place,
-    lambda q, k, v, log_decay, state: torch.empty_like(v, memory_format=torch.contiguous_format),
+    "lightning_triton_step_", f"({_TENSORS}, Tensor(a!) state, Tensor? slots) -> Tensor",
+    _step_in_place,
+    lambda q, k, v, *_: torch.empty_like(v, memory_format=torch.contiguous_format),
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def pretended(layout: Layout, device: torch.device) -> Iterator[Mesh]:
         raise RuntimeError("a plan cannot be checked inside a process group")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
     try:
-        yield make_mesh(layout.parallel, device)
+        yield make_mesh(layout, device)
     finally:
         dist.destroy_process_group()
 
@@ -132,7 +132,9 @@ def table(job: Job, plans: list[Plan]) -> Table:
 
 def as_settings(job: Job, plan: Plan) -> list[str]:
     """A plan as the settings of a recipe that train so."""
-    settings = {f"parallel.{name}": size for name, size in vars(plan.layout.parallel).items()}
+    settings: dict[str, object] = {
+        f"parallel.{name}": size for name, size in plan.layout.sizes.items()
+    }
     settings |= {
         "train.accumulate": plan.layout.accumulate,
         "train.recompute": plan.layout.recompute,

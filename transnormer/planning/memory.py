@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..layer_config import NORMS, LayerConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
-from .mesh_sizes import Parallel
+from .mesh_sizes import MeshSizes
 
 GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
 # cuBLAS's on an H100: 32 MiB for each of the threads of forward and backward
@@ -29,27 +29,18 @@ CONTEXT_BYTES = 2**30  # CUDA's context and the kernels
 GROUP_BYTES = 2**28  # buffers of NCCL, for every group of processes that a rank is in
 
 
-@dataclass(frozen=True)
-class Layout:
+@dataclass(frozen=True, kw_only=True)
+class Layout(MeshSizes):
     """How one step is spread: the mesh, its micro-batches, and whether blocks are computed
     again."""
 
-    replicate: int = 1
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
     accumulate: int = 1
     recompute: bool = False
 
     @property
-    def world(self) -> int:
-        return self.replicate * self.shard * self.context * self.tensor
-
-    @property
-    def parallel(self) -> Parallel:
-        return Parallel(
-            replicate=self.replicate, shard=self.shard, context=self.context, tensor=self.tensor
-        )
+    def mesh(self) -> MeshSizes:
+        """The mesh alone."""
+        return MeshSizes(**self.sizes)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,39 @@ from ..config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
-    """How the processes of torchrun share the work; the product of the four is their number."""
+class MeshSizes:
+    """How the processes of a run share the work; the product of the four is their number."""
 
     replicate: int = 1  # copies of the sharded model, each reading other rows
-    # processes that share one copy, each reading other rows; 0: all that are left over
-    shard: int = 0
+    shard: int = 1  # processes that share one copy, each reading other rows
     context: int = 1  # processes that share the tokens of a row
     tensor: int = 1  # processes that share heads, columns and words
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The four by their names, in this order."""
+        return {name: getattr(self, name) for name in ("replicate", "shard", "context", "tensor")}
 
-def sizes(parallel: Parallel, world: int) -> tuple[int, int, int, int]:
-    """(replicate, shard, context, tensor) of so many processes, shard = 0 taking what is left.
+    @property
+    def world(self) -> int:
+        """The number of processes."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def data_ranks(self) -> int:
+        """How many share the rows of a step."""
+        return self.replicate * self.shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(MeshSizes):
+    """The sizes as a recipe says them, where shard = 0 stands for all processes left over."""
+
+    shard: int = 0
+
+
+def resolve(parallel: MeshSizes, world: int) -> MeshSizes:
+    """The sizes for so many processes, shard = 0 taking what is left.
 
     Raises ValueError naming the factor that does not divide them, and what would fit.
     """
@@ -47,18 +68,19 @@ def sizes(parallel: Parallel, world: int) -> tuple[int, int, int, int]:
             f"parallel.shard = {parallel.shard}, but of {world} processes {left} are left for it; "
             f"write {left}, or 0 for all"
         )
-    return parallel.replicate, left, parallel.context, parallel.tensor
+    return MeshSizes(**parallel.sizes | {"shard": left})
 
 
 def check_mesh(
-    config: ModelConfig, parallel: Parallel, world: int, *, seq_len: int, rows: int
+    config: ModelConfig, parallel: MeshSizes, world: int, *, seq_len: int, rows: int
 ) -> None:
     """Refuse a mesh that the model or the batch does not fit. rows: of one micro-batch over all
     data ranks.
 
     Raises ValueError naming the factor, what it does not divide, and what would fit.
     """
-    replicate, shard, context, tensor = sizes(parallel, world)
+    mesh = resolve(parallel, world)
+    context, tensor = mesh.context, mesh.tensor
     parts = divided_by_tensor(config)
     for name, size in parts.items():
         if size % tensor:
@@ -79,9 +101,9 @@ def check_mesh(
             f"{seq_len}; with tensor = "
             f"{tensor}, context may be {most}"
         )
-    if rows % (replicate * shard):
+    if rows % mesh.data_ranks:
         raise ValueError(
-            f"parallel.replicate x shard = {replicate * shard} does not divide the {rows} rows of "
+            f"parallel.replicate x shard = {mesh.data_ranks} does not divide the {rows} rows of "
             "a micro-batch "
             f"(train.batch_tokens / seq_len / accumulate); {listed(rows)} would"
         )

@@ -16,7 +16,7 @@ from typing import Any
 from ..config import ModelConfig
 from .hardware import GPUS, USABLE, Gpu
 from .memory import Layout, Memory, Shape, expected_memory, measure
-from .mesh_sizes import Parallel, check_mesh, divided_by_tensor, listed
+from .mesh_sizes import MeshSizes, check_mesh, divided_by_tensor, listed
 from .speed import find_speed
 
 BATCH_TOKENS = 2**22  # of a step, about, where nobody says how many
@@ -176,7 +176,14 @@ class Job:
                         for recompute in (
                             (False, True) if self.recompute is None else (self.recompute,)
                         ):
-                            yield Layout(replicate, shard, context, tensor, accumulate, recompute)
+                            yield Layout(
+                                replicate=replicate,
+                                shard=shard,
+                                context=context,
+                                tensor=tensor,
+                                accumulate=accumulate,
+                                recompute=recompute,
+                            )
 
     def _accepts(self, layout: Layout, rows: int) -> bool:
         """Whether training would begin on a layout. rows: of a step."""
@@ -185,7 +192,7 @@ class Job:
         try:
             check_mesh(
                 self.config,
-                layout.parallel,
+                layout.mesh,
                 self.gpus,
                 seq_len=self.seq_len,
                 rows=rows // layout.accumulate,
@@ -247,13 +254,13 @@ class Job:
         Raises ValueError where none does, naming what is too large and what would fit.
         """
         plans = self.plans()
-        found: dict[Parallel, Plan] = {}
+        found: dict[MeshSizes, Plan] = {}
         for plan in sorted(
             plans,
             key=lambda plan: (-round(math.log(plan.tokens_per_second) * 200), plan.memory.total),
         ):
             if self.fits(plan):
-                found.setdefault(plan.layout.parallel, plan)
+                found.setdefault(plan.layout.mesh, plan)
         if not found:
             raise ValueError(self._too_large(min(plans, key=lambda plan: plan.memory.total)))
         return list(itertools.islice(found.values(), most))
@@ -295,9 +302,7 @@ class Job:
             # `layouts` yields the layout of a mesh with the least memory last, because it
             # recomputes and has the smallest microbatches. accumulate = 1 is tried separately,
             # because it keeps no sum of gradients.
-            tightest = {
-                (layout.parallel, layout.accumulate == 1): layout for layout in job.layouts()
-            }
+            tightest = {(layout.mesh, layout.accumulate == 1): layout for layout in job.layouts()}
         except ValueError:
             return False
         return any(job.fits(job.plan(layout)) for layout in tightest.values())

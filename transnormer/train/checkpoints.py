@@ -156,7 +156,7 @@ class Checkpoints:
             copied.record()
         record = (
             json.dumps(
-                asdict(progress) | {"data": origin.data, "base": origin.base, "mesh": mesh.shape}
+                asdict(progress) | {"data": origin.data, "base": origin.base, "mesh": mesh.sizes}
             )
             + "\n"
         )
@@ -322,7 +322,7 @@ class Checkpoints:
             other := difference(ModelConfig.from_json(folder / "config.json"), model.config)
         ) is not None:
             raise ValueError(f"{folder} is of another model: {other}; give another run=NAME")
-        before, now = record.get("mesh"), mesh.shape
+        before, now = record.get("mesh"), mesh.sizes
         if before != now:
             say(
                 f"{folder.name} was written by the mesh {_words(before or {})}; this one is "

@@ -9,7 +9,6 @@ does."""
 from __future__ import annotations
 
 import gc
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..data.loader import Batch
 from ..model.language_model import find_device
-from ..planning.mesh_sizes import Parallel, sizes
+from ..planning.mesh_sizes import MeshSizes, Parallel, resolve
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -36,7 +35,7 @@ class FailedOnOtherRank(Exception):
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Mesh(MeshSizes):
     """What this process is in the run. One process alone has no process group and no meshes.
 
     ranks: the DeviceMesh with the dimensions replicate, shard and tensor. Its `shard` joins shard
@@ -45,37 +44,15 @@ class Mesh:
     """
 
     device: torch.device
-    replicate: int = 1
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
     rank: int = 0
     ranks: DeviceMesh | None = None
     context_mesh: DeviceMesh | None = None
-
-    @property
-    def shape(self) -> dict[str, int]:
-        return {
-            "replicate": self.replicate,
-            "shard": self.shard,
-            "context": self.context,
-            "tensor": self.tensor,
-        }
-
-    @property
-    def world(self) -> int:
-        return math.prod(self.shape.values())
 
     @property
     def first(self) -> bool:
         """Whether this process prints, and writes the files of which there is one. Every rank
         writes pieces of checkpoints."""
         return self.rank == 0
-
-    @property
-    def data_ranks(self) -> int:
-        """How many share the rows of a step."""
-        return self.replicate * self.shard
 
     @property
     def data_rank(self) -> int:
@@ -162,7 +139,7 @@ def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
     """
     found, given = find_device(device), dist.is_initialized()
     world = dist.get_world_size() if given else int(os.environ.get("WORLD_SIZE", 1))
-    sizes(parallel, world)
+    resolve(parallel, world)
     if world == 1:
         yield Mesh(found)
         return
@@ -194,19 +171,19 @@ def start(parallel: Parallel, device: str = "auto") -> Iterator[Mesh]:
             dist.destroy_process_group()
 
 
-def make_mesh(parallel: Parallel, device: torch.device) -> Mesh:
+def make_mesh(parallel: MeshSizes, device: torch.device) -> Mesh:
     """The mesh over all processes of the default process group, whatever its backend. ValueError as
-    in `sizes`."""
+    in `resolve`."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    replicate, shard, context, tensor = found = sizes(parallel, dist.get_world_size())
+    found = resolve(parallel, dist.get_world_size())
     ranks = init_device_mesh(
         device.type,
-        (replicate, shard * context, tensor),
+        (found.replicate, found.shard * found.context, found.tensor),
         mesh_dim_names=("replicate", "shard", "tensor"),
     )
     context_mesh = None
-    if context > 1:
-        names = ("replicate", "shard", "context", "tensor")
-        context_mesh = init_device_mesh(device.type, found, mesh_dim_names=names)["context"]
-    return Mesh(device, *found, rank=dist.get_rank(), ranks=ranks, context_mesh=context_mesh)
+    if found.context > 1:
+        names, lengths = zip(*found.sizes.items(), strict=True)
+        context_mesh = init_device_mesh(device.type, lengths, mesh_dim_names=names)["context"]
+    return Mesh(device, rank=dist.get_rank(), ranks=ranks, context_mesh=context_mesh, **found.sizes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..model.language_model import LanguageModel
 from ..model.layers import LRPE
-from ..model.mixers import Mixer
+from ..model.mixer import Mixer
 from .muon import Muon
 from .recipe import Optim
 

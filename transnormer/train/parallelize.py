@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -102,16 +101,6 @@ def reshard(model: nn.Module, mesh: Mesh) -> None:
         from . import sharding
 
         sharding.reshard(model)
-
-
-def full_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of whole weights by name on the CPU of rank 0, gathered one at a time; {} on the
-    others. All ranks call it."""
-    first, found = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, tensor in whole(model.state_dict()):
-        if first:
-            found[name] = tensor.detach().to("cpu", copy=True)
-    return found
 
 
 def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

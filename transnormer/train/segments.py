@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model.language_model import LanguageModel
-from ..model.mixers import LayerState
+from ..model.mixer import LayerState
 from ..model.state import State
 from ..ops.loss import linear_cross_entropy
 

@@ -151,13 +151,7 @@ def check_memory(recipe: Recipe, config: ModelConfig, mesh: Mesh) -> None:
         with torch.device("meta"):
             maps = lora.targets(LanguageModel(config), recipe.lora).values()
         trained = sum(recipe.lora.rank * (each.in_features + each.out_features) for each in maps)
-    layout = Layout(
-        replicate=mesh.replicate,
-        shard=mesh.shard,
-        context=mesh.context,
-        tensor=mesh.tensor,
-        recompute=recipe.train.recompute,
-    )
+    layout = Layout(**mesh.sizes, recompute=recipe.train.recompute)
     tokens = recipe.rows * (recipe.train.segment or recipe.train.seq_len) // mesh.data_ranks
     least = least_memory(
         config,

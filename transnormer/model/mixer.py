@@ -1,0 +1,159 @@
+"""What every token mixer is: (x, state, tokens) -> (x, state), and decoding in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..ops.context import Context
+from .layers import ACTIVATIONS, LRPE, POSITIONS, Linear, TokenPositions
+
+LayerState = tuple[Tensor, ...]
+
+
+class Mixer(nn.Module, ABC):
+    """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H
+    heads, G heads of keys and values, which differ from H in softmax attention alone."""
+
+    # How tensor parallelism cuts each part, all by heads (train/sharding.py has the words).
+    SHARDS: ClassVar[dict[str, str]] = {
+        "qkvu_proj": "columns",
+        "gate_proj.0": "whole",
+        "gate_proj.1": "columns",
+        "out_proj": "rows",
+        "position": "heads",
+        "norm": "norm",
+    }
+    context: Context | None = None  # the processes that share a row's tokens
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        own = config.layers[layer]
+        d, inner, rank = config.hidden_size, own.inner_size, own.gate_rank
+        self.heads, self.head_dim, self.key_dim = (
+            own.num_attention_heads,
+            own.head_dim,
+            own.key_dim,
+        )
+        self.key_value_heads, self.group = own.num_key_value_heads, own.group
+        # Rows are grouped by head of keys and values: its queries, key, value (and gates). So a
+        # slice for one tensor rank holds whole groups.
+        self.parts = own.parts
+        fused = self.key_value_heads * self.parts * self.head_dim
+        self.qkvu_proj = Linear(d, fused, bias=config.bias)
+        self.gate_proj = None
+        if rank is not None:
+            self.gate_proj = nn.Sequential(
+                Linear(d, rank, bias=config.bias), Linear(rank, inner, bias=config.bias)
+            )
+        self.out_proj = Linear(inner, d, bias=config.bias)
+        self.activation = ACTIVATIONS[own.activation]
+        self.position = None if own.position == "none" else POSITIONS[own.position](own)
+        self._decays = config.log_decay(layer)
+        self.register_buffer(
+            "log_decay", torch.tensor(self._decays, dtype=torch.float32), persistent=False
+        )
+        self.log_decay: Tensor
+        self.register_load_state_dict_post_hook(_give_decay)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Mixer:
+        # Decays are constants in float32 whatever the weights are cast to: exp(-1e-5) is 1 in
+        # bfloat16.
+        super()._apply(fn, recurse)
+        self.reset_decay()
+        return self
+
+    def reset_decay(self, device: torch.device | None = None) -> None:
+        """Give log_decay its values, which no file stores; on another device, where one is
+        named."""
+        self.log_decay = torch.tensor(
+            self._decays, dtype=torch.float32, device=device or self.log_decay.device
+        )
+
+    def keep_heads(self, rank: int, ranks: int) -> None:
+        """Of the heads, which so many ranks share, hold those of this rank alone, as the inputs and
+        weights do that it is given."""
+        self.heads //= ranks
+        self.key_value_heads //= ranks
+        self._decays = self._decays[rank * self.heads :][: self.heads]
+        self.reset_decay()
+
+    @abstractmethod
+    def new_state(self, rows: int) -> LayerState:
+        """What the layer remembers before the first token of `rows` texts."""
+
+    @abstractmethod
+    def new_slots(self, slots: int, capacity: int) -> LayerState:
+        """What the layer keeps of so many texts at a time, in memory that is written in place.
+        capacity: the tokens of a text that can be held where the state grows."""
+
+    @abstractmethod
+    def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
+        """A copy of the states in slots [S], which have read seen [S] tokens."""
+
+    @abstractmethod
+    def write_slots_(
+        self, memory: LayerState, slots: Tensor, state: LayerState, seen: Tensor
+    ) -> None:
+        """Put a state of S rows, which have read seen [S] tokens, into slots [S]."""
+
+    @abstractmethod
+    def step_(
+        self,
+        x: Tensor,
+        memory: LayerState,
+        tokens: TokenPositions,
+        slots: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """Decoding: x [S, T, D] -> [S, T, D], and the states move on in place.
+
+        memory: as `new_slots` makes it. slots: [S] integers, where each row's state is; -1 for a
+        row without one, whose output means nothing; None where row i is slot i.
+        lengths: [S], how many of a row's T tokens are read; the outputs of the others mean nothing.
+        None: all. There is no gradient."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int, chunk: int) -> float:
+        """Forward operations of a token beside the projections, on average over rows of seq_len
+        tokens."""
+
+    def _project(
+        self, x: Tensor, tokens: TokenPositions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [B, T, D] -> q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], gate [B, T, H, V] or
+        [B, T, H * V] or None."""
+        heads = (self.key_value_heads, self.parts, self.head_dim)
+        vectors = self.qkvu_proj(x).unflatten(-1, heads).unbind(-2)
+        q, u = _heads(vectors[: self.group]), vectors[self.group + 2 :]
+        k, v = vectors[self.group : self.group + 2]
+        if isinstance(self.position, LRPE) and self.activation is F.silu:
+            q, k = self.position(q, k, tokens, swish=True)
+        else:
+            # autocast widens some activations
+            q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)
+            if self.position is not None:
+                q, k = self.position(q, k, tokens)
+        return q, k, v, self.gate_proj(x) if self.gate_proj is not None else _heads(u)
+
+
+def _heads(vectors: Sequence[Tensor]) -> Any:
+    """The heads of all groups, [B, T, G, V] for each head of a group -> [B, T, H, V]; None of an
+    empty list."""
+    if len(vectors) < 2:
+        return vectors[0] if vectors else None
+    return torch.stack(list(vectors), dim=-2).flatten(2, 3)
+
+
+def _give_decay(mixer: nn.Module, _: object) -> None:
+    """After a state_dict was loaded: where assign=True replaced weights on meta, the decays come to
+    the weights."""
+    assert isinstance(mixer, Mixer)
+    if mixer.log_decay.is_meta and not mixer.out_proj.weight.is_meta:
+        mixer.reset_decay(mixer.out_proj.weight.device)
