@@ -65,8 +65,9 @@ def collect(files: list[Path], text: Path) -> None:
     parts = {part: (text / f"{part}.jsonl").open("w", encoding="utf-8") for part in PARTS}
     for file in files:
         for document in read_documents([file]):
-            part = part_of(document, "valid" in file.name)
-            parts[part].write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            part = part_of(document.content, "valid" in file.name)
+            line = json.dumps({"text": document.content}, ensure_ascii=False)
+            parts[part].write(line + "\n")
     for opened in parts.values():
         opened.close()
 

@@ -206,9 +206,8 @@ class ModelConfig:
             require(layer.head_dim % 2 == 0, name, value, f"{wanted} position rope")
         name = "softmax.num_key_value_heads"
         require(heads % groups == 0, name, groups, f"a divisor of {heads}")
-        facts = POSITIONS[layer.position]
         wanted = f"null with position {layer.position}, which each head learns for itself"
-        require(groups == heads or not (facts and facts.parameters), name, groups, wanted)
+        require(groups == heads or not layer.position_parameters, name, groups, wanted)
 
     def _check_position_layers(self) -> None:
         """Check position_layers, and sort them."""
@@ -265,7 +264,7 @@ class ModelConfig:
             window = (own.window or WINDOW) if name == SLIDING else None
         return LayerConfig(
             type=name,
-            mixer=self.mixer if name == LINEAR else "softmax",
+            mixer="softmax" if linear and name != LINEAR else self.mixer,
             **settings,
             gate_rank=rank if settings["gate"] else None,
             num_attention_heads=heads,
@@ -328,13 +327,13 @@ class ModelConfig:
         for layer in self.layers:
             inner = layer.inner_size
             fused = layer.parts * layer.num_key_value_heads * layer.head_dim
-            linears = [(d, fused), (inner, d), *[(d, f)] * (1 if self.glu == "mlp" else 2), (f, d)]
+            linears = [(d, fused), (inner, d), *[(d, f)] * GLUS[self.glu], (f, d)]
             if layer.gate_rank is not None:
                 linears += [(d, layer.gate_rank), (layer.gate_rank, inner)]
             total += sum(i * o + (o if self.bias else 0) for i, o in linears)
-            total += per_norm * (2 * d + (inner if MIXERS[layer.mixer].norm else 0))
-            if position := POSITIONS[layer.position]:
-                total += position.parameters * inner
+            mixer = MIXERS[layer.mixer]
+            total += per_norm * (2 * d + (inner if mixer.norm else 0))
+            total += (mixer.parameters + layer.position_parameters) * inner
         return total
 
     def replace(self, **changes: Any) -> ModelConfig:

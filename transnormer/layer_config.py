@@ -17,12 +17,14 @@ class MixerFacts:
     """What a mixer is to the rest of the house.
 
     fixed_state: what it remembers of a text has one size, [B, H, K, V] a layer, however long the
-        text is.
+        text is; else it remembers the keys and values of every token.
     norm: it has a norm over the output of all heads.
+    parameters: learned numbers of its own for each channel of the heads, beside its projections.
     """
 
     fixed_state: bool
     norm: bool
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ POSITIONS = {
 }
 DECAYS = ("alibi", "paper", "none")
 NORMS = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}  # learned parameters a channel
-GLUS = ("sglu", "swiglu", "mlp")
+GLUS = {"sglu": 2, "swiglu": 2, "mlp": 1}  # matrices that widen D to F
 ACTIVATIONS = (
     "swish",
     "none",
@@ -160,6 +162,12 @@ class LayerConfig:
         """Width of a query and of a key, after the position has turned it."""
         facts = POSITIONS[self.position]
         return self.head_dim * (facts.width if facts else 1)
+
+    @property
+    def position_parameters(self) -> int:
+        """Learned numbers of the position for each channel of the heads."""
+        facts = POSITIONS[self.position]
+        return facts.parameters if facts else 0
 
     @property
     def parts(self) -> int:

@@ -33,4 +33,4 @@ def write(path, records):
 
 
 def read(path, format="messages"):
-    return [json.loads(text) for text in conversations([path], format)]
+    return [document.content for document in conversations([path], format)]

@@ -30,6 +30,9 @@ def test_every_format_becomes_messages(tmp_path):
     pair = say("user: Ask", "assistant: Say")
     path = write(tmp_path / "a.jsonl", [{"messages": CHAT, "id": 7}, {"messages": pair}])
     assert read(path) == [CHAT, pair]
+    first, second = conversations([path], "messages")
+    assert (first.id, first.metadata) == (f"{path} line 1", {"id": 7, "source": str(path)})
+    assert (second.id, second.metadata) == (f"{path} line 2", {"source": str(path)})
     assert read(
         write(tmp_path / "b.jsonl", [{"prompt": "Ask", "completion": "Say"}]), "prompt"
     ) == [pair]

@@ -12,7 +12,13 @@ import zstandard
 
 from tests.lazy import Lazy
 from transnormer.data import documents
-from transnormer.data.documents import read_documents, read_records, read_text, read_texts
+from transnormer.data.documents import (
+    Document,
+    read_documents,
+    read_records,
+    read_text,
+    read_texts,
+)
 
 pyarrow, parquet = Lazy("pyarrow"), Lazy("pyarrow.parquet")
 
@@ -20,7 +26,8 @@ TEXTS = ["one\ntwo\n", "  naïve  \U0001f600", "tab\tand \u2028 a line separator
 
 
 def read(*inputs, **options):
-    return list(read_documents([Path(given) for given in inputs], **options))
+    found = read_documents([Path(given) for given in inputs], **options)
+    return [document.content for document in found]
 
 
 def json_lines(texts, field="text"):
@@ -88,7 +95,9 @@ def test_parquet_columns_that_are_stored_as_a_dictionary_are_text(tmp_path):
     # and not plain strings
     assert parquet.read_schema(path).field("text").type == column.type
     assert read(path) == ["a", "b", "a", "a"]
-    assert [record["text"] for _, record in read_records([path], ["text"])] == ["a", "b", "a", "a"]
+    assert [each.content for each in read_records([path], ["text"])] == [
+        {"text": text} for text in "abaa"
+    ]
 
 
 def test_parquet_columns_of_one_name(tmp_path):
@@ -152,9 +161,52 @@ def test_empty_documents_are_skipped(tmp_path):
 def test_documents_are_read_one_at_a_time(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines(["first"]) + "broken\n")
     found = read_documents([path])
-    assert next(found) == "first"
+    assert next(found).content == "first"
     with pytest.raises(ValueError, match="line 2"):
         next(found)
+
+
+def test_documents_say_where_they_come_from(tmp_path):
+    lines = [
+        {"text": "a", "url": "http://a", "license": "CC0", "source": "crawl", "more": [1]},
+        {"text": "b", "source": None},
+    ]
+    write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, lines)))
+    write(tmp_path / "b.md", "c")
+    columns = {
+        "text": ["d", "e"],
+        "id": [7, 8],
+        "title": pyarrow.array(["x", None]).dictionary_encode(),
+        "date": pyarrow.array([0, 1], pyarrow.timestamp("ns")),
+        "embedding": [[0.5], [0.25]],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "c.parquet")
+    name = str(tmp_path)
+    assert list(read_documents([tmp_path])) == [
+        Document(f"{name}/a.jsonl line 1", "a", {key: lines[0][key] for key in [*lines[0]][1:]}),
+        Document(f"{name}/a.jsonl line 3", "b", {"source": f"{name}/a.jsonl"}),
+        Document(f"{name}/b.md", "c", {"source": f"{name}/b.md"}),
+        Document(
+            f"{name}/c.parquet row 1", "d", {"id": 7, "title": "x", "source": f"{name}/c.parquet"}
+        ),
+        Document(
+            f"{name}/c.parquet row 2", "e", {"id": 8, "title": None, "source": f"{name}/c.parquet"}
+        ),
+    ]
+    by_title = read_documents(
+        [write(tmp_path / "d.jsonl", '{"title": "f", "id": 1}')], text_field="title"
+    )
+    assert list(by_title) == [
+        Document(f"{name}/d.jsonl line 1", "f", {"id": 1, "source": f"{name}/d.jsonl"})
+    ]
+
+
+def test_a_document_is_frozen_and_encoded_for_hashes():
+    document = Document("a.jsonl line 1", [{"role": "user", "content": "\xe9"}], {})
+    assert document.encoded() == '[{"role": "user", "content": "é"}]'.encode()
+    assert Document("a.txt", "é\n", {}).encoded() == "é\n".encode()
+    with pytest.raises(AttributeError):
+        document.id = "b"
 
 
 def test_an_input_that_is_not_there_is_told_before_anything_is_read(tmp_path):
@@ -241,8 +293,10 @@ def test_parquet_errors(tmp_path):
         2,
         [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"xy\xff")],
     )
+    found = read_documents([write_parquet(path, broken)])
+    assert next(found).content == "x"
     with pytest.raises(ValueError, match=r"a.parquet row 2: not UTF-8 at byte 1"):
-        read(write_parquet(path, broken))
+        next(found)
     whole = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": ["x" * 1000]}), whole)
     path.write_bytes(whole.getvalue()[:-20])

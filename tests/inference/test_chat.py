@@ -4,7 +4,6 @@ back."""
 from __future__ import annotations
 
 import io
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -132,7 +131,7 @@ def test_a_saved_conversation_goes_on_and_is_a_record_of_data(
     assert path == tmp_path / "talk.jsonl"
     (record,) = conversations([path], "messages")
     other.load(path)
-    assert other.messages == conversation.messages == json.loads(record)
+    assert other.messages == conversation.messages == record.content
     assert turn(other, "And now?")
     with pytest.raises(ValueError, match=r"talk\.jsonl exists"):
         conversation.save(path)

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .documents import normalised, read_records, require_unicode
+from .documents import Document, Record, normalised, read_records, require_unicode
 from .tokenizer import encode, require_end_of_text, tokenizer_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+Messages = list[dict[str, str]]  # each of a "role" and a "content"
 
 FORMATS = ("messages", "prompt", "alpaca")
 ROLES = ("system", "user", "assistant")
@@ -54,49 +56,41 @@ PLAIN = """\
 """
 
 
-def conversations(inputs: Sequence[str | Path], format: str) -> Iterator[str]:
-    """The conversations of JSON lines and parquet files in order, each as the JSON of its messages.
+def conversations(inputs: Sequence[str | Path], format: str) -> Iterator[Document[Messages]]:
+    """The conversations of JSON lines and parquet files in order, each the content of a document.
 
     format: says what a record holds. That is a list of messages for "messages"; a prompt and its
-        completion for "prompt"; an instruction, perhaps an input, and an output for "alpaca". Other
-        fields are passed over. Line ends become "\\n".
+        completion for "prompt"; an instruction, perhaps an input, and an output for "alpaca".
+        Line ends become "\\n".
 
     Raises ValueError with one line that names the file, and the line or row, of a record that does
     not fit.
     """
     if format == "messages":
         read = read_records(inputs, ["messages"])
-        found = ((where, record["messages"]) for where, record in read)
+        found = ((each, each.content["messages"]) for each in read)
     elif format == "prompt":
-        found = (
-            (where, _to_messages(where, record, ["prompt"], "completion"))
-            for where, record in read_records(inputs, ["prompt", "completion"])
-        )
+        read = read_records(inputs, ["prompt", "completion"])
+        found = ((each, _to_messages(each, ["prompt"], "completion")) for each in read)
     elif format == "alpaca":
-        found = (
-            (where, _to_messages(where, record, ["instruction", "input"], "output"))
-            for where, record in read_records(inputs, ["instruction", "output"], ["input"])
-        )
+        read = read_records(inputs, ["instruction", "output"], ["input"])
+        found = ((each, _to_messages(each, ["instruction", "input"], "output")) for each in read)
     else:
         raise ValueError(f"format {format!r} is unknown; there are {', '.join(FORMATS)}")
-    return (_to_json(where, messages) for where, messages in found)
+    return (Document(each.id, _checked(each.id, given), each.metadata) for each, given in found)
 
 
-def _to_messages(
-    where: str,
-    record: dict[str, Any],
-    asked: Sequence[str],
-    said: str,
-) -> list[dict[str, str]]:
+def _to_messages(document: Document[Record], asked: Sequence[str], said: str) -> Messages:
     """A user's message from the fields `asked`, and the assistant's from the field `said`."""
+    where, record = document.id, document.content
     names = (*asked, said)
     texts = {name: require_unicode(record.get(name, ""), f"{where}: {name!r}") for name in names}
     question = "\n\n".join(texts[name] for name in asked if texts[name])
     return [{"role": "user", "content": question}, {"role": "assistant", "content": texts[said]}]
 
 
-def _to_json(where: str, messages: Any) -> str:
-    """The JSON of the messages, once each is known to have a role and a text."""
+def _checked(where: str, messages: Any) -> Messages:
+    """The messages, once each is known to have a role and a text, with nothing else."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list of messages, not {_shown(messages)}")
     clean = []
@@ -113,7 +107,7 @@ def _to_json(where: str, messages: Any) -> str:
         clean.append({"role": message["role"], "content": content})
     if not any(message["role"] == "assistant" for message in clean):
         raise ValueError(f"{where}: the assistant says nothing, so there is nothing to learn")
-    return json.dumps(clean, ensure_ascii=False)
+    return clean
 
 
 def _shown(value: Any) -> str:

@@ -1,33 +1,60 @@
-"""Reading documents from files of text, markdown, JSON lines and parquet."""
+"""Documents: what one is, and reading them from files of text, markdown, JSON lines and parquet."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
-TEXT = (".txt", ".md", ".markdown")  # a file is one document
-JSON_LINES = (".jsonl",)  # a line is one JSON object, and one of its fields is the document
-COMPRESSED = (".gz", ".zst")  # may follow any of the above
-PARQUET = (".parquet",)  # a row is one record, and one of its columns is the document
-ALL = (*TEXT, *JSON_LINES, *PARQUET)
-KNOWN_RECORDS = f"{', '.join(JSON_LINES)} (also {' or '.join(COMPRESSED)}), {', '.join(PARQUET)}"
-_SUFFIXES = ", ".join((*TEXT, *JSON_LINES))
-KNOWN = f"{_SUFFIXES} (each also {' or '.join(COMPRESSED)}), {', '.join(PARQUET)}"
+COMPRESSED = (".gz", ".zst")  # may follow the suffix of most kinds of files, see `FILE_KINDS`
+# The columns of parquet that a document keeps beside its content. Reading every column could cost
+# more than reading the text.
+METADATA = ("id", "source", "url", "title", "author", "date", "language", "license", "licence")
 
 INSTALL = "pip install 'transnormer[data]'"
 CHUNK_BYTES = 2**18  # read from a file at a time
-PARQUET_ROWS = 256  # held at a time; few, because a row may be a whole book
+PARQUET_ROWS = 256  # held as columns at a time; few, because a row may be a whole book
+PARQUET_RECORDS = 16  # of these, held as Python's strings at a time
+
+Content = TypeVar("Content")
+Record = dict[str, Any]
 
 
-def read_documents(inputs: Sequence[str | Path], *, text_field: str = "text") -> Iterator[str]:
+class Document(NamedTuple, Generic[Content]):
+    """One document on its way from a file to the shards.
+
+    id: where it was read: the file and, where a file holds several, the line or row. No two
+        documents of a file have the same. Messages about the document begin with it.
+    content: the text, `Document[str]`; or the messages of a conversation, as in `chat`; or the
+        fields of a record, from which one of these is made.
+    metadata: the other fields of the record that it was read from, as the file holds them. Of
+        parquet, these are the columns METADATA that hold texts or numbers. "source" is always
+        there: where the record has none, it is the path of the file.
+    """
+
+    id: str
+    content: Content
+    metadata: dict[str, Any]
+
+    def encoded(self) -> bytes:
+        """The content in UTF-8, by which documents are hashed and counted. A conversation gives the
+        JSON of its messages."""
+        content = self.content
+        if not isinstance(content, str):
+            return json.dumps(content, ensure_ascii=False).encode()
+        return content.encode()
+
+
+def read_documents(
+    inputs: Sequence[str | Path], *, text_field: str = "text"
+) -> Iterator[Document[str]]:
     """The documents of files and folders, in order, one at a time.
 
     inputs: paths of files and folders. A folder is walked in sorted order with its sub-folders;
-        hidden files in it and files with a suffix that is not in `KNOWN` are passed over.
+        hidden files in it and files with a suffix that is not in `FILE_KINDS` are passed over.
     text_field: the field of JSON lines, or the column of parquet, that holds the text.
 
     Line ends become "\\n", a byte order mark at the start of a document is dropped, and documents
@@ -41,29 +68,28 @@ def read_documents(inputs: Sequence[str | Path], *, text_field: str = "text") ->
         raise TypeError(f"inputs must be a list of paths; got the single {inputs!r}")
     if not inputs:
         raise ValueError("no input given: name files or folders")
-    files = [file for given in inputs for file in _find_files(Path(given))]
+    files = [file for given in inputs for file in _find_files(Path(given), FILE_KINDS)]
     return _read_documents(files, inputs, text_field)
 
 
 def read_records(
     inputs: Sequence[str | Path], required: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of JSON lines and parquet files, in order.
+) -> Iterator[Document[Record]]:
+    """The records of JSON lines and parquet files in order, each as the content of a document.
 
-    where: the file and the line or row of the record, for messages.
     inputs: as in `read_documents`, except that a text file is refused where it is named directly
         and passed over in a folder.
-    required, optional: the fields, or columns, to read. A null counts as absent, and a record
-        without a required field is refused.
+    required, optional: the fields, or columns, that the content has. A null counts as absent, and
+        a record without a required field is refused.
 
     Raises ValueError with one line as `read_documents` does.
     """
-    files = [file for given in inputs for file in _find_files(Path(given), (*JSON_LINES, *PARQUET))]
-    return _read_records(files, inputs, required, optional)
+    files = [file for given in inputs for file in _find_files(Path(given), RECORDS)]
+    return _read_records(files, inputs, Fields(required, optional))
 
 
 def read_texts(path: str | Path, *, text_field: str = "text") -> Iterator[str]:
-    """The documents of one file, whatever its suffix.
+    """The texts of the documents of one file, whatever its suffix.
 
     JSON lines and parquet are read as `read_documents` does, and any other file as `read_text`
     does. Raises ValueError as these do, and for a text of white space alone. A missing file is
@@ -72,8 +98,8 @@ def read_texts(path: str | Path, *, text_field: str = "text") -> Iterator[str]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: a folder; name the files in it")
-    if _kind(path) in (*JSON_LINES, *PARQUET):
-        return read_documents([path], text_field=text_field)
+    if _kind(path) in RECORDS:
+        return (document.content for document in read_documents([path], text_field=text_field))
     text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
@@ -86,65 +112,55 @@ def read_text(path: str | Path) -> str:
     Raises ValueError with one line where the path is not a text file.
     """
     path = Path(path)
-    if path.is_dir() or _kind(path) in (*JSON_LINES, *PARQUET):
+    if path.is_dir() or _kind(path) in RECORDS:
         raise ValueError(f"{path}: not a single text; name one text file")
     if not path.exists():
         raise ValueError(f"{path}: no such file")
-    return normalised(_read_text_file(path))
+    return normalised(_decode(b"".join(_read_chunks(path)), str(path)))
 
 
 def _read_documents(
-    files: list[Path],
-    inputs: Sequence[str | Path],
-    text_field: str,
-) -> Iterator[str]:
+    files: list[Path], inputs: Sequence[str | Path], text_field: str
+) -> Iterator[Document[str]]:
     some = False
     for path in files:
-        kind = _kind(path)
-        if kind in TEXT:
-            texts: Iterable[str] = [_read_text_file(path)]
-        elif kind in JSON_LINES:
-            lines = _read_json_lines(path, [text_field])
-            texts = _take_texts(lines, "field", text_field)
-        else:
-            rows = _read_parquet(path, [text_field], strings=True)
-            texts = _take_texts(rows, "column", text_field)
-        for text in texts:
+        source, kind = str(path), FILE_KINDS[_kind(path)]
+        name = f"{kind.field} {text_field!r}"
+        for where, record in kind.read(path, Fields([text_field], strings=True)):
+            text = record.pop(text_field)
+            if kind.records:  # any other text was decoded here, so it is Unicode
+                require_unicode(text, f"{where}: {name}")
             text = normalised(text)
             if text and not text.isspace():
                 some = True
-                yield text
+                yield Document(where, text, _with_source(record, source))
     if not some:
         raise ValueError(f"no document in {', '.join(map(str, inputs))}: every one is empty")
 
 
 def _read_records(
-    files: list[Path],
-    inputs: Sequence[str | Path],
-    required: Sequence[str],
-    optional: Sequence[str],
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    files: list[Path], inputs: Sequence[str | Path], fields: Fields
+) -> Iterator[Document[Record]]:
     some = False
     for path in files:
-        read = _read_json_lines if _kind(path) in JSON_LINES else _read_parquet
-        for where, record in read(path, required, optional):
+        for where, record in FILE_KINDS[_kind(path)].read(path, fields):
             some = True
-            for name in required:
+            for name in fields.required:
                 if record[name] is None:
                     raise ValueError(f"{where}: {name!r} holds null")
-            names = (*required, *optional)
-            yield where, {name: record[name] for name in names if record.get(name) is not None}
+            names = (*fields.required, *fields.optional)
+            found = {name: record.pop(name, None) for name in names}
+            content = {name: value for name, value in found.items() if value is not None}
+            yield Document(where, content, _with_source(record, str(path)))
     if not some:
         raise ValueError(f"no record in {', '.join(map(str, inputs))}")
 
 
-def _take_texts(
-    records: Iterable[tuple[str, dict[str, Any]]],
-    field_or_column: str,
-    name: str,
-) -> Iterator[str]:
-    for where, record in records:
-        yield require_unicode(record[name], f"{where}: {field_or_column} {name!r}")
+def _with_source(record: Record, source: str) -> Record:
+    """The record, as the metadata of its document. source: the path of its file."""
+    if record.get("source") is None:
+        record["source"] = source
+    return record
 
 
 def require_unicode(value: object, what: str) -> str:
@@ -172,33 +188,42 @@ def normalised(text: str) -> str:
 # Finding files.
 
 
-def _kind(path: Path) -> str | None:
-    """The suffix that says how to read a file, without that of its compression; None if unknown."""
+def _kind(path: Path) -> str:
+    """The suffix in FILE_KINDS that says how to read a file; "" for an unknown one."""
     name = path.name.lower()
     compressed = name.endswith(COMPRESSED)
     plain = name.removesuffix(".gz").removesuffix(".zst") if compressed else name
-    kinds = (*TEXT, *JSON_LINES) if plain != name else ALL
-    return next((kind for kind in kinds if plain.endswith(kind)), None)
+    for suffix, kind in FILE_KINDS.items():
+        if plain.endswith(suffix) and (kind.compressible or not compressed):
+            return suffix
+    return ""
 
 
-def _find_files(path: Path, kinds: Sequence[str] = ALL) -> Iterator[Path]:
+def _find_files(path: Path, kinds: Collection[str]) -> Iterator[Path]:
     """The file itself, or the files of these kinds below a folder in sorted order."""
-    known = KNOWN if TEXT[0] in kinds else KNOWN_RECORDS
     if path.is_dir():
         files = list(_walk(path, (), kinds))
         if not files:
+            known = _list_kinds(kinds)
             raise ValueError(f"{path}: no file in this folder can be read; known are {known}")
         yield from files
     elif not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    elif _kind(path) not in kinds:
-        refusal = "not records" if _kind(path) else "unknown kind of file"
-        raise ValueError(f"{path}: {refusal}; known are {known}")
+    elif (kind := _kind(path)) not in kinds:
+        refusal = "not records" if kind else "unknown kind of file"
+        raise ValueError(f"{path}: {refusal}; known are {_list_kinds(kinds)}")
     else:
         yield path
 
 
-def _walk(folder: Path, above: tuple[Path, ...], kinds: Sequence[str]) -> Iterator[Path]:
+def _list_kinds(kinds: Collection[str]) -> str:
+    """Suffixes for a message: those that may be compressed, and then the others."""
+    some = [kind for kind in kinds if FILE_KINDS[kind].compressible]
+    each = f"{'each ' if len(some) > 1 else ''}also {' or '.join(COMPRESSED)}"
+    return ", ".join([f"{', '.join(some)} ({each})", *(kind for kind in kinds if kind not in some)])
+
+
+def _walk(folder: Path, above: tuple[Path, ...], kinds: Collection[str]) -> Iterator[Path]:
     """The files of these kinds below a folder; above: the resolved folders that lead to it."""
     here = folder.resolve()
     # Links are followed, because a link that is passed over would lose data in silence.
@@ -218,13 +243,46 @@ def _walk(folder: Path, above: tuple[Path, ...], kinds: Sequence[str]) -> Iterat
 # Reading one file.
 
 
-def _read_json_lines(
-    path: Path, required: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, Any]]]:
+class Fields(NamedTuple):
+    """The fields, or columns, that a reader is to find.
+
+    strings: whether to refuse a required column of another type before anything is read; only
+        kinds of files that declare types can do so.
+    """
+
+    required: Sequence[str]
+    optional: Sequence[str] = ()
+    strings: bool = False
+
+
+class FileKind(NamedTuple):
+    """One kind of file.
+
+    read: (path, fields) -> pairs of a place and a record. The place, the file with its line or
+        row, is the document's id. The record has every required field, the optional fields that
+        the file has, and whatever else a document is to keep as its metadata.
+    field: what messages call a field.
+    records: whether it holds records; else a file is one text, its only required field.
+    compressible: whether one of COMPRESSED may follow its suffix.
+    """
+
+    read: Callable[[Path, Fields], Iterable[tuple[str, Record]]]
+    field: str
+    records: bool = True
+    compressible: bool = True
+
+
+def _read_text_file(path: Path, fields: Fields) -> Iterable[tuple[str, Record]]:
+    (name,) = fields.required
+    return [(str(path), {name: _decode(b"".join(_read_chunks(path)), str(path))})]
+
+
+def _read_json_lines(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
+    name = str(path)
     for number, line in enumerate(_split_lines(_read_chunks(path)), start=1):
-        where = f"{path} line {number}"
+        where = f"{name} line {number}"
         decoded = _decode(line, where).removeprefix("\ufeff")
-        if not decoded.strip():
+        if not decoded or decoded.isspace():
             continue
         try:
             record = json.loads(decoded)
@@ -232,16 +290,13 @@ def _read_json_lines(
             raise ValueError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
-        for name in required:
-            if name not in record:
-                raise ValueError(f"{where}: no field {name!r}; it has {_list_names(record)}")
+        for field in fields.required:
+            if field not in record:
+                raise ValueError(f"{where}: no field {field!r}; it has {_list_names(record)}")
         yield where, record
 
 
-def _read_parquet(
-    path: Path, required: Sequence[str], optional: Sequence[str] = (), *, strings: bool = False
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """strings: whether to refuse, before anything is read, a required column of another type."""
+def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -249,48 +304,61 @@ def _read_parquet(
         raise ValueError(f"{path}: reading parquet needs pyarrow: {INSTALL}") from None
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            _check_columns(path, schema, required, optional, strings)
-            columns = [name for name in (*required, *optional) if name in schema.names]
-            row = 0
+            columns = _choose_columns(path, file.schema_arrow, fields)
+            name, row = str(path), 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
-                for values in zip(*(batch.column(name) for name in columns), strict=True):
-                    row += 1
-                    where = f"{path} row {row}"
-                    try:
-                        texts = [value.as_py() for value in values]
-                    except UnicodeDecodeError as error:
-                        raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
-                    yield where, dict(zip(columns, texts, strict=True))
+                for start in range(0, len(batch), PARQUET_RECORDS):
+                    for record in _to_records(path, batch.slice(start, PARQUET_RECORDS), row):
+                        row += 1
+                        yield f"{name} row {row}", record
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
 
 
-def _check_columns(
-    path: Path,
-    schema: Any,
-    required: Sequence[str],
-    optional: Sequence[str],
-    strings: bool,
-) -> None:
+def _to_records(path: Path, batch: Any, before: int) -> Iterator[Record]:
+    """The rows of a record batch. before: how many rows of the file come before it.
+
+    Raises ValueError, after the rows before it, for a row that is not UTF-8.
+    """
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            where = f"{path} row {before + 1}"
+            raise ValueError(f"{where}: not UTF-8 at byte {error.start}") from None
+        for n in range(len(batch)):
+            yield from _to_records(path, batch.slice(n, 1), before + n)
+
+
+def _choose_columns(path: Path, schema: Any, fields: Fields) -> list[str]:
+    """The columns to read, once it is known that each is there once and of the right type."""
     import pyarrow
 
     text_types = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
-    for name in (*required, *optional):
-        if (count := schema.names.count(name)) > 1:
-            raise ValueError(f"{path}: {count} columns are named {name!r}; rename all but one")
-    for name in required:
-        if name not in schema.names:
-            raise ValueError(f"{path}: no column {name!r}; it has {_list_names(schema.names)}")
+
+    def kind(name: str) -> Any:
         kind = schema.field(name).type
-        if pyarrow.types.is_dictionary(kind):  # a way to store a column of few different values
-            kind = kind.value_type
-        if strings and kind not in text_types:
-            raise ValueError(f"{path}: column {name!r} holds {kind}, not strings")
+        # a dictionary is a way to store a column of few different values
+        return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
 
+    names = schema.names
+    wanted = (*fields.required, *fields.optional)
+    for name in wanted:
+        if (count := names.count(name)) > 1:
+            raise ValueError(f"{path}: {count} columns are named {name!r}; rename all but one")
+    for name in fields.required:
+        if name not in names:
+            raise ValueError(f"{path}: no column {name!r}; it has {_list_names(names)}")
+        if fields.strings and kind(name) not in text_types:
+            raise ValueError(f"{path}: column {name!r} holds {kind(name)}, not strings")
 
-def _read_text_file(path: Path) -> str:
-    return _decode(b"".join(_read_chunks(path)), str(path))
+    def plain(name: str) -> bool:
+        of = kind(name)
+        numbers = pyarrow.types.is_integer(of) or pyarrow.types.is_floating(of)
+        return numbers or of in text_types
+
+    kept = (name for name in METADATA if names.count(name) == 1 and plain(name))
+    return list(dict.fromkeys([*(name for name in wanted if name in names), *kept]))
 
 
 def _read_chunks(path: Path) -> Iterator[bytes]:
@@ -360,3 +428,15 @@ def _list_names(names: Iterable[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+_TEXT = FileKind(_read_text_file, "text", records=False)
+# The suffix of each kind of file that can be read, in the order in which messages list them.
+FILE_KINDS = {
+    ".txt": _TEXT,
+    ".md": _TEXT,
+    ".markdown": _TEXT,
+    ".jsonl": FileKind(_read_json_lines, "field"),
+    ".parquet": FileKind(_read_parquet, "column", compressible=False),
+}
+RECORDS = [suffix for suffix, kind in FILE_KINDS.items() if kind.records]

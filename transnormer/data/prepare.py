@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import new_folder
 from . import chat
-from .documents import read_documents
+from .documents import Document, read_documents
 from .shards import BEGINS, LEARNED, SHARD_TOKENS, EncodedText, FolderWriter
 from .tokenizer import (
     check_vocab_size,
@@ -36,6 +35,7 @@ BAR_AFTER_S = 2.0
 
 # Called with a task, the bytes of text done, and the bytes in all, or 0 where they are not known.
 Progress = Callable[[str, int, int], None]
+Assigned = tuple[str, Document[Any]]  # the split, and a document that belongs to it
 HeldOut = Callable[[int], bool]  # says whether the document of a number is held out as `valid`
 
 
@@ -88,11 +88,11 @@ def prepare(
         if bpe is None:
             bpe = _train_tokenizer(request, held_out, survey, report)
         writer = FolderWriter(folder, bpe, template, shard_tokens)
-        texts = request.assign_splits(held_out, survey.documents)
+        assigned = request.assign_splits(held_out, survey.documents)
         if template is None:
-            encoded = _encode_texts(bpe, texts, survey.bytes, report)
+            encoded = _encode_texts(bpe, assigned, survey.bytes, report)
         else:
-            encoded = _encode_conversations(template, bpe, texts, survey.bytes, report)
+            encoded = _encode_conversations(template, bpe, assigned, survey.bytes, report)
         for piece in encoded:
             writer.append(piece)
         return writer.finish(request.as_source(survey))
@@ -152,24 +152,25 @@ class _Request:
         folder = Path(self.tokenizer)
         return chat.choose_template(tokenizer, self.format, folder, self.chat_template)
 
-    def read(self, paths: Sequence[str | Path]) -> Iterator[str]:
-        """The documents of these paths, one at a time; a conversation is given as JSON."""
+    def read(self, paths: Sequence[str | Path]) -> Iterator[Document[Any]]:
+        """The documents of these paths, one at a time, each a text or a conversation."""
         if self.conversations:
             return chat.conversations(paths, self.format)
         return read_documents(paths, text_field=self.text_field)
 
-    def assign_splits(self, held_out: HeldOut, count: int) -> Iterator[tuple[str, str]]:
-        """(split, text) of each of the `count` documents, in order. The documents are read anew."""
+    def assign_splits(self, held_out: HeldOut, count: int) -> Iterator[Assigned]:
+        """Each of the `count` documents with its split, in order. The documents are read anew."""
         tail_share = self.split if count == 1 and not self.conversations else 0.0
-        for number, text in enumerate(self.read(self.inputs)):
+        for number, document in enumerate(self.read(self.inputs)):
             if tail_share:
+                text = document.content
                 stop = _tail_start(text, tail_share)
-                yield "train", text[:stop]
-                yield "valid", text[stop:]
+                yield "train", document._replace(content=text[:stop])
+                yield "valid", document._replace(content=text[stop:])
             else:
-                yield "valid" if held_out(number) else "train", text
+                yield "valid" if held_out(number) else "train", document
         if self.valid:
-            yield from (("valid", text) for text in self.read(self.valid))
+            yield from (("valid", document) for document in self.read(self.valid))
 
     def as_source(self, survey: _Survey) -> dict[str, Any]:
         """What data.json says about how the folder was made."""
@@ -196,10 +197,10 @@ def _load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _survey(documents: Iterable[str], report: Progress) -> _Survey:
+def _survey(documents: Iterable[Document[Any]], report: Progress) -> _Survey:
     count, total_bytes, digest = 0, 0, hashlib.sha256()
-    for text in documents:
-        content = text.encode()
+    for document in documents:
+        content = document.encoded()
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
         count += 1
@@ -261,8 +262,8 @@ def _train_tokenizer(
 ) -> Tokenizer:
     """Train BPE on the first SAMPLE_BYTES of the training documents."""
     assert request.vocab_size is not None
-    texts = request.assign_splits(held_out, survey.documents)
-    train_texts = (text for split, text in texts if split == "train")
+    assigned = request.assign_splits(held_out, survey.documents)
+    train_texts = (document.content for split, document in assigned if split == "train")
     sample = _sample(train_texts, SAMPLE_BYTES, survey.bytes, report)
     return train_tokenizer(sample, request.vocab_size)
 
@@ -288,12 +289,12 @@ class _Piece(NamedTuple):
 
 
 def _encode_texts(
-    tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], total_bytes: int, report: Progress
+    tokenizer: Tokenizer, assigned: Iterable[Assigned], total_bytes: int, report: Progress
 ) -> Iterator[EncodedText]:
     """The pieces of every document in order; the end-of-text id follows the last piece of each."""
     end_of_text = require_end_of_text(tokenizer)
     done = 0
-    for batch in _batches(texts, in_pieces=encodes_in_pieces(tokenizer)):
+    for batch in _batches(assigned, in_pieces=encodes_in_pieces(tokenizer)):
         batch_texts: Any = [piece.text for piece in batch]  # the library declares another type
         encodings = tokenizer.encode_batch_fast(batch_texts, add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
@@ -305,14 +306,15 @@ def _encode_texts(
     _check_unchanged(done, total_bytes)
 
 
-def _batches(texts: Iterable[tuple[str, str]], in_pieces: bool) -> Iterator[list[_Piece]]:
-    """(split, text) of documents as batches of BATCH_CHARS characters or little more.
+def _batches(assigned: Iterable[Assigned], in_pieces: bool) -> Iterator[list[_Piece]]:
+    """Documents as batches of BATCH_CHARS characters or little more.
 
     in_pieces: whether long documents are cut; else each is one piece.
     """
     batch: list[_Piece] = []
     chars = 0
-    for split, text in texts:
+    for split, document in assigned:
+        text = document.content
         left = len(text)
         for piece in pieces(text) if in_pieces else [text]:
             left -= len(piece)
@@ -327,22 +329,22 @@ def _batches(texts: Iterable[tuple[str, str]], in_pieces: bool) -> Iterator[list
 def _encode_conversations(
     source: str,
     tokenizer: Tokenizer,
-    texts: Iterable[tuple[str, str]],
+    assigned: Iterable[Assigned],
     total_bytes: int,
     report: Progress,
 ) -> Iterator[EncodedText]:
     """Every conversation in order, its ids with their flags; source: that of the chat template."""
     done = 0
     with chat.Template(source, tokenizer) as template:
-        for number, (split, text) in enumerate(texts, start=1):
+        for number, (split, document) in enumerate(assigned, start=1):
             try:
-                parts = template.parts(json.loads(text))
+                parts = template.parts(document.content)
             except ValueError as error:
                 raise ValueError(f"conversation {number}: {error}") from None
             flagged_ids = [token | LEARNED * part.learned for part in parts for token in part.ids]
             flagged_ids[0] |= BEGINS
             learned_bytes = sum(part.bytes for part in parts if part.learned)
-            done += len(text.encode())
+            done += len(document.encoded())
             yield EncodedText(split, flagged_ids, learned_bytes, ends_document=True)
             report("tokenizing", done, total_bytes)
     _check_unchanged(done, total_bytes)

@@ -29,7 +29,7 @@ from ..files import FINGERPRINT
 from ..model import language_model
 from ..model.card import write_card
 from ..model.language_model import LanguageModel
-from ..model.layers import LRPE, Linear, TokenPositions
+from ..model.layers import Linear, TokenPositions
 from ..model.mixer import LayerState, Mixer
 from ..ops.loss import linear_cross_entropy
 from .cache_hf import read_cache, write_cache
@@ -93,8 +93,12 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         PreTrainedModel._init_weights(self, module)
-        if isinstance(module, LRPE) and not getattr(module.theta, "_is_hf_initialized", False):
-            module.reset_parameters()
+        # transformers initialises these two itself, and parameters that it has read are marked
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            reset: Any = getattr(module, "reset_parameters", None)
+            own = module.parameters(recurse=False)
+            if reset and not all(getattr(p, "_is_hf_initialized", False) for p in own):
+                reset()
         if isinstance(module, Mixer):
             module.reset_decay()
 

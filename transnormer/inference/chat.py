@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.chat import conversations
+from ..data.chat import Messages, conversations
 from ..data.tokenizer import encode
 from ..files import write_text
 from ..model.language_model import LanguageModel
@@ -22,8 +22,6 @@ from .text import Decoder, check_stop, until_stop
 
 if TYPE_CHECKING:
     from ..data.chat import Template
-
-Messages = list[dict[str, str]]  # of "role" and "content"
 
 HELP = """\
 /reset          begin anew
@@ -142,7 +140,7 @@ class Conversation:
     def load(self, path: str | Path, progress: Progress | None = None) -> None:
         """Read a conversation that was saved, and go on with it. Raises ValueError or OSError that
         names the file where it holds none."""
-        messages, *more = map(json.loads, conversations([path], "messages"))
+        messages, *more = (each.content for each in conversations([path], "messages"))
         if more or messages[-1]["role"] != "assistant":
             raise ValueError(
                 f"{path}: must hold one conversation, which ends with the assistant's turn"

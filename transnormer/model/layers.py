@@ -1,5 +1,8 @@
 """The parts of a block besides the token mixer: norms, activations, positions, gated linear units;
-a table per kind."""
+a table per kind.
+
+A module with parameters of its own, beside those of linear maps, gives them their first values in
+`reset_parameters`."""
 
 from __future__ import annotations
 

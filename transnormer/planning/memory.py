@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from ..config import ModelConfig
-from ..layer_config import NORMS, LayerConfig
+from ..layer_config import GLUS, NORMS, LayerConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
 from .mesh_sizes import MeshSizes
@@ -178,8 +178,8 @@ def saved_bytes(
     # projected q, k, v, u; what the last projection reads
     mixer = 2 * keys * layer.parts + 2 * inner
     if layer.linear:
-        # q and k through swish and LRPE, what the norm reads
-        mixer += 2 * inner * (2 * (2 if layer.position == "lrpe" else 1) + 1)
+        # q and k through the activation and the position, what the norm reads
+        mixer += 2 * inner * (2 * (layer.key_dim // layer.head_dim) + 1)
         if layer.parts == 4 and not one_op and tensor < layer.num_attention_heads:
             mixer += 2 * inner  # the gate, apart from q, k and v; of one head it is not copied
         if tensor > 1:  # ranks exchange the norm's sums: what comes of them is not computed again
@@ -196,8 +196,7 @@ def saved_bytes(
     if rank:
         mixer += 2 * inner
     # before and after GELU; or both branches and their product
-    kept = 2 if config.glu == "mlp" else 3
-    glu = kept * 2 * f
+    glu = (GLUS[config.glu] + 1) * 2 * f
     return whole + (stream + mixer + glu) / tensor
 
 
@@ -228,7 +227,7 @@ def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
     `sharding.shard`."""
     config = shape.config
     wide = config.norm == "layernorm"
-    each = [4 if wide or layer.position == "lrpe" else 2 for layer in config.layers]
+    each = [4 if wide or layer.position_parameters else 2 for layer in config.layers]
     return each, gathered_at_once([x * shape.block // tensor for x in each], each)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..model.language_model import LanguageModel
-from ..model.layers import LRPE
 from ..model.mixer import Mixer
 from .muon import Muon
 from .recipe import Optim
@@ -22,18 +21,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam remembers of a paramete
 def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
     """The recipe's optimizer of what is trained.
 
-    Weight decay is on matrices and embeddings alone: not on norms' gains, biases, LRPE's angles.
-    Parameters may be DTensors, if all are. Raises ValueError where 8 bits cannot be had."""
-    spared = {
-        id(p) for module in model.modules() if isinstance(module, LRPE) for p in module.parameters()
-    }
+    Weight decay is on the weights of linear maps and embeddings alone: not on norms' gains, biases,
+    LRPE's angles. Parameters may be DTensors, if all are. Raises ValueError where 8 bits cannot be
+    had."""
+    maps = [each for each in model.modules() if isinstance(each, (nn.Linear, nn.Embedding))]
+    decayed = {id(each.weight) for each in maps}
     inner = _inner_matrices(model) if recipe.name == "muon" else {}
     groups: list[Group] = [
         {"params": [], "weight_decay": decay} for decay in (recipe.weight_decay, 0.0)
     ]
     for p in model.parameters():
         if p.requires_grad and p not in inner:
-            groups[p.dim() <= 1 or id(p) in spared]["params"].append(p)
+            groups[id(p) not in decayed]["params"].append(p)
     groups = [group | {"state_names": MOMENTS} for group in groups if group["params"]]
     settings: Group = {
         "lr": recipe.lr,

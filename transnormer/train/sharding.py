@@ -12,6 +12,7 @@ norm and gate are two operations instead of one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..model.language_model import LanguageModel
-from ..model.layers import LRPE, SimpleRMSNorm, local
+from ..model.layers import SimpleRMSNorm, local
 from ..planning.memory import gathered_at_once
 from .mesh import Mesh
 
@@ -56,15 +57,16 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
     head).
 
     dtype: the dtype in which weights are gathered; None keeps their own. Three kinds keep it in any
-    case. The rest does, because the residual stream begins as rows of the embedding. Blocks with
-    LRPE do, because an angle times a million tokens needs all its bits. Blocks with LayerNorm do,
-    because the CPU takes its gains in float32 only."""
+    case. The rest does, because the residual stream begins as rows of the embedding. Blocks whose
+    position learns do, because LRPE's angle times a million tokens needs all its bits. Blocks with
+    LayerNorm do, because the CPU takes its gains in float32 only."""
     assert mesh.ranks is not None
     over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
     blocks = model.blocks()
     wide = [
-        any(isinstance(module, (LRPE, nn.LayerNorm)) for module in block.modules())
-        for block in blocks
+        layer.position_parameters > 0
+        or any(isinstance(module, nn.LayerNorm) for module in block.modules())
+        for block, layer in zip(blocks, model.config.layers, strict=True)
     ]
     dtypes = [None if each else dtype for each in wide]
     sizes = [
@@ -222,17 +224,37 @@ def _embed_positions(module: Any, mesh: DeviceMesh, positions: Tensor) -> Tensor
     return F.embedding(mine, module.weight.to_local(grad_placements=[Partial()]))
 
 
+Mean = Callable[[Tensor], Tensor]  # [..., H V / N] -> [..., 1], over the columns of all ranks
+
+
+def _root_mean_square(x: Tensor, mean: Mean, eps: float) -> Tensor:
+    return x * torch.rsqrt(mean(x.square()) + eps)
+
+
+def _centred(x: Tensor, mean: Mean, eps: float) -> Tensor:
+    return _root_mean_square(x - mean(x), mean, eps)
+
+
+# For each norm: (a rank's columns [..., H V / N] of at least float32, mean, eps) -> them normed.
+# Gains and biases are applied afterwards.
+NORMS_OVER_RANKS: dict[type[nn.Module], Callable[[Tensor, Mean, float], Tensor]] = {
+    SimpleRMSNorm: _root_mean_square,
+    nn.RMSNorm: _root_mean_square,
+    nn.LayerNorm: _centred,
+}
+
+
 class _NormOfShards(nn.Module):
     """The norm over all heads where each rank has some: one or two sums a token are exchanged, and
     it is exact."""
 
     def __init__(self, norm: Any, mesh: DeviceMesh) -> None:
         super().__init__()
-        if type(norm) not in (SimpleRMSNorm, nn.RMSNorm, nn.LayerNorm):
+        if type(norm) not in NORMS_OVER_RANKS:
             raise ValueError(
                 f"parallel.tensor knows no sums over ranks for the norm {type(norm).__name__}"
             )
-        self.eps, self.mesh, self.centers = norm.eps, mesh, isinstance(norm, nn.LayerNorm)
+        self.eps, self.mesh, self.normed = norm.eps, mesh, NORMS_OVER_RANKS[type(norm)]
         self.weight, self.bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         _distribute(self, mesh, Shard(0))
 
@@ -245,9 +267,7 @@ class _NormOfShards(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., H V / N]."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.centers:
-            wide = wide - self._mean(wide)
-        y = wide * torch.rsqrt(self._mean(wide.square()) + self.eps)
+        y = self.normed(wide, self._mean, self.eps)
         if self.weight is not None:
             y = y * local(self.weight)
         if self.bias is not None:
