@@ -107,15 +107,6 @@ class Skipping(Mixer):
     def new_state(self, rows):
         return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
 
-    def new_slots(self, slots, capacity):
-        return self.new_state(slots)
-
-    def read_slots(self, memory, slots, seen):
-        return (memory[0][slots],)
-
-    def write_slots_(self, memory, slots, state, seen):
-        memory[0][slots] = state[0]
-
     def flops_per_token(self, seq_len, chunk):
         return 4.0 * self.heads * self.key_dim * self.head_dim
 

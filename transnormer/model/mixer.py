@@ -88,20 +88,30 @@ class Mixer(nn.Module, ABC):
     def new_state(self, rows: int) -> LayerState:
         """What the layer remembers before the first token of `rows` texts."""
 
-    @abstractmethod
+    # In slots a state of one size has a row for each of them. A mixer whose state grows answers
+    # these three otherwise.
+
     def new_slots(self, slots: int, capacity: int) -> LayerState:
         """What the layer keeps of so many texts at a time, in memory that is written in place.
         capacity: the tokens of a text that can be held where the state grows."""
+        dtype = self.out_proj.weight.dtype
+        state = self.new_state(slots)
+        return tuple(part.to(torch.promote_types(part.dtype, dtype)) for part in state)
 
-    @abstractmethod
     def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
         """A copy of the states in slots [S], which have read seen [S] tokens."""
+        return tuple(part[slots] for part in memory)
 
-    @abstractmethod
     def write_slots_(
         self, memory: LayerState, slots: Tensor, state: LayerState, seen: Tensor
     ) -> None:
         """Put a state of S rows, which have read seen [S] tokens, into slots [S]."""
+        for part, values in zip(memory, self._past(state), strict=True):
+            part[slots] = values.to(part.dtype)
+
+    def _past(self, state: LayerState) -> LayerState:
+        """The state as it is. Raises ValueError where it is another mixer's."""
+        return state
 
     @abstractmethod
     def step_(

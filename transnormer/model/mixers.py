@@ -29,18 +29,6 @@ class GatedLinearAttention(Mixer):
     def new_state(self, rows: int) -> LayerState:
         return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
 
-    def new_slots(self, slots: int, capacity: int) -> LayerState:
-        (state,) = self.new_state(slots)
-        return (state.to(torch.promote_types(state.dtype, self.out_proj.weight.dtype)),)
-
-    def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
-        return (memory[0][slots],)
-
-    def write_slots_(
-        self, memory: LayerState, slots: Tensor, state: LayerState, seen: Tensor
-    ) -> None:
-        memory[0][slots] = self._past(state).to(memory[0].dtype)
-
     def step_(
         self,
         x: Tensor,
@@ -65,14 +53,13 @@ class GatedLinearAttention(Mixer):
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.out_proj(gated(self.norm, mixed.flatten(-2), gate))  # type: ignore[no-any-return]
 
-    def _past(self, state: LayerState) -> Tensor:
-        """The state itself. Raises ValueError where it is another mixer's."""
+    def _past(self, state: LayerState) -> LayerState:
         if len(state) != 1:
             raise ValueError(
                 f"the state of a layer is [B, H, K, V] alone; got {len(state)} tensors of another "
                 "mixer"
             )
-        return state[0]
+        return state
 
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         k, v = self.key_dim, self.head_dim
@@ -81,7 +68,7 @@ class GatedLinearAttention(Mixer):
     def forward(
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
-        before = None if state is None else self._past(state)
+        before = None if state is None else self._past(state)[0]
         if self._is_one_op():
             qkvu = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim))
             y, after = gated_linear_attention(

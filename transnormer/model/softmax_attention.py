@@ -129,8 +129,6 @@ class SoftmaxAttention(Mixer):
         return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape)), after
 
     def _past(self, state: LayerState) -> LayerState:
-        """The keys and values of a state. Raises ValueError where they are another mixer's, or of
-        other widths."""
         heads = self.key_value_heads
         wanted = [[heads, self.key_dim], [heads, self.head_dim]]
         if [list(part.shape[2:]) for part in state] != wanted:
