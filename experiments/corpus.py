@@ -32,7 +32,7 @@ from transnormer.files import new_folder, write_text
 PARTS = ("train", "valid", "test")
 HELD_OUT = 1 / 200  # of the documents for validation, and as many for the test
 VOCABULARY = 16_384
-ARCHIVE_BYTES = 55 * 2**20
+ARCHIVE_BYTES = 47 * 2**20
 # WikiText-103's held-out files, and their words with line ends counted, which its literature
 # divides by.
 WIKITEXT = {
