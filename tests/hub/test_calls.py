@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from transnormer import ModelConfig, layer_config
+from transnormer.model import mixers
+
 from ..lazy import Lazy
+from ..model.test_calls import TWIN, Twin
 from .models import GREEDY, VOCAB, cache_of, draw, padded
 
 hf, transformers = Lazy("transnormer.hub.hf"), Lazy("transformers")
@@ -187,3 +192,16 @@ def test_what_cannot_be_read_right_is_refused(both) -> None:
         match=r"this cache was not made for the model.*DynamicCache\(config=model\.config\)",
     ):
         model(ids, past_key_values=foreign)
+
+
+def test_a_mixer_whose_state_has_no_place_in_a_cache_is_refused(monkeypatch) -> None:
+    monkeypatch.setitem(layer_config.MIXERS, "twin", TWIN)
+    monkeypatch.setitem(mixers.MIXERS, "twin", Twin)
+    config = ModelConfig(
+        vocab_size=29, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, mixer="twin"
+    )
+    model = hf.TransNormerForCausalLM(hf.TransNormerConfig(**dataclasses.asdict(config)))
+    with pytest.raises(
+        ValueError, match=r"mixer twin keeps 2 tensors a layer.*no place; transnormer.generate"
+    ):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1)

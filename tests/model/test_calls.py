@@ -3,8 +3,6 @@ adds."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -226,22 +224,24 @@ def test_a_new_position_is_called(add, ids) -> None:
     assert "reversed in the first layer" in model_card(model.config, 1)
 
 
+class Twin(mixers.GatedLinearAttention):
+    """The state in two halves, as a mixer with two states would have it."""
+
+    def new_state(self, rows):
+        return tuple(super().new_state(rows)[0].chunk(2, -1))
+
+    def forward(self, x, state, tokens):
+        y, (after,) = super().forward(x, None if state is None else (torch.cat(state, -1),), tokens)
+        return y, tuple(after.chunk(2, -1))
+
+
+TWIN = layer_config.MixerFacts(fixed_state=True, norm=True)
+
+
 def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measurement(add, ids) -> None:
     from transnormer.planning.speed import passes_share
 
-    class Twin(mixers.GatedLinearAttention):
-        """The state in two halves, as a mixer with two states would have it."""
-
-        def new_state(self, rows):
-            return tuple(super().new_state(rows)[0].chunk(2, -1))
-
-        def forward(self, x, state, tokens):
-            y, (after,) = super().forward(
-                x, None if state is None else (torch.cat(state, -1),), tokens
-            )
-            return y, tuple(after.chunk(2, -1))
-
-    add("MIXERS", "twin", layer_config.MixerFacts(fixed_state=True, norm=True), Twin)
+    add("MIXERS", "twin", TWIN, Twin)
     model = small(mixer="twin")
     assert model.config.parameter_count() == model.parameter_count()
     whole, _ = model(ids)
@@ -255,12 +255,6 @@ def test_a_new_mixer_is_carded_written_with_and_not_planned_without_a_measuremen
         ValueError, match=r"no run with model.mixer = twin was measured: plans know gla, softmax"
     ):
         passes_share(model.config)
-    hub = pytest.importorskip("transnormer.hub").hf
-    theirs = hub.TransNormerForCausalLM(hub.TransNormerConfig(**dataclasses.asdict(model.config)))
-    with pytest.raises(
-        ValueError, match=r"mixer twin keeps 2 tensors a layer.*no place; transnormer.generate"
-    ):
-        theirs.generate(ids, max_new_tokens=1)
 
 
 def test_softmax_alone_is_refused_where_a_size_is_changed() -> None:

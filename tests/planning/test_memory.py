@@ -255,7 +255,7 @@ def trace(
     return found
 
 
-SMALL = ModelConfig(vocab_size=2_048, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+SMALL = ModelConfig(vocab_size=2_048, hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
                     intermediate_size=1_408)  # fmt: skip
 WIDE = {"position_layers": "all"}
 MANY = [Layout(), Layout(shard=8), Layout(tensor=2), Layout(shard=4, tensor=2), Layout(context=2)]
@@ -323,7 +323,7 @@ def test_one_block_of_each_kind_stands_for_all(words: dict[str, Any]) -> None:
 
 
 def test_stacks_are_planned_by_their_layers() -> None:
-    half = {"layer_types": ["linear_attention", "full_attention"] * 4}
+    half = {"layer_types": ["linear_attention", "full_attention"] * 3}
     config = SMALL.replace(**half, softmax={"num_key_value_heads": 2})
     ours, theirs = speed.passes_share(SMALL), speed.passes_share(SMALL.replace(mixer="softmax"))
     assert speed.passes_share(config) == pytest.approx((ours + theirs) / 2)
@@ -332,7 +332,7 @@ def test_stacks_are_planned_by_their_layers() -> None:
         Job(config=config, gpus=4, tensor=4)
     with pytest.raises(ValueError, match=r"--context 2 needs linear attention.*in every layer"):
         Job(config=config, gpus=2, context=2)
-    slides = SMALL.replace(layer_types=["linear_attention", "sliding_attention"] * 4)
+    slides = SMALL.replace(layer_types=["linear_attention", "sliding_attention"] * 3)
     with pytest.raises(ValueError, match="no run with sliding_attention layers was measured"):
         Job(config=slides, gpus=1).best()
     least, more = (
