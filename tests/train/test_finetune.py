@@ -151,7 +151,7 @@ def test_what_was_learned_is_said_in_a_chat(tuning: Path, prepared: Path) -> Non
         .replace('from = "base"', "num_hidden_layers = 2\nhidden_size = 64")
     )
     sizes = ("model.num_attention_heads=2", "model.intermediate_size=128", "model.embed_scale=true")
-    text = ("data.text=[]", "data.format=text", f"data.path={prepared}", "train.steps=100")
+    text = ("data.text=[]", "data.format=text", f"data.path={prepared}", "train.steps=20")
     base = train(load(path, *sizes, *options, *text)).folder
     run = train(
         tune("run=say", f"model.from={base}", "train.steps=120", "data.split=0", *options)
