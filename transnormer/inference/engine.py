@@ -16,14 +16,15 @@ from .sampling import NOT_FINITE, REFUSED, Sampling, Samplings, sample
 from .text import Decoder, check_stop, until_stop
 
 PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
-LEAST_CAPACITY = 256  # tokens that a text begun can grow by before its memory is enlarged
+# The least capacity of a session's slot, in tokens. A full slot is replaced by one twice as large.
+LEAST_CAPACITY = 256
 
 Progress = Callable[[int, int], None]  # (tokens read, tokens to read in all)
 
 
 class Session:
-    """One text being read and written. It remembers the state, and the last token where the state
-    has not read it yet.
+    """One text being read and written. It holds the state, and the tokens that the state has not
+    read yet.
 
     Time and memory of a token do not depend on how long the text is (with a linear mixer). Text is
     read by forward passes and written by steps in place, in a slot that the session owns.

@@ -39,8 +39,8 @@ class Sampling:
 class Samplings:
     """How the tokens of S rows are drawn, each row by a `Sampling` of its own, on a device.
 
-    temperature, top_p: [S, 1] float64; top_k: [S, 1] int64, the vocabulary where it cuts nothing.
-    seed: [S] int64. draws: whether any row's temperature is not 0.
+    temperature, top_p: [S, 1] float64. top_k: [S, 1] int64, the largest int64 where it cuts nothing
+    off. seed: [S] int64. draws: whether any row's temperature is not 0.
     """
 
     temperature: Tensor
@@ -75,7 +75,7 @@ def sample(logits: Tensor, samplings: Samplings, number: Tensor) -> Tensor:
     number: [S] int64, how many tokens the row has drawn before. What is drawn follows from the
     row's logits, seed and number alone: not from the rows beside it, nor from the device.
     NOT_FINITE stands for a token where the row's logits are not finite, however tokens are drawn,
-    because the largest of them is then no choice of the model's."""
+    because the largest of such logits means nothing."""
     token = logits.argmax(-1)
     if samplings.draws:
         drawn = _draw(logits, samplings, _uniform(samplings.seed, number)[:, None])

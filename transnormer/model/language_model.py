@@ -26,7 +26,7 @@ from .state import State
 
 
 class Block(nn.Module):
-    """X += Mixer(Norm(X)); X += GLU(Norm(X)) (paper equation 9)."""
+    """X += Mixer(Norm(X)); X += GLU(Norm(X))."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -216,7 +216,7 @@ class LanguageModel(nn.Module):
         can hold the call. Tokens of a row are read one after another, so T is meant to be small.
         ids: [S, T] integers. rows: [S] integers, the slot of each row, all different; -1 for a row
             that only fills up the call: nothing is written for it, and its logits mean nothing.
-            None: row i is slot i. On a GPU they are not looked at.
+            None: row i is slot i. Only linear layers check the numbers, and only on a CPU.
         lengths: [S] integers from 0 to T, how many of a row's tokens are read; the logits of the
             others mean nothing. None: all.
         Logits are NaN where a slot is full, or a position is past the learned table. Raises

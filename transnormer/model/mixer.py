@@ -1,4 +1,4 @@
-"""What every token mixer is: (x, state, tokens) -> (x, state), and decoding in place."""
+"""The base class of token mixers: (x, state, tokens) -> (x, state), and decoding in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Mixer(nn.Module, ABC):
     """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H
     heads, G heads of keys and values, which differ from H in softmax attention alone."""
 
-    # How tensor parallelism cuts each part, all by heads (train/sharding.py has the words).
+    # What tensor parallelism does with each part; train/sharding.py gives the names their meaning.
     SHARDS: ClassVar[dict[str, str]] = {
         "qkvu_proj": "columns",
         "gate_proj.0": "whole",
@@ -83,6 +83,15 @@ class Mixer(nn.Module, ABC):
         self.key_value_heads //= ranks
         self._decays = self._decays[rank * self.heads :][: self.heads]
         self.reset_decay()
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, state: LayerState | None, tokens: TokenPositions
+    ) -> tuple[Tensor, LayerState]:
+        """x [B, T, D] -> [B, T, D], and the state after the last token.
+
+        state: what the rows, or the packed sequences, have read before; None: nothing. Raises
+        ValueError for another mixer's state."""
 
     @abstractmethod
     def new_state(self, rows: int) -> LayerState:

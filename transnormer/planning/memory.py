@@ -222,13 +222,13 @@ def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[rang
     return found
 
 
-def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
-    """(bytes of one number of each block's weights, which blocks at once), as FSDP gathers them in
-    `sharding.shard`."""
+def gather_groups(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
+    """(bytes of one gathered weight of each block, the groups of blocks that are gathered at once),
+    as `sharding.shard` has FSDP do it. Every block counts as the largest."""
     config = shape.config
-    wide = config.norm == "layernorm"
-    each = [4 if wide or layer.position_parameters else 2 for layer in config.layers]
-    return each, gathered_at_once([x * shape.block // tensor for x in each], each)
+    float32 = config.norm == "layernorm"
+    sizes = [4 if float32 or layer.position_parameters else 2 for layer in config.layers]
+    return sizes, gathered_at_once([size * shape.block // tensor for size in sizes], sizes)
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def _moments(shape: Shape, layout: Layout, kept: Kept) -> dict[str, tuple[float,
     # many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept because
     # the backward pass reads it.
     block, words = shape.block / tensor, config.vocab_size * config.hidden_size / tensor
-    wide, groups = gathered(shape, tensor)
+    wide, groups = gather_groups(shape, tensor)
     cast = [2 if alone or x == 4 else 0 for x in wide]
     if alone:
         wide = [0] * len(wide)

@@ -17,7 +17,7 @@ from .hardware import (
     PASSES_SHARE,
     Gpu,
 )
-from .memory import Layout, Shape, gathered
+from .memory import Layout, Shape, gather_groups
 
 UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 4, to clip 8
 
@@ -72,7 +72,7 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
     # FSDP gathers a block once for each pass, and the last blocks only once because they stay
     # gathered. Recomputation gathers nothing, because it runs while the block is gathered for the
     # backward pass.
-    wide, groups = gathered(shape, tensor)
+    wide, groups = gather_groups(shape, tensor)
     twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
     gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
     whole = (shape.blocks + words) * 4 / tensor  # gradients in float32

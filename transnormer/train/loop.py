@@ -432,11 +432,11 @@ def _due(step: int, recipe: Checkpoint) -> bool:
 def _probe(
     recipe: Recipe, model: LanguageModel, loader: Loader, mesh: Mesh
 ) -> Callable[[], float] | None:
-    """Measures the loss of one micro-batch of the training split, always the same one, without
-    gradients.
+    """A function that measures the loss of one microbatch of the training split, always the same
+    one, without gradients. None where no token of it can be learned.
 
-    Of rows in segments it reads the first segment, so that it needs no more memory than training.
-    """
+    Where rows are trained in segments it reads their first segments only, so that it needs no more
+    memory than training."""
     rows = recipe.rows // mesh.data_ranks
     mine = range(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
     ids, targets, cu_seqlens = mesh.split(loader.batch(number % loader.count for number in mine))
@@ -448,8 +448,8 @@ def _probe(
 def _evaluation(
     recipe: Recipe, model: LanguageModel, mesh: Mesh, reset_state: bool
 ) -> Callable[[str], dict[str, float]] | None:
-    """Measures the validation split, and says so after a text; None where there is nothing in it to
-    learn."""
+    """A function that measures the loss of the validation split, prints it behind a text, and
+    returns it for metrics.jsonl. None where the split has no token to learn."""
     valid = TokenData(recipe.data.path, "valid")
     settings = recipe.train
     batches = validation(

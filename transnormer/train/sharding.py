@@ -90,7 +90,8 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
     # gathered.
     register_fsdp_forward_method(model, "hidden")
     if over.size() == 1:
-        return  # FSDP would divide by its factor although nothing is summed
+        # One rank sums nothing, and with a factor FSDP would divide a copy of all gradients by it.
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gradients are summed; gloo has no other reduction here
