@@ -171,7 +171,7 @@ def test_more_of_everything_costs_what_it_must() -> None:
         ),
         (
             "--size 10m --gpus 720720 --seq 8388608 --batch-tokens 8192M",
-            "more than 50,000 layouts .* hold factors, e.g. --context 1 --accumulate 1",
+            "more than 50,000 layouts .* fix some factors, e.g. --context 1 --accumulate 1",
             None,
         ),
     ],

@@ -33,22 +33,20 @@ def plan(
         ),
     ] = "",
     replicate: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many copies of the model.")
+        int | None, typer.Option(min=1, help="Fix the number of copies of the model.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many GPUs that share each row.")
+        int | None, typer.Option(min=1, help="Fix the number of GPUs that share each row.")
     ] = None,
     tensor: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many GPUs that share each matrix product.")
+        int | None, typer.Option(min=1, help="Fix the number of GPUs that share each product.")
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many micro-batches a step.")
+        int | None, typer.Option(min=1, help="Fix the number of microbatches a step.")
     ] = None,
     recompute: Annotated[
         bool | None,
-        typer.Option(
-            "--recompute/--no-recompute", help="Hold whether activations are computed twice."
-        ),
+        typer.Option("--recompute/--no-recompute", help="Fix whether activations are recomputed."),
     ] = None,
     compare_tensor: Annotated[
         bool,
@@ -128,7 +126,7 @@ def _show_plans(job: Job, as_json: bool) -> None:
         )
     else:
         print(
-            "So many processes take too long to pretend: shares are not checked against the real "
+            "There are too many processes to simulate: shares are not checked against the real "
             "sharding code."
         )
     if any(each.layout.tensor * each.layout.context > 1 for each in plans):

@@ -32,7 +32,8 @@ class Session:
 
     def __init__(self, model: LanguageModel, state: State | None = None):
         self.model, self._state = model, state
-        # Where the state is while text is written, what it has read in all, and since `_state`.
+        # While text is written the state is in `_slot`. It has read `_held` tokens in all, of which
+        # `_stepped` are those since `_state`.
         self._slot: Slots | None = None
         self._held, self._stepped = 0, list[int]()
         self._logits: Tensor | None = None  # [1, vocab], after the last token read
@@ -46,7 +47,7 @@ class Session:
         return self._state
 
     def fork(self) -> Session:
-        """Another session that goes on from here. The two do not meet."""
+        """Another session that goes on from here. Neither changes the other."""
         fork = Session(self.model, self.state)
         fork._logits, fork._unread = self._logits, self._unread
         return fork
@@ -74,7 +75,8 @@ class Session:
     def write(
         self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None
     ) -> Iterator[int]:
-        """Draw tokens, at most max_tokens, until `end` (which is read but not given).
+        """Draw at most max_tokens tokens, until `end`, which is not yielded; the next read begins
+        with it.
 
         Raises ValueError at once for a negative max_tokens, and while drawing where nothing was
         read yet or the logits are not finite."""

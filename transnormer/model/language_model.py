@@ -107,8 +107,8 @@ class LanguageModel(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     def share_rows(self, group: ProcessGroup) -> None:
-        """From here on, rank r of a group of R ranks is given the r-th slice, T tokens, of each row
-        of R T tokens."""
+        """Share each row of R T tokens among the R ranks of a group: from here on rank r is given
+        the r-th slice, of T tokens."""
         self.context = Context.of(group)
         for block in self.blocks():
             block.mixer.context = self.context
@@ -155,7 +155,7 @@ class LanguageModel(nn.Module):
         self._check(ids, state, cu_seqlens, pad)
         if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             state = state.value()
-        # without padding, rows of unequal length are packed sequences
+        # once padding is removed, rows of unequal length are packed sequences
         if pad is not None and len(ids):
             real = _real(ids, pad)
             ends = (ids.shape[1] - pad.to(ids.device)).cumsum(0)

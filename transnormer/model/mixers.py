@@ -89,7 +89,7 @@ class GatedLinearAttention(Mixer):
         return self.out_proj(gated(self.norm, mixed.flatten(-2), gate)), (after,)
 
     def _is_one_op(self) -> bool:
-        """Whether all between the projections is as published, without positions."""
+        """Whether `gated_linear_attention` computes all that lies between the projections."""
         plain = self.position is None and self.activation is F.silu and self.parts == 4
         return plain and isinstance(self.norm, SimpleRMSNorm) and self.context is None
 

@@ -36,7 +36,7 @@ class Plan:
     layout: Layout
     memory: Memory
     tokens_per_second: float  # of all GPUs
-    bytes_per_step: dict[str, int]  # sent by one GPU, by kind
+    bytes_per_step: dict[str, int]  # sent by one GPU, by factor
     days: float
     megawatt_hours: float  # of the GPUs at their rated power, nothing else
 
@@ -210,7 +210,7 @@ class Job:
                 f"--{name} 1" for name in ("context", "accumulate") if getattr(self, name) is None
             )
             raise ValueError(
-                f"there are more than {MOST_LAYOUTS:,} layouts to look at; hold factors, e.g. "
+                f"there are more than {MOST_LAYOUTS:,} layouts to look at; fix some factors, e.g. "
                 f"{held}"
             )
         found = [layout for layout in candidates if self._accepts(layout, self.rows)]

@@ -23,8 +23,8 @@ UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 
 
 
 def passes_share(config: ModelConfig) -> float:
-    """What both passes of a model of this width reach of the rate of matrix products; of a stack
-    of several mixers the mean over its layers, which was not measured.
+    """The share of the rate of matrix products that forward and backward reach at this width. For a
+    stack of several mixers it is the mean over the layers, which is an assumption.
 
     Raises ValueError where a layer's mixer was not measured."""
     total = 0.0
@@ -65,18 +65,18 @@ def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float
 
 
 def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
-    """What one GPU sends in a step, by kind of parallelism. rows: as in `expected_memory`."""
+    """Bytes that one GPU sends in a step, by factor of the mesh. rows: as in `expected_memory`."""
     config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
-    words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    rest = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     tokens = rows * seq_len // layout.context
     # FSDP gathers a block once for each pass, and the last blocks only once because they stay
     # gathered. Recomputation gathers nothing, because it runs while the block is gathered for the
     # backward pass.
-    wide, groups = gather_groups(shape, tensor)
-    twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
-    gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
-    whole = (shape.blocks + words) * 4 / tensor  # gradients in float32
-    # the last sums of each are not computed again
+    sizes, groups = gather_groups(shape, tensor)
+    twice = 2 * sum(sizes) - sum(sizes[n] for n in groups[-1])
+    gather = shape.blocks * twice / len(sizes) + 4 * rest  # the rest once, in float32
+    whole = (shape.blocks + rest) * 4 / tensor  # gradients in float32
+    # exchanges: 4 of a block forward, 4 backward, and 3 in recomputation, which skips the last
     blocks = (11 if layout.recompute else 8) * config.num_hidden_layers
     passes = 3 if layout.recompute else 2
     state = 4 * rows * config.num_attention_heads // tensor * config.head_dim**2

@@ -115,7 +115,7 @@ def _run(recipe: Recipe, run: Path, mesh: Mesh) -> RunSummary:
         assert loader is not None
         mesh.together(lambda: held.enter_context(_opened(run, recipe)), first=True)
         model, origin = _model(recipe, config, data, mesh, base)
-        base = None  # of which each of several processes has a whole one
+        base = None  # free it, because each of several processes holds a whole copy
         began = time.perf_counter()
         _train(recipe, run, model, origin, loader, mesh)
         seconds = time.perf_counter() - began
@@ -146,8 +146,7 @@ def _restored(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
 def _summary(
     recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memory_bytes: int | None
 ) -> RunSummary:
-    """Read from the run's folder by the first process, and the same on all but for their own
-    `seconds`."""
+    """The first process reads the run's folder, and all return the same, except for `seconds`."""
 
     def read() -> dict[str, Any]:
         metrics = run / METRICS
@@ -440,7 +439,7 @@ def _probe(
     rows = recipe.rows // mesh.data_ranks
     mine = range(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
     ids, targets, cu_seqlens = mesh.split(loader.batch(number % loader.count for number in mine))
-    if recipe.train.segment:  # then rows are whole ones
+    if recipe.train.segment:  # which excludes packed sequences, so cu_seqlens is None
         ids, targets = ids[:, : recipe.train.segment], targets[:, : recipe.train.segment]
     return evaluation(model, [Batch(ids, targets, cu_seqlens)], mesh, recipe.train.dtype)
 

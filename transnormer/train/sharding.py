@@ -56,10 +56,10 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
     """Shard the weights by FSDP2, in place: the blocks, and then the rest (embedding, last norm,
     head).
 
-    dtype: the dtype in which weights are gathered; None keeps their own. Three kinds keep it in any
-    case. The rest does, because the residual stream begins as rows of the embedding. Blocks whose
-    position learns do, because LRPE's angle times a million tokens needs all its bits. Blocks with
-    LayerNorm do, because the CPU takes its gains in float32 only."""
+    dtype: the dtype in which weights are gathered; None keeps their own. Some always keep their
+    own: the rest, because the residual stream begins as rows of the embedding; blocks with LRPE,
+    because an angle times a million tokens needs all its bits; and blocks with LayerNorm, because
+    the CPU takes its gains in float32 only."""
     assert mesh.ranks is not None
     over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
     blocks = model.blocks()
@@ -74,7 +74,7 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
         for block, narrow in zip(blocks, dtypes, strict=True)
     ]
     for numbers in gathered_at_once(sizes, dtypes):
-        # The backward pass needs the last blocks at once, so they stay gathered.
+        # The backward pass begins with the last blocks, so they stay gathered.
         narrow, last = dtypes[numbers[0]], numbers[-1] == len(blocks) - 1
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False
@@ -86,8 +86,8 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
             reshard_after_forward=not last,
         )
     fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    # `forward` and `loss` call `hidden`, which reads all weights but the head's; these stay
-    # gathered.
+    # `forward` and `loss` call `hidden`, which reads all weights but the head's. What this root
+    # group gathers stays gathered, so the head's weight can be read afterwards.
     register_fsdp_forward_method(model, "hidden")
     if over.size() == 1:
         # One rank sums nothing, and with a factor FSDP would divide a copy of all gradients by it.
@@ -276,8 +276,8 @@ class _NormOfShards(nn.Module):
         return y.to(x.dtype)
 
     def _mean(self, x: Tensor) -> Tensor:
-        """[..., 1]: over the columns of all ranks. Whatever each makes of it, the gradients are
-        summed."""
+        """The mean over the columns of all ranks, [..., 1]. Each rank uses it for its own columns,
+        so its gradient is summed over the ranks."""
         part = DTensor.from_local(x.sum(-1, keepdim=True), self.mesh, [Partial()], run_check=False)
         total = part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return total / (x.shape[-1] * self.mesh.size())
