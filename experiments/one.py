@@ -155,7 +155,7 @@ def state_bytes(model: LanguageModel, tokens: int) -> int:
     """Bytes that one row's state takes after so many tokens."""
     with torch.inference_mode():
         _, state = model.hidden(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
-    return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
+    return state.nbytes - state.seen.nbytes
 
 
 def splits_to_score(run: Run, corpus: Path) -> dict[str, TokenData]:

@@ -108,8 +108,8 @@ class SoftmaxAttention(Mixer):
             if self.window is None:
                 mixed = mixed.masked_fill((position >= places)[:, None, None, None], torch.nan)
             outputs.append(mixed)
-        mixed = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(-2)
-        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape))  # type: ignore[no-any-return]
+        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self._project_out(mixed, gate)
 
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         window = seq_len if self.window is None else min(self.window, seq_len)
@@ -125,8 +125,11 @@ class SoftmaxAttention(Mixer):
         check_devices("softmax attention", x=x, log_decay=self.log_decay, keys=keys, values=values)
         attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
         mixed, after = attend(q, k, v, state, tokens)
+        return self._project_out(mixed, gate), after
+
+    def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
         mixed = mixed.flatten(-2)
-        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape)), after
+        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape))  # type: ignore[no-any-return]
 
     def _past(self, state: LayerState) -> LayerState:
         heads = self.key_value_heads
