@@ -68,7 +68,7 @@ def plan(
     job = Job(
         config=config,
         gpus=gpus,
-        kind=gpu.lower(),
+        gpu_name=gpu.lower(),
         tokens=_count(tokens, 1_000),
         seq_len=seq,
         batch_tokens=_count(batch_tokens, 1_024) if batch_tokens else 0,
@@ -82,7 +82,7 @@ def plan(
 
 
 def _show_tensor_sizes(
-    config: ModelConfig, gpus: int, seq_len: int, kind: str, as_json: bool
+    config: ModelConfig, gpus: int, seq_len: int, gpu_name: str, as_json: bool
 ) -> None:
     """Print what a model needs under tensor parallelism of several sizes, beside a Transformer."""
     import json
@@ -93,7 +93,7 @@ def _show_tensor_sizes(
 
     models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
     found = {
-        name: search.compare_tensor(each, gpus, seq_len, kind) for name, each in models.items()
+        name: search.compare_tensor(each, gpus, seq_len, gpu_name) for name, each in models.items()
     }
     if as_json:
         memory = {name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}

@@ -34,7 +34,7 @@ from ..model.mixer import LayerState, Mixer
 from ..ops.loss import linear_cross_entropy
 from .cache_hf import read_cache, write_cache
 from .config_hf import TransNormerConfig
-from .row_layout import RowLayout, read_layout
+from .rows import Rows, read_rows
 
 # What collators of packed rows may give.
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -234,9 +234,9 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         state = read_cache(cache, self.layer_configs, attention_mask, shape)
         seen, bounds = None if state is None else state.seen, packing.get("cu_seq_lens_q")
         if seen is not None and shape[1] == 1 and given.device.type != "cpu":
-            rows = RowLayout(bounds=bounds)  # a look at the GPU would wait for it
+            rows = Rows(bounds=bounds)  # a look at the GPU would wait for it
         else:
-            rows = read_layout(shape, attention_mask, position_ids, bounds, seen)
+            rows = read_rows(shape, attention_mask, position_ids, bounds, seen)
         if rows.no_cache_from and (use_cache or cache is not None):
             raise ValueError(
                 f"no cache can go on from {rows.no_cache_from}; pass use_cache=False and no cache"

@@ -12,7 +12,7 @@ from ..data.tokenizer import encode, end_of_text_id
 from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from ..model.state import State
-from .sampling import NOT_FINITE, REFUSED, Sampling, Samplings, sample
+from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, Sampling, SamplingBatch, sample
 from .text import Decoder, check_stop, until_stop
 
 PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
@@ -86,7 +86,7 @@ class Session:
 
     @torch.inference_mode()
     def _write(self, max_tokens: int, sampling: Sampling, end: int | None) -> Iterator[int]:
-        samplings = Samplings.of([sampling], self.model.device)
+        samplings = SamplingBatch.of([sampling], self.model.device)
         number = torch.zeros(1, dtype=torch.int64, device=self.model.device)
         for _ in range(max_tokens):
             if len(self._unread) == 1 and self._state is not None:
@@ -97,7 +97,7 @@ class Session:
                 raise ValueError("nothing was read yet: give a prompt")
             token = int(sample(self._logits, samplings, number))
             if token == NOT_FINITE:
-                raise ValueError(REFUSED)
+                raise ValueError(NOT_FINITE_MESSAGE)
             number += 1
             self._unread = [token]
             if token == end:

@@ -39,7 +39,7 @@ class Block(nn.Module):
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
         mixed, state = self.mixer(self.mixer_norm(x), state, tokens)
-        return self._after(x, mixed), state
+        return self._add_and_glu(x, mixed), state
 
     def step_(
         self,
@@ -51,9 +51,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """As the mixer's `step_`."""
         mixed = self.mixer.step_(self.mixer_norm(x), memory, tokens, slots, lengths)
-        return self._after(x, mixed)
+        return self._add_and_glu(x, mixed)
 
-    def _after(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def _add_and_glu(self, x: Tensor, mixed: Tensor) -> Tensor:
         x, normed = added(self.glu_norm, x, mixed)
         return x + self.glu(normed)  # type: ignore[no-any-return]
 
@@ -154,7 +154,7 @@ class LanguageModel(nn.Module):
         """
         self._check(ids, state, cu_seqlens, pad)
         if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            state = state.value()
+            state = state.for_autograd()
         # once padding is removed, rows of unequal length are packed sequences
         if pad is not None and len(ids):
             real = _real(ids, pad)

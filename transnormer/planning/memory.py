@@ -71,7 +71,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ParameterShapes:
     """A model's parameters by shape: what a block holds, how tensor parallelism cuts it, and how
     often it is there."""
 
@@ -107,7 +107,7 @@ def _share(
     return numbers, tensors
 
 
-def measure(config: ModelConfig, seq_len: int) -> Shape:
+def parameter_shapes(config: ModelConfig, seq_len: int) -> ParameterShapes:
     """Count the parameters of a model that takes no memory, in which one block of each kind stands
     for all alike."""
     kinds = block_kinds(config)
@@ -134,7 +134,7 @@ def measure(config: ModelConfig, seq_len: int) -> Shape:
         parameters[tuple(p.shape), cut] += count
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     whole = sum(size * count for size, count in zip(sizes, counts, strict=True))
-    return Shape(config, flops, dict(parameters), max(sizes), whole)
+    return ParameterShapes(config, flops, dict(parameters), max(sizes), whole)
 
 
 def block_kinds(config: ModelConfig) -> Counter[LayerConfig]:
@@ -221,17 +221,17 @@ def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[rang
     return found
 
 
-def gather_groups(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
+def gather_groups(shapes: ParameterShapes, tensor: int) -> tuple[list[int], list[range]]:
     """(bytes of one gathered weight of each block, the groups of blocks that are gathered at once),
     as `sharding.shard` has FSDP do it. Every block counts as the largest."""
-    config = shape.config
+    config = shapes.config
     float32 = config.norm == "layernorm"
     sizes = [4 if float32 or layer.position_parameters else 2 for layer in config.layers]
-    return sizes, gathered_at_once([size * shape.block // tensor for size in sizes], sizes)
+    return sizes, gathered_at_once([size * shapes.block // tensor for size in sizes], sizes)
 
 
 @dataclass(frozen=True)
-class Least:
+class LeastMemory:
     """Bytes that one process needs in any case; activations: those of them that are activations."""
 
     total: int
@@ -247,7 +247,7 @@ def least_memory(
     itemsize: int,
     copied: bool,
     loaded: bool,
-) -> Least:
+) -> LeastMemory:
     """What a run needs at least.
 
     It counts float32 weights, and for trained numbers also the gradient and AdamW's two moments. Of
@@ -267,7 +267,7 @@ def least_memory(
     activations = tokens * floats * itemsize // (layout.context * layout.tensor)
     copies = 4 * weights + 8 * trained if copied else 0
     held = (0 if loaded else 4 * weights) + 12 * trained + copies
-    return Least(held // (layout.world // layout.replicate) + activations, activations)
+    return LeastMemory(held // (layout.world // layout.replicate) + activations, activations)
 
 
 @dataclass(frozen=True)
@@ -318,13 +318,13 @@ def kept_bytes(config: ModelConfig, layout: Layout, rows: int, seq_len: int) -> 
     )
 
 
-def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
+def expected_memory(shapes: ParameterShapes, layout: Layout, rows: int, seq_len: int) -> Memory:
     """The memory of the GPU that needs most.
 
     rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context
     ranks together."""
-    numbers, tensors = shape.share(layout)
-    moments = _moments(shape, layout, kept_bytes(shape.config, layout, rows, seq_len))
+    numbers, tensors = shapes.share(layout)
+    moments = _moments(shapes, layout, kept_bytes(shapes.config, layout, rows, seq_len))
     gradients, activations, state, buffers = map(int, max(moments.values(), key=sum))
     ranks = layout.shard * layout.context
     groups = sum(size > 1 for size in (layout.replicate, ranks, layout.context, layout.tensor))
@@ -339,17 +339,19 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
     )
 
 
-def _moments(shape: Shape, layout: Layout, kept: KeptBytes) -> dict[str, tuple[float, ...]]:
+def _moments(
+    shapes: ParameterShapes, layout: Layout, kept: KeptBytes
+) -> dict[str, tuple[float, ...]]:
     """Bytes of (gradients, activations, states, buffers) at each moment of a step that may need the
     most memory."""
-    config, tensor, again = shape.config, layout.tensor, layout.recompute
+    config, tensor, again = shapes.config, layout.tensor, layout.recompute
     alone, ranks = layout.world == 1, layout.shard * layout.context
     stream, tied = kept.stream, config.tie_word_embeddings
     # `gathered_bytes` is how many bytes one weight of each block takes while it is gathered. `cast`
     # is how many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept
     # because the backward pass reads it. `embedding` counts the weights of the embedding.
-    block, embedding = shape.block / tensor, config.vocab_size * config.hidden_size / tensor
-    gathered_bytes, groups = gather_groups(shape, tensor)
+    block, embedding = shapes.block / tensor, config.vocab_size * config.hidden_size / tensor
+    gathered_bytes, groups = gather_groups(shapes, tensor)
     cast = [2 if alone or size == 4 else 0 for size in gathered_bytes]
     if alone:
         gathered_bytes = [0] * len(gathered_bytes)
@@ -362,7 +364,7 @@ def _moments(shape: Shape, layout: Layout, kept: KeptBytes) -> dict[str, tuple[f
     moving = [0 if alone else 4 * len(group) for group in groups]
     root = 0.0 if alone else 4 * embedding * (1 if tied else 2)
     # every gradient at the end of the backward pass; the head's alone
-    late, own = 4 * shape.share(layout)[0], 4 * embedding
+    late, own = 4 * shapes.share(layout)[0], 4 * embedding
     first = late if layout.accumulate > 1 else 0
     summed = max(first, moving[-1] * block / ranks)  # sharded gradients after the last group
     own_root = 0 if alone else own + root  # one GPU's are among all gradients

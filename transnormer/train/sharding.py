@@ -63,12 +63,12 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
     assert mesh.ranks is not None
     over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
     blocks = model.blocks()
-    wide = [
+    keeps_dtype = [
         layer.position_parameters > 0
         or any(isinstance(module, nn.LayerNorm) for module in block.modules())
         for block, layer in zip(blocks, model.config.layers, strict=True)
     ]
-    dtypes = [None if each else dtype for each in wide]
+    dtypes = [None if keeps else dtype for keeps in keeps_dtype]
     sizes = [
         sum(local(p).numel() * (narrow or p.dtype).itemsize for p in block.parameters())
         for block, narrow in zip(blocks, dtypes, strict=True)
@@ -142,17 +142,17 @@ def _is_whole(x: Any) -> bool:
 def _cut_by_tensor(model: LanguageModel, mesh: DeviceMesh, rank: int) -> None:
     tokens, whole = Shard(1), Replicate()
     _distribute(model.embed_tokens, mesh, Shard(0))
-    model.embed_tokens.forward = partial(_embed_words, model.embed_tokens, mesh)  # type: ignore[method-assign]
+    model.embed_tokens.forward = partial(_embed_tokens, model.embed_tokens, mesh)  # type: ignore[method-assign]
     if model.embed_positions is not None:
         _distribute(model.embed_positions, mesh, whole)
         model.embed_positions.forward = partial(_embed_positions, model.embed_positions, mesh)  # type: ignore[method-assign]
     if model.lm_head is not None:  # only its weight is ever used
         _distribute(model.lm_head, mesh, Shard(0))
     _cut_norm(model.norm, mesh)
-    every = PrepareModuleOutput(
+    gather_tokens = PrepareModuleOutput(
         output_layouts=tokens, desired_output_layouts=whole, use_local_output=False
     )
-    parallelize_module(model.norm, mesh, every)
+    parallelize_module(model.norm, mesh, gather_tokens)
     for block in model.blocks():
         _cut_norm(block.mixer_norm, mesh)
         _cut_norm(block.glu_norm, mesh)
@@ -170,23 +170,23 @@ def _cut_by_tensor(model: LanguageModel, mesh: DeviceMesh, rank: int) -> None:
 def _cut_module(module: Any, mesh: DeviceMesh) -> None:
     """Cut a mixer or GLU by its SHARDS, every weight of it."""
     parts = dict(module.named_modules())
-    for path, word in module.SHARDS.items():
+    for path, how in module.SHARDS.items():
         part = parts.get(path)
         if part is None:
             continue
-        assert word not in ("columns", "rows") or isinstance(part, nn.Linear), (
+        assert how not in ("columns", "rows") or isinstance(part, nn.Linear), (
             f"{path} is adapted, and is not cut"
         )
-        if word == "columns":
+        if how == "columns":
             parallelize_module(part, mesh, ColwiseParallel(), src_data_rank=None)
-        elif word == "rows":
+        elif how == "rows":
             parallelize_module(
                 part, mesh, RowwiseParallel(output_layouts=Shard(1)), src_data_rank=None
             )
-        elif word == "norm":
+        elif how == "norm":
             setattr(module, path, _NormOfShards(part, mesh))
         else:
-            _distribute(part, mesh, {"heads": Shard(0), "whole": Replicate()}[word])
+            _distribute(part, mesh, {"heads": Shard(0), "whole": Replicate()}[how])
     plain = [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
     assert not plain, f"SHARDS of {type(module).__name__} says nothing of {plain}"
 
@@ -205,7 +205,7 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Any) -> None:
         module.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
 
 
-def _embed_words(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
+def _embed_tokens(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
     """Look up ids in an embedding that is sharded by the vocabulary. Each rank gives zeros for ids
     that it does not hold; the sum over the ranks is scattered over the tokens."""
     weight = local(module.weight)
