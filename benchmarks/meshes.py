@@ -32,8 +32,7 @@ from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import local
 from transnormer.planning.hardware import GPUS
-from transnormer.planning.memory import Layout, expected_memory
-from transnormer.planning.memory import measure as measure_shape
+from transnormer.planning.memory import Layout, expected_memory, parameter_shapes
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.planning.speed import find_speed
 from transnormer.train.mesh import Mesh, make_mesh, start
@@ -306,11 +305,11 @@ def planned(
 ) -> dict[str, Any]:
     if kind not in GPUS:
         return {}
-    shape = measure_shape(config, length)
+    shapes = parameter_shapes(config, length)
     layout = Layout(**mesh.sizes, recompute=recompute)
     return {
-        "planned_bytes": expected_memory(shape, layout, rows, length).allocated,
-        "planned_tokens_per_second": round(find_speed(shape, layout, GPUS[kind], rows, length)[0]),
+        "planned_bytes": expected_memory(shapes, layout, rows, length).allocated,
+        "planned_tokens_per_second": round(find_speed(shapes, layout, GPUS[kind], rows, length)[0]),
     }
 
 

@@ -27,7 +27,7 @@ from lib import gpu, record
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.planning.check import pretended
-from transnormer.planning.memory import Layout, expected_memory, measure
+from transnormer.planning.memory import Layout, expected_memory, parameter_shapes
 from transnormer.train.optim import new_optimizer
 from transnormer.train.parallelize import parallelize
 from transnormer.train.recipe import Optim
@@ -130,7 +130,7 @@ def one(config: ModelConfig, layout: Layout, rows: int) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-    planned = expected_memory(measure(config, SEQ_LEN), layout, rows, SEQ_LEN)
+    planned = expected_memory(parameter_shapes(config, SEQ_LEN), layout, rows, SEQ_LEN)
     return {"measured_bytes": torch.cuda.max_memory_allocated(), "planned_bytes": planned.allocated}
 
 

@@ -18,7 +18,7 @@ from arms import CONFIRMING_SEED, Run, folder_of, known, recipe
 from transnormer.data.shards import TokenData
 from transnormer.files import write_text
 from transnormer.formats.folders import load
-from transnormer.inference.sampling import Sampling, Samplings, sample
+from transnormer.inference.sampling import Sampling, SamplingBatch, sample
 from transnormer.model.language_model import LanguageModel
 from transnormer.model.slots import Slots
 from transnormer.ops.loss import linear_cross_entropy
@@ -91,7 +91,7 @@ def draw(model: LanguageModel, rows: int, length: int, end: int, seed: int) -> n
     The token of level n is end + 1 + n. Only levels are sampled; the end of a text is left out.
     """
     seeds = [Sampling(temperature=1.0, top_p=1.0, seed=rows * seed + row) for row in range(rows)]
-    samplings = Samplings.of(seeds, model.device)
+    samplings = SamplingBatch.of(seeds, model.device)
     ids, slots, drawn = torch.full((rows, 1), end), Slots.new(model, rows, length), []
     ids, number = ids.to(model.device), torch.zeros(rows, dtype=torch.int64, device=model.device)
     for _ in range(length):
@@ -155,7 +155,7 @@ def state_bytes(model: LanguageModel, tokens: int) -> int:
     """Bytes that one row's state takes after so many tokens."""
     with torch.inference_mode():
         _, state = model.hidden(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
-    return sum(part.numel() * part.element_size() for layer in state.layers for part in layer)
+    return state.nbytes - state.seen.nbytes
 
 
 def splits_to_score(run: Run, corpus: Path) -> dict[str, TokenData]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,7 +253,9 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
         f"difference ({part})",
     ]
     table = markdown([*head, *(["paper, nats"] if paper else [])], rows)
-    return "\n\n".join([table, conclusion(name, found)] if found else [table])
+    if not found:
+        return table
+    return f"{table}\n\n{textwrap.fill(conclusion(name, found), 120, break_on_hyphens=False)}"
 
 
 def rates(name: str, by_setting: dict[Setting, dict[str, list[dict[str, Any]]]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MixerFacts:
-    """What a mixer is to the rest of the house.
+    """What a mixer is to the rest of the package.
 
     fixed_state: what it remembers of a text has one size, [B, H, K, V] a layer, however long the
         text is; else it remembers the keys and values of every token.

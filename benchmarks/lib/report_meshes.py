@@ -14,13 +14,13 @@ from lib.report_training import Values
 from lib.results import GIB, Result, every, newest, spread, table
 from transnormer.config import ModelConfig
 from transnormer.planning.hardware import GPUS
-from transnormer.planning.memory import Layout, Shape, expected_memory, measure
+from transnormer.planning.memory import Layout, ParameterShapes, expected_memory, parameter_shapes
 from transnormer.planning.speed import find_speed
 
 
 @functools.cache
-def shape_of(size: str, tokens: int) -> Shape:
-    return measure(ModelConfig.named(size), tokens)
+def shapes_of(size: str, tokens: int) -> ParameterShapes:
+    return parameter_shapes(ModelConfig.named(size), tokens)
 
 
 def planned(row: Result) -> tuple[float, float]:
@@ -28,9 +28,9 @@ def planned(row: Result) -> tuple[float, float]:
     factors: dict[str, Any] = {}
     if row["mesh"] != "one process":
         factors = {name: int(size) for name, size in map(str.split, row["mesh"].split(", "))}
-    layout, shape = Layout(**factors), shape_of(row["size"], row["seq_len"])
-    speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
-    return speed, expected_memory(shape, layout, row["rows"], row["seq_len"]).allocated / GIB
+    layout, shapes = Layout(**factors), shapes_of(row["size"], row["seq_len"])
+    speed, _ = find_speed(shapes, layout, GPUS["h100"], row["rows"], row["seq_len"])
+    return speed, expected_memory(shapes, layout, row["rows"], row["seq_len"]).allocated / GIB
 
 
 def run_name(result: Result) -> str:

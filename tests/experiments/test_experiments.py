@@ -23,7 +23,7 @@ import torch
 from transnormer.config import ModelConfig
 from transnormer.data.loader import Loader
 from transnormer.data.shards import TokenData
-from transnormer.inference.sampling import Sampling, Samplings, sample
+from transnormer.inference.sampling import Sampling, SamplingBatch, sample
 from transnormer.model.language_model import LanguageModel
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
@@ -458,7 +458,7 @@ def test_what_is_drawn_token_by_token_follows_the_whole_text() -> None:
         intermediate_size=16,
     )
     model = LanguageModel(config).eval()
-    samplings = Samplings.of(
+    samplings = SamplingBatch.of(
         [Sampling(temperature=1.0, top_p=1.0, seed=5 + row) for row in range(5)], model.device
     )
     with torch.no_grad():

@@ -12,7 +12,7 @@ from transnormer import LanguageModel, ModelConfig
 from transnormer.data.tokenizer import load_tokenizer
 from transnormer.inference import engine
 from transnormer.inference.engine import PIECE, Session, generate_text
-from transnormer.inference.sampling import NOT_FINITE, Sampling, Samplings, _uniform, sample
+from transnormer.inference.sampling import NOT_FINITE, Sampling, SamplingBatch, _uniform, sample
 
 GREEDY = Sampling(temperature=0)
 
@@ -134,7 +134,7 @@ def test_filters_keep_the_likeliest() -> None:
 
 def draws(logits: torch.Tensor, count: int, **options) -> torch.Tensor:
     """So many draws in a row from one row's logits, each as the row of a batch."""
-    samplings = Samplings.of([Sampling(**{"seed": 0, **options})] * count, logits.device)
+    samplings = SamplingBatch.of([Sampling(**{"seed": 0, **options})] * count, logits.device)
     return sample(logits.expand(count, -1), samplings, torch.arange(count))
 
 
@@ -150,11 +150,11 @@ def test_each_row_is_drawn_as_if_it_were_alone() -> None:
     ]
     for number in torch.randint(10_000, (20,)):
         alone = [
-            sample(logits[row : row + 1], Samplings.of([one], logits.device), number[None])
+            sample(logits[row : row + 1], SamplingBatch.of([one], logits.device), number[None])
             for row, one in enumerate(settings)
         ]
         order = torch.randperm(6).tolist()
-        together = Samplings.of([settings[row] for row in order], logits.device)
+        together = SamplingBatch.of([settings[row] for row in order], logits.device)
         found = sample(logits[order], together, number.expand(6))
         assert found.tolist() == [int(alone[row]) for row in order]
 
@@ -181,7 +181,7 @@ def test_logits_that_are_not_finite_are_refused_however_tokens_are_drawn(
 ) -> None:
     logits = torch.tensor([[0.0, wrong, 1.0]])
     good = torch.tensor([[0.0, 9.0, 1.0]])
-    samplings = Samplings.of([Sampling(temperature=temperature)] * 2, logits.device)
+    samplings = SamplingBatch.of([Sampling(temperature=temperature)] * 2, logits.device)
     found = sample(torch.cat([logits, good]), samplings, torch.zeros(2, dtype=torch.int64))
     assert found.tolist() == [NOT_FINITE, 1]
 

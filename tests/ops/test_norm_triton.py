@@ -225,8 +225,8 @@ def test_what_cannot_run_says_why():
 
 
 def test_tensors_that_are_still_on_their_way_are_waited_for():
-    """What another process' part is added to comes as such; it has no address that a kernel could
-    read."""
+    """Under tensor parallelism an update may be an `AsyncCollectiveTensor`, which has no address
+    that a kernel could read."""
     (x, g), (update, h) = draw(7, 40), draw(7, 40)
     gradients = []
     for kind in (AsyncCollectiveTensor, torch.clone):

@@ -32,7 +32,7 @@ from transnormer.planning.memory import (
     WORKSPACE_BYTES,
     Layout,
     expected_memory,
-    measure,
+    parameter_shapes,
     saved_bytes,
 )
 from transnormer.planning.search import Job
@@ -70,10 +70,10 @@ def named(row: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']} {row['size']} {row['rows']}")
 def test_one_gpu_as_measured(row: dict[str, Any]) -> None:
-    shape = measure(named(row), row["seq_len"])
-    memory = expected_memory(shape, Layout(), row["rows"], row["seq_len"])
+    shapes = parameter_shapes(named(row), row["seq_len"])
+    memory = expected_memory(shapes, Layout(), row["rows"], row["seq_len"])
     assert memory.allocated == pytest.approx(row["peak_bytes"], rel=0.01)
-    speed, sent = find_speed(shape, Layout(), GPUS["h100"], row["rows"], row["seq_len"])
+    speed, sent = find_speed(shapes, Layout(), GPUS["h100"], row["rows"], row["seq_len"])
     assert speed == pytest.approx(row["tokens_per_second"], rel=0.04)
     assert not any(sent.values())
 
@@ -125,11 +125,11 @@ def meshes() -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in meshes()])
 def test_meshes_as_measured(row: dict[str, Any]) -> None:
     layout = Layout(**{name: int(size) for name, size in map(str.split, row["mesh"].split(", "))})
-    shape = measure(ModelConfig.named(row["size"]), row["seq_len"])
+    shapes = parameter_shapes(ModelConfig.named(row["size"]), row["seq_len"])
     if row["peak_bytes"] is not None:
-        memory = expected_memory(shape, layout, row["rows"], row["seq_len"])
+        memory = expected_memory(shapes, layout, row["rows"], row["seq_len"])
         assert memory.allocated == pytest.approx(row["peak_bytes"], rel=0.01)
-    speed, _ = find_speed(shape, layout, GPUS["h100"], row["rows"], row["seq_len"])
+    speed, _ = find_speed(shapes, layout, GPUS["h100"], row["rows"], row["seq_len"])
     # its kernels are short
     small = row["size"] == "385m" and max(layout.tensor, layout.context) > 1
     assert speed == pytest.approx(
@@ -287,10 +287,13 @@ def test_memory_and_collectives_as_traced(
     if apart:
         monkeypatch.setattr(memory, "GATHERED_BYTES", 0)
     config = SMALL.replace(**words)
-    real, shape = trace(config, layout, rows, seq_len, monkeypatch), measure(config, seq_len)
-    planned = expected_memory(shape, layout, rows, seq_len)
+    real, shapes = (
+        trace(config, layout, rows, seq_len, monkeypatch),
+        parameter_shapes(config, seq_len),
+    )
+    planned = expected_memory(shapes, layout, rows, seq_len)
     assert planned.allocated - WORKSPACE_BYTES == pytest.approx(real.most, rel=0.1)
-    sent, ranks = sent_bytes(shape, layout, rows, seq_len), layout.shard * layout.context
+    sent, ranks = sent_bytes(shapes, layout, rows, seq_len), layout.shard * layout.context
     assert sent["shard"] == pytest.approx(real.sent["c10d"] * (ranks - 1) / ranks, rel=0.01)
     others = (layout.tensor - 1) / layout.tensor
     assert sent["tensor"] == pytest.approx(real.sent["_c10d_functional"] * others, rel=0.01)
@@ -310,10 +313,10 @@ def test_one_block_of_each_kind_stands_for_all(words: dict[str, Any]) -> None:
     config = ModelConfig.from_dict(TINY).replace(num_hidden_layers=5, **words)
     with torch.device("meta"):
         model = LanguageModel(config)
-    shape = measure(config, 64)
-    assert shape.share(Layout()) == (model.parameter_count(), len(list(model.parameters())))
-    assert shape.flops_per_token == model.flops_per_token(64)
-    assert shape.blocks == sum(p.numel() for p in model.layers.parameters())
+    shapes = parameter_shapes(config, 64)
+    assert shapes.share(Layout()) == (model.parameter_count(), len(list(model.parameters())))
+    assert shapes.flops_per_token == model.flops_per_token(64)
+    assert shapes.blocks == sum(p.numel() for p in model.layers.parameters())
     for layout in (Layout(), Layout(shard=3), Layout(replicate=2, shard=2, tensor=2)):
         with pretended(layout, torch.device("cpu")) as mesh:
             parallelize(model, mesh)
@@ -336,7 +339,8 @@ def test_stacks_are_planned_by_their_layers() -> None:
     with pytest.raises(ValueError, match="no run with sliding_attention layers was measured"):
         Job(config=slides, gpus=1).best()
     least, more = (
-        expected_memory(measure(c, 1_024), Layout(), 4, 1_024).total for c in (SMALL, config)
+        expected_memory(parameter_shapes(c, 1_024), Layout(), 4, 1_024).total
+        for c in (SMALL, config)
     )
     assert more < least  # no norm over heads, and keys and values of few heads
 
@@ -357,16 +361,16 @@ def test_shards_of_four_processes(tmp_path: Path) -> None:
     for rank in range(4):
         real = json.loads((tmp_path / f"{rank}.json").read_text())
         for (layout, words), found in zip(CASES, real, strict=True):
-            shape = measure(ModelConfig.from_dict(TINY).replace(**words), 16)
+            shapes = parameter_shapes(ModelConfig.from_dict(TINY).replace(**words), 16)
             place = rank // layout.tensor % (layout.shard * layout.context)
-            numbers, tensors = shape.share(layout, place)
+            numbers, tensors = shapes.share(layout, place)
             assert found == [4 * numbers, 4 * numbers, 8 * numbers + 4 * tensors], (
                 layout,
                 words,
                 rank,
             )
             if place == 0:
-                memory = expected_memory(shape, replace(layout, accumulate=2), 4, 16)
+                memory = expected_memory(shapes, replace(layout, accumulate=2), 4, 16)
                 assert [memory.weights, memory.gradients, memory.optimizer] == found
 
 

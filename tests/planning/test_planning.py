@@ -30,7 +30,7 @@ EVERY = [pytest.param(size, marks=[pytest.mark.proof] * (size in LONG)) for size
 def test_every_size_on_many_gpus(size: str) -> None:
     config = model_overrides("175b", TRILLION) if size == "1t" else ModelConfig.named(size)
     gpus = {"65b": 128, "175b": 512, "1t": 2_048}.get(size, 16)
-    job = Job(config=config, gpus=gpus, kind="h200", tokens=2e12, seq_len=8_192)
+    job = Job(config=config, gpus=gpus, gpu_name="h200", tokens=2e12, seq_len=8_192)
     plans = job.best()
     assert len(plans) == 3
     assert len({plan.layout.mesh for plan in plans}) == 3
@@ -171,7 +171,7 @@ def test_more_of_everything_costs_what_it_must() -> None:
         ),
         (
             "--size 10m --gpus 720720 --seq 8388608 --batch-tokens 8192M",
-            "more than 50,000 layouts .* hold factors, e.g. --context 1 --accumulate 1",
+            "more than 50,000 layouts .* fix some factors, e.g. --context 1 --accumulate 1",
             None,
         ),
     ],

@@ -80,7 +80,7 @@ class Case:
 
 
 def run(cases: Sequence[Case], world: int, folder: Path) -> list[dict[str, Any]]:
-    """What each case found (`compare`), from processes on gloo; or of the one that raised alone,
+    """What each case found (`compare`), from processes on gloo. If one raised, only that case, with
     its traceback as "error"."""
     with suppress(mp.ProcessExitedException):
         run_processes(_work, world, list(cases), str(folder), count=world)
@@ -113,9 +113,9 @@ def _work(rank: int, world: int, cases: list[Case], folder: str) -> None:
 def compare(case: Case) -> dict[str, Any]:
     """The largest relative differences from one process, by kind of what `step` finds.
 
-    Of bfloat16 each is divided by that of one process in bfloat16, both from float64: for tensors
-    of many numbers, because the error of one may be anything from zero (of the loss and the norm a
-    rounding is allowed); and not of Adam's first step, which depends on signs alone."""
+    In bfloat16 each error from float64 is divided by that of one process in bfloat16. Tensors of 2
+    to 99 numbers are left out, because their errors may be zero, and so is Adam's first step,
+    because it depends on signs alone. The loss and the norm are allowed one rounding."""
     if case.kernels:
         return _with_kernels(dataclasses.replace(case, kernels=False)) | {"case": str(case)}
     mesh = make_mesh(case.parallel, torch.device("cpu"))
@@ -197,7 +197,7 @@ def build(case: Case, mesh: Mesh) -> LanguageModel:
 
 
 def batches(case: Case) -> list[Batch]:
-    """Of all ranks: the micro-batches of a step, a fifth of their targets not counted."""
+    """Of all ranks: the microbatches of a step, a fifth of their targets not counted."""
     generator = torch.Generator().manual_seed(case.seed)
     vocab = ModelConfig.from_dict(TINY).replace(**case.model).vocab_size
     found = []

@@ -117,8 +117,8 @@ def hosts(tmp_path: Path, prepared: Path) -> Iterator[Hosts]:
 
 
 def free_port() -> int:
-    """A port that no process is given unasked, as those are that the system chooses: tests run side
-    by side."""
+    """A free port outside the range that the system assigns from, because tests run side by
+    side."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))

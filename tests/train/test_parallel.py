@@ -196,7 +196,7 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(clipped, norm / 4)
 
 
-def test_segments_are_cut_by_context_rank() -> None:
+def test_rows_are_cut_into_slices_by_context_rank() -> None:
     ids = torch.arange(24).view(2, 12)
     for rank, (data, context, tensor) in enumerate(itertools.product(range(2), range(3), range(2))):
         mesh = Mesh(torch.device("cpu"), shard=2, context=3, tensor=2, rank=rank)
@@ -281,7 +281,7 @@ def test_a_mesh_must_fit_the_processes(parallel: Parallel, world: int, message: 
         (
             Parallel(),
             {},
-            "parallel.replicate x shard = 16 does not divide the 8 rows of a micro-batch",
+            "parallel.replicate x shard = 16 does not divide the 8 rows of a microbatch",
         ),
     ],
 )

@@ -33,22 +33,20 @@ def plan(
         ),
     ] = "",
     replicate: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many copies of the model.")
+        int | None, typer.Option(min=1, help="Fix the number of copies of the model.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many GPUs that share each row.")
+        int | None, typer.Option(min=1, help="Fix the number of GPUs that share each row.")
     ] = None,
     tensor: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many GPUs that share each matrix product.")
+        int | None, typer.Option(min=1, help="Fix the number of GPUs that share each product.")
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Hold this many micro-batches a step.")
+        int | None, typer.Option(min=1, help="Fix the number of microbatches a step.")
     ] = None,
     recompute: Annotated[
         bool | None,
-        typer.Option(
-            "--recompute/--no-recompute", help="Hold whether activations are computed twice."
-        ),
+        typer.Option("--recompute/--no-recompute", help="Fix whether activations are recomputed."),
     ] = None,
     compare_tensor: Annotated[
         bool,
@@ -70,7 +68,7 @@ def plan(
     job = Job(
         config=config,
         gpus=gpus,
-        kind=gpu.lower(),
+        gpu_name=gpu.lower(),
         tokens=_count(tokens, 1_000),
         seq_len=seq,
         batch_tokens=_count(batch_tokens, 1_024) if batch_tokens else 0,
@@ -84,7 +82,7 @@ def plan(
 
 
 def _show_tensor_sizes(
-    config: ModelConfig, gpus: int, seq_len: int, kind: str, as_json: bool
+    config: ModelConfig, gpus: int, seq_len: int, gpu_name: str, as_json: bool
 ) -> None:
     """Print what a model needs under tensor parallelism of several sizes, beside a Transformer."""
     import json
@@ -95,7 +93,7 @@ def _show_tensor_sizes(
 
     models = {"ours": config, "Transformer": config.replace(**TRANSFORMER)}
     found = {
-        name: search.compare_tensor(each, gpus, seq_len, kind) for name, each in models.items()
+        name: search.compare_tensor(each, gpus, seq_len, gpu_name) for name, each in models.items()
     }
     if as_json:
         memory = {name: [vars(plan.memory) for plan in plans] for name, plans in found.items()}
@@ -128,7 +126,7 @@ def _show_plans(job: Job, as_json: bool) -> None:
         )
     else:
         print(
-            "So many processes take too long to pretend: shares are not checked against the real "
+            "There are too many processes to simulate: shares are not checked against the real "
             "sharding code."
         )
     if any(each.layout.tensor * each.layout.context > 1 for each in plans):

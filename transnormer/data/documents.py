@@ -278,8 +278,18 @@ def _read_text_file(path: Path, fields: Fields) -> Iterable[tuple[str, Record]]:
 
 
 def _read_json_lines(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]:
+    for where, record in json_objects(path, _split_lines(_read_chunks(path))):
+        for field in fields.required:
+            if field not in record:
+                raise ValueError(f"{where}: no field {field!r}; it has {_list_names(record)}")
+        yield where, record
+
+
+def json_objects(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Record]]:
+    """(the file and line, the object) of every line that is not blank. Raises ValueError naming the
+    line that is no JSON object."""
     name = str(path)
-    for number, line in enumerate(_split_lines(_read_chunks(path)), start=1):
+    for number, line in enumerate(lines, start=1):
         where = f"{name} line {number}"
         try:
             decoded = line.decode().removeprefix("\ufeff")
@@ -292,9 +302,6 @@ def _read_json_lines(path: Path, fields: Fields) -> Iterator[tuple[str, Record]]
             raise ValueError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: not a JSON object but {type(record).__name__}")
-        for field in fields.required:
-            if field not in record:
-                raise ValueError(f"{where}: no field {field!r}; it has {_list_names(record)}")
         yield where, record
 
 

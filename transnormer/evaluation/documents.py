@@ -7,13 +7,14 @@ import csv
 import functools
 import gzip
 import io
-import json
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..data.documents import json_objects
 
 # Task -> (its name in the harness, its folder there, the fields of its documents in a data folder).
 TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -84,7 +85,7 @@ def read_documents(data: Path, task: str) -> Splits:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) of every line."""
+    """`json_objects` of a file of at most FILE_BYTES."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(FILE_BYTES + 1)
@@ -92,18 +93,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: cannot be read as gzip: {error}") from None
     if len(content) > FILE_BYTES:
         raise ValueError(f"{path}: holds more than {FILE_BYTES:,} bytes")
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number}: not JSON: {error}") from None
-        if not isinstance(document, dict):
-            raise ValueError(
-                f"{path} line {number}: not a JSON object but {type(document).__name__}"
-            )
-        yield f"{path} line {number}", document
+    return json_objects(path, content.split(b"\n"))
 
 
 def _archive(path: Path) -> Splits:

@@ -1,10 +1,10 @@
 """Our state in transformers' caches: read from one, and written into one.
 
-What a model remembers rides in transformers' own cache classes, one a layer: in each
-`LinearAttentionLayer` the state [B, H, K, V] of the layer as the first recurrent state, in the
-first of them also the tokens read, [B], as the second; keys and values of softmax attention in a
-`DynamicLayer` or, with a window, in a `DynamicSlidingWindowLayer`. A linear layer knows no length:
-positions come from the tokens read."""
+transformers has one cache object for each layer. A `LinearAttentionLayer` holds the state of the
+layer, [B, H, K, V], as its first recurrent state; the first of them holds the tokens read, [B], as
+its second. Softmax attention's keys and values are in a `DynamicLayer` or, with a window, in a
+`DynamicSlidingWindowLayer`. A linear layer knows no length, so positions come from the tokens
+read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def read_cache(
 def _check_kind(cache: Cache, layers: Sequence[LayerConfig]) -> None:
     """Raise ValueError for a cache that was not made for these layers."""
     fits = [type(held) for held in cache.layers] == [CACHES[layer.type] for layer in layers]
-    # a DynamicCache() makes its layers later; offloaded ones are not at hand
+    # A DynamicCache() without a config makes its layers at first use, which fits full attention
+    # alone. An offloading cache keeps its layers elsewhere.
     if not all(layer.linear for layer in layers):
         uniform = all(layer.type == FULL for layer in layers)
         fits = (fits or (uniform and not cache.layers)) and not getattr(cache, "offloading", False)
@@ -104,8 +105,8 @@ def write_cache(cache: Cache, layers: Sequence[LayerConfig], state: State, lengt
                 cache.update_recurrent_state(state.seen, number, state_idx=1)
             first = False
             continue
-        # ours are right-aligned over the longest row; theirs have a place for each column read, of
-        # which a window drops the first ones again
+        # Our rows are right-aligned to the longest. transformers has a place for each column read,
+        # and its sliding cache drops the oldest places itself.
         new = [part[:, -length:].detach() for part in parts]
         new = [nn.functional.pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in new]
         cache.update(new[0].transpose(1, 2), new[1].transpose(1, 2), number)

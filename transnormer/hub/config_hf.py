@@ -12,8 +12,7 @@ from ..config import SHAPE, ModelConfig
 from ..layer_config import SoftmaxSettings, nearest
 
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
-# What transformers itself puts into a configuration besides its own fields, and what of all that
-# config.json keeps.
+# Keys that transformers adds beside its own fields.
 THEIRS = {
     "_commit_hash",
     "_name_or_path",
@@ -27,6 +26,7 @@ THEIRS = {
     "torch_dtype",
     "use_cache",
 }
+# The keys of transformers that our config.json keeps.
 KEPT = ("architectures", "dtype", "quantization_config", "transformers_version")
 
 
@@ -51,7 +51,8 @@ class TransNormerConfig(PreTrainedConfig):
             )
         own = {name: values.pop(name) for name in FIELDS if name in values}
         unknown = values.keys() - THEIRS - PreTrainedConfig.__dataclass_fields__.keys()
-        for key in sorted(unknown):
+        if unknown:
+            key = min(unknown)
             raise ValueError(f"unknown model config key {key!r}{nearest(key, FIELDS)}")
         checked = ModelConfig(**own)
         super().__init__(**values)
@@ -65,7 +66,7 @@ class TransNormerConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """What a config.json holds. Raises ValueError where it does not say the model's shape."""
         missing = [name for name in SHAPE if name not in config_dict]
-        # of a published checkpoint __init__ says more
+        # __init__ says more of a published checkpoint
         if missing and "decoder_embed_dim" not in config_dict:
             raise ValueError(
                 f"config.json: no {', '.join(missing)}, so the model's shape is not known"
@@ -84,17 +85,17 @@ class TransNormerConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """transformers' word for each layer, from which it makes the layer's cache; of a uniform
-        stack, too, whose words our record does not name."""
+        """The type of each layer, from which transformers makes its cache; also for a uniform
+        stack, where `ModelConfig.layer_types` is None."""
         return [layer.type for layer in self.own().layers]
 
     @layer_types.setter
-    def layer_types(self, words: Sequence[str] | None) -> None:
-        self._layer_types = None if words is None else tuple(words)
+    def layer_types(self, types: Sequence[str] | None) -> None:
+        self._layer_types = None if types is None else tuple(types)
 
     @property
     def sliding_window(self) -> int | None:
-        """transformers' word for the window of the sliding_attention layers."""
+        """The window of the sliding_attention layers, under transformers' name."""
         return next((layer.window for layer in self.own().layers if layer.window), None)
 
     @property

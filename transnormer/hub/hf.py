@@ -34,7 +34,7 @@ from ..model.mixer import LayerState, Mixer
 from ..ops.loss import linear_cross_entropy
 from .cache_hf import read_cache, write_cache
 from .config_hf import TransNormerConfig
-from .row_layout import RowLayout, read_layout
+from .rows import Rows, read_rows
 
 # What collators of packed rows may give.
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -234,12 +234,12 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         state = read_cache(cache, self.layer_configs, attention_mask, shape)
         seen, bounds = None if state is None else state.seen, packing.get("cu_seq_lens_q")
         if seen is not None and shape[1] == 1 and given.device.type != "cpu":
-            rows = RowLayout(bounds=bounds)  # a look at the GPU would wait for it
+            rows = Rows(bounds=bounds)  # a look at the GPU would wait for it
         else:
-            rows = read_layout(shape, attention_mask, position_ids, bounds, seen)
+            rows = read_rows(shape, attention_mask, position_ids, bounds, seen)
         if rows.no_cache_from and (use_cache or cache is not None):
             raise ValueError(
-                f"no cache can go on from {rows.no_cache_from}; or pass use_cache=False"
+                f"no cache can go on from {rows.no_cache_from}; pass use_cache=False and no cache"
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not rows.no_cache_from
@@ -278,11 +278,10 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' own; of a text whose beginning the given cache has read, it passes on the
-        rest.
+        """transformers' own, except for a cache of linear layers alone: that has no length, so this
+        method finds the tokens that it has not read, and passes them on.
 
-        It does so itself for layers that know their length. By this signature it also knows what
-        `generate` takes: inputs_embeds and, for kwargs, whatever `forward` does."""
+        From this signature transformers learns which inputs `generate` accepts."""
         cache, places = (
             kwargs.get("cache", kwargs.get("past_key_values")),
             kwargs.get("position_ids"),
@@ -311,8 +310,8 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """transformers' own, but a row of padding alone stands before its first place: what it
-        writes begins at 0."""
+        """transformers' own, but a row of padding alone has positions -1, so that its first new
+        token is at 0."""
         places: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         if mask is None or places.shape != mask.shape:

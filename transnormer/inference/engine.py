@@ -12,18 +12,19 @@ from ..data.tokenizer import encode, end_of_text_id
 from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from ..model.state import State
-from .sampling import NOT_FINITE, REFUSED, Sampling, Samplings, sample
+from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, Sampling, SamplingBatch, sample
 from .text import Decoder, check_stop, until_stop
 
 PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
-LEAST_CAPACITY = 256  # tokens that a text begun can grow by before its memory is enlarged
+# The least capacity of a session's slot, in tokens. A full slot is replaced by one twice as large.
+LEAST_CAPACITY = 256
 
 Progress = Callable[[int, int], None]  # (tokens read, tokens to read in all)
 
 
 class Session:
-    """One text being read and written. It remembers the state, and the last token where the state
-    has not read it yet.
+    """One text being read and written. It holds the state, and the tokens that the state has not
+    read yet.
 
     Time and memory of a token do not depend on how long the text is (with a linear mixer). Text is
     read by forward passes and written by steps in place, in a slot that the session owns.
@@ -31,7 +32,8 @@ class Session:
 
     def __init__(self, model: LanguageModel, state: State | None = None):
         self.model, self._state = model, state
-        # Where the state is while text is written, what it has read in all, and since `_state`.
+        # While text is written the state is in `_slot`. It has read `_held` tokens in all, of which
+        # `_stepped` are those since `_state`.
         self._slot: Slots | None = None
         self._held, self._stepped = 0, list[int]()
         self._logits: Tensor | None = None  # [1, vocab], after the last token read
@@ -45,7 +47,7 @@ class Session:
         return self._state
 
     def fork(self) -> Session:
-        """Another session that goes on from here. The two do not meet."""
+        """Another session that goes on from here. Neither changes the other."""
         fork = Session(self.model, self.state)
         fork._logits, fork._unread = self._logits, self._unread
         return fork
@@ -73,7 +75,8 @@ class Session:
     def write(
         self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None
     ) -> Iterator[int]:
-        """Draw tokens, at most max_tokens, until `end` (which is read but not given).
+        """Draw at most max_tokens tokens, until `end`, which is not yielded; the next read begins
+        with it.
 
         Raises ValueError at once for a negative max_tokens, and while drawing where nothing was
         read yet or the logits are not finite."""
@@ -83,7 +86,7 @@ class Session:
 
     @torch.inference_mode()
     def _write(self, max_tokens: int, sampling: Sampling, end: int | None) -> Iterator[int]:
-        samplings = Samplings.of([sampling], self.model.device)
+        samplings = SamplingBatch.of([sampling], self.model.device)
         number = torch.zeros(1, dtype=torch.int64, device=self.model.device)
         for _ in range(max_tokens):
             if len(self._unread) == 1 and self._state is not None:
@@ -94,7 +97,7 @@ class Session:
                 raise ValueError("nothing was read yet: give a prompt")
             token = int(sample(self._logits, samplings, number))
             if token == NOT_FINITE:
-                raise ValueError(REFUSED)
+                raise ValueError(NOT_FINITE_MESSAGE)
             number += 1
             self._unread = [token]
             if token == end:

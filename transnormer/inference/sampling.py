@@ -36,11 +36,11 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Samplings:
+class SamplingBatch:
     """How the tokens of S rows are drawn, each row by a `Sampling` of its own, on a device.
 
-    temperature, top_p: [S, 1] float64; top_k: [S, 1] int64, the vocabulary where it cuts nothing.
-    seed: [S] int64. draws: whether any row's temperature is not 0.
+    temperature, top_p: [S, 1] float64. top_k: [S, 1] int64, the largest int64 where it cuts nothing
+    off. seed: [S] int64. draws: whether any row's temperature is not 0.
     """
 
     temperature: Tensor
@@ -50,7 +50,7 @@ class Samplings:
     draws: bool
 
     @classmethod
-    def of(cls, samplings: Sequence[Sampling], device: torch.device) -> Samplings:
+    def of(cls, samplings: Sequence[Sampling], device: torch.device) -> SamplingBatch:
         seeds = [secrets.randbits(63) if s.seed is None else s.seed for s in samplings]
 
         def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -66,16 +66,18 @@ class Samplings:
 
 
 NOT_FINITE = -1  # in the place of a token
-REFUSED = "the model's logits are not finite: its weights are damaged, or its dtype is too narrow"
+NOT_FINITE_MESSAGE = (
+    "the model's logits are not finite: its weights are damaged, or its dtype is too narrow"
+)
 
 
-def sample(logits: Tensor, samplings: Samplings, number: Tensor) -> Tensor:
+def sample(logits: Tensor, samplings: SamplingBatch, number: Tensor) -> Tensor:
     """Draw a token for every row: logits [S, vocab] -> [S] int64.
 
     number: [S] int64, how many tokens the row has drawn before. What is drawn follows from the
     row's logits, seed and number alone: not from the rows beside it, nor from the device.
     NOT_FINITE stands for a token where the row's logits are not finite, however tokens are drawn,
-    because the largest of them is then no choice of the model's."""
+    because the largest of such logits means nothing."""
     token = logits.argmax(-1)
     if samplings.draws:
         drawn = _draw(logits, samplings, _uniform(samplings.seed, number)[:, None])
@@ -83,7 +85,7 @@ def sample(logits: Tensor, samplings: Samplings, number: Tensor) -> Tensor:
     return token.where(logits.isfinite().all(-1), NOT_FINITE)
 
 
-def _draw(logits: Tensor, samplings: Samplings, uniform: Tensor) -> Tensor:
+def _draw(logits: Tensor, samplings: SamplingBatch, uniform: Tensor) -> Tensor:
     """The token at which the sum of the probabilities, the largest first, passes `uniform` [S, 1],
     which is from 0 to 1. Sums are in float64, because a vocabulary has many small probabilities."""
     logits = logits.double()

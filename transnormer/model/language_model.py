@@ -26,7 +26,7 @@ from .state import State
 
 
 class Block(nn.Module):
-    """X += Mixer(Norm(X)); X += GLU(Norm(X)) (paper equation 9)."""
+    """X += Mixer(Norm(X)); X += GLU(Norm(X))."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
         mixed, state = self.mixer(self.mixer_norm(x), state, tokens)
-        return self._after(x, mixed), state
+        return self._add_and_glu(x, mixed), state
 
     def step_(
         self,
@@ -51,9 +51,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """As the mixer's `step_`."""
         mixed = self.mixer.step_(self.mixer_norm(x), memory, tokens, slots, lengths)
-        return self._after(x, mixed)
+        return self._add_and_glu(x, mixed)
 
-    def _after(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def _add_and_glu(self, x: Tensor, mixed: Tensor) -> Tensor:
         x, normed = added(self.glu_norm, x, mixed)
         return x + self.glu(normed)  # type: ignore[no-any-return]
 
@@ -107,8 +107,8 @@ class LanguageModel(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     def share_rows(self, group: ProcessGroup) -> None:
-        """From here on, rank r of a group of R ranks is given the r-th slice, T tokens, of each row
-        of R T tokens."""
+        """Share each row of R T tokens among the R ranks of a group: from here on rank r is given
+        the r-th slice, of T tokens."""
         self.context = Context.of(group)
         for block in self.blocks():
             block.mixer.context = self.context
@@ -154,8 +154,8 @@ class LanguageModel(nn.Module):
         """
         self._check(ids, state, cu_seqlens, pad)
         if state is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            state = state.value()
-        # without padding, rows of unequal length are packed sequences
+            state = state.for_autograd()
+        # once padding is removed, rows of unequal length are packed sequences
         if pad is not None and len(ids):
             real = _real(ids, pad)
             ends = (ids.shape[1] - pad.to(ids.device)).cumsum(0)
@@ -216,7 +216,7 @@ class LanguageModel(nn.Module):
         can hold the call. Tokens of a row are read one after another, so T is meant to be small.
         ids: [S, T] integers. rows: [S] integers, the slot of each row, all different; -1 for a row
             that only fills up the call: nothing is written for it, and its logits mean nothing.
-            None: row i is slot i. On a GPU they are not looked at.
+            None: row i is slot i. Only linear layers check the numbers, and only on a CPU.
         lengths: [S] integers from 0 to T, how many of a row's tokens are read; the logits of the
             others mean nothing. None: all.
         Logits are NaN where a slot is full, or a position is past the learned table. Raises

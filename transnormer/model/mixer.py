@@ -1,4 +1,4 @@
-"""What every token mixer is: (x, state, tokens) -> (x, state), and decoding in place."""
+"""The base class of token mixers: (x, state, tokens) -> (x, state), and decoding in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Mixer(nn.Module, ABC):
     """What both mixers share: projections, activation, position, decay, gate. B rows, T tokens, H
     heads, G heads of keys and values, which differ from H in softmax attention alone."""
 
-    # How tensor parallelism cuts each part, all by heads (train/sharding.py has the words).
+    # What tensor parallelism does with each part; train/sharding.py gives the names their meaning.
     SHARDS: ClassVar[dict[str, str]] = {
         "qkvu_proj": "columns",
         "gate_proj.0": "whole",
@@ -42,8 +42,8 @@ class Mixer(nn.Module, ABC):
             own.key_dim,
         )
         self.key_value_heads, self.group = own.num_key_value_heads, own.group
-        # Rows are grouped by head of keys and values: its queries, key, value (and gates). So a
-        # slice for one tensor rank holds whole groups.
+        # The rows of qkvu_proj's weight are grouped by head of keys and values: its queries, key,
+        # value and gates. So a slice for one tensor rank holds whole groups.
         self.parts = own.parts
         fused = self.key_value_heads * self.parts * self.head_dim
         self.qkvu_proj = Linear(d, fused, bias=config.bias)
@@ -77,12 +77,20 @@ class Mixer(nn.Module, ABC):
         )
 
     def keep_heads(self, rank: int, ranks: int) -> None:
-        """Of the heads, which so many ranks share, hold those of this rank alone, as the inputs and
-        weights do that it is given."""
+        """Keep only the heads of tensor rank `rank` of `ranks`, as its weights and inputs do."""
         self.heads //= ranks
         self.key_value_heads //= ranks
         self._decays = self._decays[rank * self.heads :][: self.heads]
         self.reset_decay()
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, state: LayerState | None, tokens: TokenPositions
+    ) -> tuple[Tensor, LayerState]:
+        """x [B, T, D] -> [B, T, D], and the state after the last token.
+
+        state: what the rows, or the packed sequences, have read before; None: nothing. Raises
+        ValueError for another mixer's state."""
 
     @abstractmethod
     def new_state(self, rows: int) -> LayerState:
@@ -92,8 +100,8 @@ class Mixer(nn.Module, ABC):
     # these three otherwise.
 
     def new_slots(self, slots: int, capacity: int) -> LayerState:
-        """What the layer keeps of so many texts at a time, in memory that is written in place.
-        capacity: the tokens of a text that can be held where the state grows."""
+        """Memory for the states of `slots` texts, which is written in place. capacity: the tokens
+        of a text that a slot can hold, where the state grows."""
         dtype = self.out_proj.weight.dtype
         state = self.new_state(slots)
         return tuple(part.to(torch.promote_types(part.dtype, dtype)) for part in state)
@@ -162,8 +170,8 @@ def _heads(vectors: Sequence[Tensor]) -> Any:
 
 
 def _give_decay(mixer: nn.Module, _: object) -> None:
-    """After a state_dict was loaded: where assign=True replaced weights on meta, the decays come to
-    the weights."""
+    """Hook after loading: if assign=True gave a model on meta real weights, put the decays on their
+    device."""
     assert isinstance(mixer, Mixer)
     if mixer.log_decay.is_meta and not mixer.out_proj.weight.is_meta:
         mixer.reset_decay(mixer.out_proj.weight.device)

@@ -38,13 +38,12 @@ class GatedLinearAttention(Mixer):
         lengths: Tensor | None,
     ) -> Tensor:
         q, k, v, gate = self._project(x, tokens)
+        if slots is None and lengths is not None:
+            slots = torch.arange(len(x), device=x.device)
         outputs = []
         for t in range(x.shape[1]):
             one = slice(t, t + 1)
-            owned = slots
-            if lengths is not None:
-                every = torch.arange(len(x), device=x.device) if slots is None else slots
-                owned = every.where(t < lengths, -1)
+            owned = slots if slots is None or lengths is None else slots.where(t < lengths, -1)
             outputs.append(
                 lightning_step_(
                     q[:, one], k[:, one], v[:, one], self.log_decay, memory[0], slots=owned
@@ -89,7 +88,7 @@ class GatedLinearAttention(Mixer):
         return self.out_proj(gated(self.norm, mixed.flatten(-2), gate)), (after,)
 
     def _is_one_op(self) -> bool:
-        """Whether all between the projections is as published, without positions."""
+        """Whether `gated_linear_attention` computes all that lies between the projections."""
         plain = self.position is None and self.activation is F.silu and self.parts == 4
         return plain and isinstance(self.norm, SimpleRMSNorm) and self.context is None
 

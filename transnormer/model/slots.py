@@ -36,8 +36,8 @@ class Slots:
 
     @classmethod
     def new(cls, model: LanguageModel, slots: int, capacity: int = 0) -> Slots:
-        """So many empty slots, on the model's device. capacity: of a model all of whose layers are
-        bounded, it may be 0."""
+        """Empty slots, on the model's device. capacity: it may be 0 where no layer's state grows
+        without end (`ModelConfig.fixed_state`)."""
         layers = [block.mixer.new_slots(slots, capacity) for block in model.blocks()]
         seen = torch.zeros(slots, dtype=torch.int64, device=model.device)
         return cls(layers, seen, capacity)
@@ -70,8 +70,9 @@ class Slots:
                 f"{len(index)} slots of {len(self.layers)} layers"
             )
         self.zero_(slots)
-        for block, layer, part in zip(model.blocks(), self.layers, state.layers, strict=True):
-            block.mixer.write_slots_(layer, index, part, state.seen)
+        layers = zip(model.blocks(), self.layers, state.layers, strict=True)
+        for block, memory, layer_state in layers:
+            block.mixer.write_slots_(memory, index, layer_state, state.seen)
         self.seen[index] = state.seen
 
     def zero_(self, slots: Sequence[int]) -> None:

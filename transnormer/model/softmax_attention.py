@@ -36,10 +36,10 @@ class SoftmaxAttention(Mixer):
             weight.new_zeros(rows, 0, heads, self.head_dim),
         )
 
-    # In slots, keys and values are [N, C + 1, G, K] and [N, C + 1, G, V]. The token at position p
-    # of a text stands in place p mod C: C is the window, so that a token takes the place of the one
-    # that its own window no longer shows, or without a window the capacity. The last place takes
-    # what is not to be kept, because a kernel cannot leave a row out.
+    # In slots, keys and values are [N, C + 1, G, K] and [N, C + 1, G, V]. Place p mod C holds the
+    # token at position p of a text. C is the window, so that a token overwrites the one that just
+    # left its window; without a window C is the capacity. The last place takes what is not to be
+    # kept, because a kernel cannot leave a row out.
 
     def new_slots(self, slots: int, capacity: int) -> LayerState:
         places, weight = self.window or capacity, self.out_proj.weight
@@ -95,7 +95,7 @@ class SoftmaxAttention(Mixer):
             for part, new in zip(memory, (k, v), strict=True):
                 part[rows, place] = new[:, t].to(part.dtype)
             keys, values = (part if slots is None else part[rows] for part in memory)
-            # [S, C]: how many tokens before this one the token in each place stands
+            # [S, C]: the distance back to the token in each place
             age = (position[:, None] - torch.arange(places, device=x.device)) % max(1, places)
             bias = torch.zeros_like(age, dtype=torch.float32)[:, None]
             if self.decays:
@@ -108,8 +108,8 @@ class SoftmaxAttention(Mixer):
             if self.window is None:
                 mixed = mixed.masked_fill((position >= places)[:, None, None, None], torch.nan)
             outputs.append(mixed)
-        mixed = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(-2)
-        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape))  # type: ignore[no-any-return]
+        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self._project_out(mixed, gate)
 
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         window = seq_len if self.window is None else min(self.window, seq_len)
@@ -125,8 +125,11 @@ class SoftmaxAttention(Mixer):
         check_devices("softmax attention", x=x, log_decay=self.log_decay, keys=keys, values=values)
         attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
         mixed, after = attend(q, k, v, state, tokens)
+        return self._project_out(mixed, gate), after
+
+    def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
         mixed = mixed.flatten(-2)
-        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape)), after
+        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape))  # type: ignore[no-any-return]
 
     def _past(self, state: LayerState) -> LayerState:
         heads = self.key_value_heads
@@ -216,7 +219,7 @@ class SoftmaxAttention(Mixer):
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
-        """Sequence by sequence; their keys and values come back right-aligned over the longest."""
+        """`_attend` for each packed sequence; the state's rows are right-aligned to the longest."""
         assert tokens.cu_seqlens is not None
         bounds = tokens.cu_seqlens.tolist()
         seen = [0] * (len(bounds) - 1) if tokens.seen is None else tokens.seen.tolist()

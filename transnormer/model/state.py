@@ -64,7 +64,7 @@ class State:
             [tuple(part.clone() for part in layer) for layer in self.layers], self.seen.clone()
         )
 
-    def value(self) -> State:
+    def for_autograd(self) -> State:
         """Itself or, where it was made under torch.inference_mode, a copy that gradients can be
         computed with."""
         parts = (part for layer in (*self.layers, (self.seen,)) for part in layer)

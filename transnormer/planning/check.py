@@ -97,7 +97,7 @@ MEANINGS = {
     "shard": "GPUs that share a copy",
     "context": "GPUs that share a row",
     "tensor": "GPUs that share products",
-    "accumulate": "micro-batches a step",
+    "accumulate": "microbatches a step",
     "recompute": "activations twice",
 }
 
@@ -123,10 +123,10 @@ def table(job: Job, plans: list[Plan]) -> Table:
     add("tokens/s a GPU", [f"{plan.tokens_per_second / job.gpus:,.0f}" for plan in plans])
     add("days", [f"{plan.days:,.1f}" for plan in plans])
     add("energy of the GPUs, MWh", [f"{plan.megawatt_hours:,.2f}" for plan in plans], True)
-    for kind in plans[0].bytes_per_step:
-        sent = [plan.bytes_per_step[kind] for plan in plans]
+    for factor in plans[0].bytes_per_step:
+        sent = [plan.bytes_per_step[factor] for plan in plans]
         if any(sent):
-            add(f"sent for {kind}, GB a step", [f"{x / 1e9:,.2f}" for x in sent])
+            add(f"sent for {factor}, GB a step", [f"{x / 1e9:,.2f}" for x in sent])
     return shown
 
 
@@ -171,7 +171,7 @@ def record(job: Job, plans: list[Plan]) -> dict[str, Any]:
         "model": job.config.to_dict(),
         "parameters": job.config.parameter_count(),
         "gpus": job.gpus,
-        "gpu": job.kind,
+        "gpu": job.gpu_name,
         "tokens": job.tokens,
         "seq_len": job.seq_len,
         "batch_tokens": job.rows * job.seq_len,
@@ -189,7 +189,7 @@ def _title(job: Job) -> str:
     return (
         f"{job.config.parameter_count() / 1e9:,.2f} billion parameters, {job.tokens / 1e9:,.0f} "
         "billion tokens on "
-        f"{job.gpus} x {job.kind}\n{job.rows:,} rows of {job.seq_len:,} tokens a step"
+        f"{job.gpus} x {job.gpu_name}\n{job.rows:,} rows of {job.seq_len:,} tokens a step"
     )
 
 

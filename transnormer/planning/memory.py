@@ -1,7 +1,7 @@
 """The memory of one process in a training run with a given layout, in closed form.
 
-`least_memory` is what no implementation could do without, and alone refuses a run. The planner goes
-by `expected_memory`, which is what this one takes on a GPU, run as the recipes have it:
+`least_memory` is what any implementation needs; a run is refused by it alone. The planner uses
+`expected_memory`, which is what this implementation takes on a GPU, run as the recipes have it:
 `train.dtype = bfloat16`, `train.compile = true`, AdamW in float32."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..ops.loss import CUDA_SLICE_BYTES
 from .mesh_sizes import MeshSizes
 
 GATHERED_BYTES = 2**27  # of several blocks' weights at once, at most
-# cuBLAS's on an H100: 32 MiB for each of the threads of forward and backward
+# cuBLAS's workspaces on an H100: 32 MiB for the forward pass's thread and for the backward pass's
 WORKSPACE_BYTES = 2**26
 
 # Assumed, not measured.
@@ -31,8 +31,7 @@ GROUP_BYTES = 2**28  # buffers of NCCL, for every group of processes that a rank
 
 @dataclass(frozen=True, kw_only=True)
 class Layout(MeshSizes):
-    """How one step is spread: the mesh, its micro-batches, and whether blocks are computed
-    again."""
+    """How one step is spread: the mesh, its microbatches, and whether blocks are computed again."""
 
     accumulate: int = 1
     recompute: bool = False
@@ -72,7 +71,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ParameterShapes:
     """A model's parameters by shape: what a block holds, how tensor parallelism cuts it, and how
     often it is there."""
 
@@ -108,7 +107,7 @@ def _share(
     return numbers, tensors
 
 
-def measure(config: ModelConfig, seq_len: int) -> Shape:
+def parameter_shapes(config: ModelConfig, seq_len: int) -> ParameterShapes:
     """Count the parameters of a model that takes no memory, in which one block of each kind stands
     for all alike."""
     kinds = block_kinds(config)
@@ -127,15 +126,15 @@ def measure(config: ModelConfig, seq_len: int) -> Shape:
         if name.startswith("layers."):
             _, number, part, *path = where.split(".")
             shards = getattr(blocks[int(number)], part).SHARDS if part in ("mixer", "glu") else {}
-            word, count = shards[".".join(path)] if shards else "", counts[int(number)]
+            how, count = shards[".".join(path)] if shards else "", counts[int(number)]
         else:
-            word, count = "words" if name.startswith(("embed_tokens", "lm_head")) else "", 1
+            how, count = "vocabulary" if name.startswith(("embed_tokens", "lm_head")) else "", 1
         rows = None if leaf == "bias" else 1
-        cut = {"columns": 0, "heads": 0, "norm": 0, "words": 0, "rows": rows}.get(word)
+        cut = {"columns": 0, "heads": 0, "norm": 0, "vocabulary": 0, "rows": rows}.get(how)
         parameters[tuple(p.shape), cut] += count
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     whole = sum(size * count for size, count in zip(sizes, counts, strict=True))
-    return Shape(config, flops, dict(parameters), max(sizes), whole)
+    return ParameterShapes(config, flops, dict(parameters), max(sizes), whole)
 
 
 def block_kinds(config: ModelConfig) -> Counter[LayerConfig]:
@@ -222,17 +221,17 @@ def gathered_at_once(sizes: Sequence[int], kinds: Sequence[object]) -> list[rang
     return found
 
 
-def gathered(shape: Shape, tensor: int) -> tuple[list[int], list[range]]:
-    """(bytes of one number of each block's weights, which blocks at once), as FSDP gathers them in
-    `sharding.shard`."""
-    config = shape.config
-    wide = config.norm == "layernorm"
-    each = [4 if wide or layer.position_parameters else 2 for layer in config.layers]
-    return each, gathered_at_once([x * shape.block // tensor for x in each], each)
+def gather_groups(shapes: ParameterShapes, tensor: int) -> tuple[list[int], list[range]]:
+    """(bytes of one gathered weight of each block, the groups of blocks that are gathered at once),
+    as `sharding.shard` has FSDP do it. Every block counts as the largest."""
+    config = shapes.config
+    float32 = config.norm == "layernorm"
+    sizes = [4 if float32 or layer.position_parameters else 2 for layer in config.layers]
+    return sizes, gathered_at_once([size * shapes.block // tensor for size in sizes], sizes)
 
 
 @dataclass(frozen=True)
-class Least:
+class LeastMemory:
     """Bytes that one process needs in any case; activations: those of them that are activations."""
 
     total: int
@@ -248,15 +247,16 @@ def least_memory(
     itemsize: int,
     copied: bool,
     loaded: bool,
-) -> Least:
-    """What a run needs that trains `trained` numbers, all weights or adapters beside them.
+) -> LeastMemory:
+    """What a run needs at least.
 
     It counts float32 weights, and for trained numbers also the gradient and AdamW's two moments. Of
     the activations it counts only those that every implementation needs: what the projections read
     and wrote.
-    tokens: those of a micro-batch on one data rank that are in memory at a time, in all of its
-        context and tensor ranks together. itemsize: bytes of an activation. copied: a checkpoint
-        copies weights and moments. loaded: the weights are in memory already."""
+    tokens: the tokens of a microbatch that one data rank holds at a time, over its context and
+        tensor ranks together. trained: how many numbers are trained, all weights or those of
+        adapters. itemsize: bytes of an activation. copied: a checkpoint copies weights and moments.
+        loaded: the weights are in memory already."""
     weights = config.parameter_count()
     rest = 2 * config.intermediate_size + 2 * config.hidden_size
     each = [
@@ -267,30 +267,30 @@ def least_memory(
     activations = tokens * floats * itemsize // (layout.context * layout.tensor)
     copies = 4 * weights + 8 * trained if copied else 0
     held = (0 if loaded else 4 * weights) + 12 * trained + copies
-    return Least(held // (layout.world // layout.replicate) + activations, activations)
+    return LeastMemory(held // (layout.world // layout.replicate) + activations, activations)
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptBytes:
     """Bytes that a rank keeps of the tokens of one microbatch."""
 
     stream: float  # a residual stream: a block's input, or the gradient of its output
     blocks: list[float]  # what each block keeps for its backward pass
     held: float  # what all blocks keep between the passes
-    inside: float  # gradients in the midst of a block
+    inside: float  # gradients inside one block's backward pass
     normed: int  # what the head reads
     logits: float  # a slice of them
-    states: int  # when the loss is computed
-    state: int  # in the backward pass
+    states_at_loss: int
+    states_in_backward: int
 
 
-def kept_bytes(config: ModelConfig, layout: Layout, rows: int, seq_len: int) -> Kept:
+def kept_bytes(config: ModelConfig, layout: Layout, rows: int, seq_len: int) -> KeptBytes:
     """What one rank keeps of `rows` rows of `seq_len` tokens each, arguments of
     `expected_memory`."""
     d, tensor, again = config.hidden_size, layout.tensor, layout.recompute
     tokens = rows * seq_len // layout.context
-    words = (config.norm, config.activation)
-    plain = tensor * layout.context == 1 and words == ("srmsnorm", "swish")
+    names = (config.norm, config.activation)
+    plain = tensor * layout.context == 1 and names == ("srmsnorm", "swish")
     saved = {
         layer: tokens
         * saved_bytes(config, layer, tensor, one_op=plain and layer.position == "none")
@@ -306,28 +306,28 @@ def kept_bytes(config: ModelConfig, layout: Layout, rows: int, seq_len: int) -> 
         for layer in config.layers
     ]
     begun = sum(each) if layout.context > 1 and not again else 0
-    return Kept(
+    return KeptBytes(
         stream=stream,
         blocks=blocks,
         held=config.num_hidden_layers * stream if again else sum(blocks),
         inside=tokens * (6 * config.intermediate_size / tensor + 2 * d) + stream,
         normed=2 * tokens * d,
         logits=min(CUDA_SLICE_BYTES, 2 * tokens * config.vocab_size / tensor),
-        states=sum(each) + begun,
-        state=max(each) + begun,
+        states_at_loss=sum(each) + begun,
+        states_in_backward=max(each) + begun,
     )
 
 
-def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Memory:
+def expected_memory(shapes: ParameterShapes, layout: Layout, rows: int, seq_len: int) -> Memory:
     """The memory of the GPU that needs most.
 
     rows: those of one microbatch on one data rank. seq_len: the tokens of a row on all context
     ranks together."""
-    numbers, tensors = shape.share(layout)
-    moments = _moments(shape, layout, kept_bytes(shape.config, layout, rows, seq_len))
+    numbers, tensors = shapes.share(layout)
+    moments = _moments(shapes, layout, kept_bytes(shapes.config, layout, rows, seq_len))
     gradients, activations, state, buffers = map(int, max(moments.values(), key=sum))
     ranks = layout.shard * layout.context
-    meshes = sum(size > 1 for size in (layout.replicate, ranks, layout.context, layout.tensor))
+    groups = sum(size > 1 for size in (layout.replicate, ranks, layout.context, layout.tensor))
     return Memory(
         weights=4 * numbers,
         gradients=gradients,
@@ -335,35 +335,38 @@ def expected_memory(shape: Shape, layout: Layout, rows: int, seq_len: int) -> Me
         activations=activations,
         state=state,
         buffers=buffers + WORKSPACE_BYTES,
-        reserve=CONTEXT_BYTES + meshes * GROUP_BYTES,
+        reserve=CONTEXT_BYTES + groups * GROUP_BYTES,
     )
 
 
-def _moments(shape: Shape, layout: Layout, kept: Kept) -> dict[str, tuple[float, ...]]:
+def _moments(
+    shapes: ParameterShapes, layout: Layout, kept: KeptBytes
+) -> dict[str, tuple[float, ...]]:
     """Bytes of (gradients, activations, states, buffers) at each moment of a step that may need the
     most memory."""
-    config, tensor, again = shape.config, layout.tensor, layout.recompute
+    config, tensor, again = shapes.config, layout.tensor, layout.recompute
     alone, ranks = layout.world == 1, layout.shard * layout.context
     stream, tied = kept.stream, config.tie_word_embeddings
-    # `wide` is how many bytes one weight of each block takes while it is gathered. `cast` is how
-    # many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept because
-    # the backward pass reads it.
-    block, words = shape.block / tensor, config.vocab_size * config.hidden_size / tensor
-    wide, groups = gathered(shape, tensor)
-    cast = [2 if alone or x == 4 else 0 for x in wide]
+    # `gathered_bytes` is how many bytes one weight of each block takes while it is gathered. `cast`
+    # is how many bytes autocast's bfloat16 copy of it takes, where there is one; the copy is kept
+    # because the backward pass reads it. `embedding` counts the weights of the embedding.
+    block, embedding = shapes.block / tensor, config.vocab_size * config.hidden_size / tensor
+    gathered_bytes, groups = gather_groups(shapes, tensor)
+    cast = [2 if alone or size == 4 else 0 for size in gathered_bytes]
     if alone:
-        wide = [0] * len(wide)
-        groups = [range(n, n + 1) for n in range(len(wide))]
-    at_once = [len(group) * wide[group[0]] for group in groups]
-    # all but the last blocks' are dropped
+        gathered_bytes = [0] * len(gathered_bytes)
+        groups = [range(n, n + 1) for n in range(len(gathered_bytes))]
+    at_once = [len(group) * gathered_bytes[group[0]] for group in groups]
+    # after the forward pass only the last group stays gathered
     end, earlier = groups[-1], at_once[-2] if len(groups) > 1 else 0
     kept_casts, before = (0, 0) if again else (sum(cast), sum(cast[: end[0]]))
     # Blocks' gradients on their way to their sum, while those of the blocks before them are made.
     moving = [0 if alone else 4 * len(group) for group in groups]
-    root = 0.0 if alone else 4 * words * (1 if tied else 2)
-    late, own = 4 * shape.share(layout)[0], 4 * words  # all gradients at last; the head's
+    root = 0.0 if alone else 4 * embedding * (1 if tied else 2)
+    # every gradient at the end of the backward pass; the head's alone
+    late, own = 4 * shapes.share(layout)[0], 4 * embedding
     first = late if layout.accumulate > 1 else 0
-    summed = max(first, moving[-1] * block / ranks)  # of the last blocks
+    summed = max(first, moving[-1] * block / ranks)  # sharded gradients after the last group
     own_root = 0 if alone else own + root  # one GPU's are among all gradients
     # the last block's activations, while all others are still kept
     backward = kept.held + kept.inside + (kept.blocks[-1] - stream if again else 0)
@@ -371,36 +374,38 @@ def _moments(shape: Shape, layout: Layout, kept: Kept) -> dict[str, tuple[float,
     return {
         "head": (
             first,
-            # what the head reads has a gradient; gathered ones are put in order
+            # the head's input and its gradient, and under `tensor` a reordered copy
             kept.held + stream + kept.normed * (3 if tensor > 1 else 2),
-            kept.states,
-            (2 * at_once[-1] + kept_casts) * block + root + kept.logits + 2 * words + own,
+            kept.states_at_loss,
+            (2 * at_once[-1] + kept_casts) * block + root + kept.logits + 2 * embedding + own,
         ),
         "last block": (
             first,
             backward,
-            kept.state,
+            kept.states_in_backward,
             (at_once[-1] + earlier + (kept_casts or cast[-1])) * block + root + own,
         ),
         "sum of the last": (
             summed,
             kept.held + stream - done,
-            kept.state,
+            kept.states_in_backward,
             (before + at_once[-1] + moving[-1] + earlier) * block + root + own,
         ),
         "blocks before": (
             summed,
             backward - done,
-            kept.state,
-            (before + moving[-1] + 2 * earlier + wide[max(0, end[0] - 1)]) * block + root + own,
+            kept.states_in_backward,
+            (before + moving[-1] + 2 * earlier + gathered_bytes[max(0, end[0] - 1)]) * block
+            + root
+            + own,
         ),
         "first block": (
             late,
             kept.blocks[0] + kept.inside,
-            kept.state,
+            kept.states_in_backward,
             (sum(moving[1:2]) + 2 * at_once[0]) * block + own_root,
         ),
         # The gradients of the head and of the embedding, and where they are one matrix their sum.
         # What `late` counts of them already is subtracted.
-        "embedding": (late, stream, 0, words * (8 * tied if alone else 16) - root / ranks),
+        "embedding": (late, stream, 0, embedding * (8 * tied if alone else 16) - root / ranks),
     }

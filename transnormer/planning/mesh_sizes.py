@@ -15,7 +15,7 @@ class MeshSizes:
     replicate: int = 1  # copies of the sharded model, each reading other rows
     shard: int = 1  # processes that share one copy, each reading other rows
     context: int = 1  # processes that share the tokens of a row
-    tensor: int = 1  # processes that share heads, columns and words
+    tensor: int = 1  # processes that share heads, columns and vocabulary entries
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -60,7 +60,7 @@ def resolve(parallel: MeshSizes, world: int) -> MeshSizes:
                 else f"the {world} processes"
             )
             raise ValueError(
-                f"parallel.{name} = {size} does not divide {there}; {listed(left)} would"
+                f"parallel.{name} = {size} does not divide {there}; {divisors_text(left)} would"
             )
         left //= size
     if parallel.shard not in (0, left):
@@ -74,7 +74,7 @@ def resolve(parallel: MeshSizes, world: int) -> MeshSizes:
 def check_mesh(
     config: ModelConfig, parallel: MeshSizes, world: int, *, seq_len: int, rows: int
 ) -> None:
-    """Refuse a mesh that the model or the batch does not fit. rows: of one micro-batch over all
+    """Refuse a mesh that the model or the batch does not fit. rows: of one microbatch over all
     data ranks.
 
     Raises ValueError naming the factor, what it does not divide, and what would fit.
@@ -84,7 +84,7 @@ def check_mesh(
     parts = divided_by_tensor(config)
     for name, size in parts.items():
         if size % tensor:
-            fits = listed(math.gcd(*parts.values()))
+            fits = divisors_text(math.gcd(*parts.values()))
             raise ValueError(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
                 "fit the model"
@@ -95,7 +95,7 @@ def check_mesh(
             "layer: only its state is handed on, keys and values are not gathered"
         )
     if seq_len % (context * tensor):
-        most = listed(seq_len // tensor) if seq_len % tensor == 0 else "none"
+        most = divisors_text(seq_len // tensor) if seq_len % tensor == 0 else "none"
         raise ValueError(
             f"parallel.context x tensor = {context * tensor} does not divide train.seq_len = "
             f"{seq_len}; with tensor = "
@@ -104,8 +104,8 @@ def check_mesh(
     if rows % mesh.data_ranks:
         raise ValueError(
             f"parallel.replicate x shard = {mesh.data_ranks} does not divide the {rows} rows of "
-            "a micro-batch "
-            f"(train.batch_tokens / seq_len / accumulate); {listed(rows)} would"
+            "a microbatch "
+            f"(train.batch_tokens / seq_len / accumulate); {divisors_text(rows)} would"
         )
 
 
@@ -120,7 +120,7 @@ def divided_by_tensor(config: ModelConfig) -> dict[str, int]:
     return parts
 
 
-def listed(number: int) -> str:
-    """Its divisors, in words."""
+def divisors_text(number: int) -> str:
+    """The divisors of `number` up to 1,024, as text."""
     divisors = [str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0]
     return " or ".join([", ".join(divisors[:-1]), divisors[-1]] if len(divisors) > 1 else divisors)

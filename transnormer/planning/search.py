@@ -15,8 +15,8 @@ from typing import Any
 
 from ..config import ModelConfig
 from .hardware import GPUS, USABLE, Gpu
-from .memory import Layout, Memory, Shape, expected_memory, measure
-from .mesh_sizes import MeshSizes, check_mesh, divided_by_tensor, listed
+from .memory import Layout, Memory, ParameterShapes, expected_memory, parameter_shapes
+from .mesh_sizes import MeshSizes, check_mesh, divided_by_tensor, divisors_text
 from .speed import find_speed
 
 BATCH_TOKENS = 2**22  # of a step, about, where nobody says how many
@@ -36,7 +36,7 @@ class Plan:
     layout: Layout
     memory: Memory
     tokens_per_second: float  # of all GPUs
-    bytes_per_step: dict[str, int]  # sent by one GPU, by kind
+    bytes_per_step: dict[str, int]  # sent by one GPU, by factor
     days: float
     megawatt_hours: float  # of the GPUs at their rated power, nothing else
 
@@ -50,7 +50,7 @@ class Job:
 
     config: ModelConfig
     gpus: int
-    kind: str = "h100"
+    gpu_name: str = "h100"
     tokens: float = 1e12
     seq_len: int = 2_048
     batch_tokens: int = 0
@@ -62,8 +62,8 @@ class Job:
     gpu: Gpu = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in GPUS:
-            raise ValueError(f"no GPU {self.kind!r}; there are {', '.join(GPUS)}")
+        if self.gpu_name not in GPUS:
+            raise ValueError(f"no GPU {self.gpu_name!r}; there are {', '.join(GPUS)}")
         numbers = {
             name: getattr(self, name)
             for name in (*LARGEST, "replicate", "context", "tensor", "accumulate")
@@ -85,7 +85,7 @@ class Job:
                 f"a step of {self.batch_tokens:,} tokens is not whole rows of {self.seq_len:,}; "
                 f"--batch-tokens {spelled(fits)} would be"
             )
-        object.__setattr__(self, "gpu", GPUS[self.kind])
+        object.__setattr__(self, "gpu", GPUS[self.gpu_name])
         self._check_factors()
 
     def _check_factors(self) -> None:
@@ -99,7 +99,9 @@ class Job:
                     f"--{name} {size} needs at least {size} GPUs; --gpus is {self.gpus}"
                 )
             if left % size:
-                raise ValueError(f"--{name} {size} does not divide {of}; {listed(left)} would")
+                raise ValueError(
+                    f"--{name} {size} does not divide {of}; {divisors_text(left)} would"
+                )
             left //= size
             if size > 1:
                 of = f"the {left} GPUs that are left for it"
@@ -107,7 +109,7 @@ class Job:
         parts = divided_by_tensor(config)
         for name, size in parts.items():
             if size % tensor:
-                fits = listed(math.gcd(*parts.values()))
+                fits = divisors_text(math.gcd(*parts.values()))
                 raise ValueError(
                     f"--tensor {tensor} does not divide model.{name} = {size}; {fits} would"
                 )
@@ -120,12 +122,12 @@ class Job:
             one = f"--context {context}" if context > 1 else f"--tensor {tensor}"
             raise ValueError(
                 f"{both or one} does not divide rows of --seq {self.seq_len}; "
-                f"{listed(self.seq_len)} would"
+                f"{divisors_text(self.seq_len)} would"
             )
 
     @cached_property
-    def shape(self) -> Shape:
-        return measure(self.config, self.seq_len)
+    def shapes(self) -> ParameterShapes:
+        return parameter_shapes(self.config, self.seq_len)
 
     @cached_property
     def rows(self) -> int:
@@ -210,7 +212,7 @@ class Job:
                 f"--{name} 1" for name in ("context", "accumulate") if getattr(self, name) is None
             )
             raise ValueError(
-                f"there are more than {MOST_LAYOUTS:,} layouts to look at; hold factors, e.g. "
+                f"there are more than {MOST_LAYOUTS:,} layouts to look at; fix some factors, e.g. "
                 f"{held}"
             )
         found = [layout for layout in candidates if self._accepts(layout, self.rows)]
@@ -237,9 +239,9 @@ class Job:
 
     def plan(self, layout: Layout) -> Plan:
         rows = self.rows // (layout.accumulate * layout.replicate * layout.shard)
-        speed, sent = find_speed(self.shape, layout, self.gpu, rows, self.seq_len)
+        speed, sent = find_speed(self.shapes, layout, self.gpu, rows, self.seq_len)
         hours = self.tokens / speed / 3_600
-        memory = expected_memory(self.shape, layout, rows, self.seq_len)
+        memory = expected_memory(self.shapes, layout, rows, self.seq_len)
         return Plan(
             layout, memory, speed, sent, hours / 24, hours * self.gpus * self.gpu.watts / 1e6
         )
@@ -268,7 +270,7 @@ class Job:
     def _too_large(self, plan: Plan) -> str:
         part, size = max(vars(plan.memory).items(), key=lambda item: item[1])
         short = (
-            f"nothing fits {self.gpus} x {self.kind}: at best {plan.memory.total / 2**30:,.1f} "
+            f"nothing fits {self.gpus} x {self.gpu_name}: at best {plan.memory.total / 2**30:,.1f} "
             "GiB a GPU of "
             f"{USABLE * self.gpu.gib:,.1f} usable, of which {part} {size / 2**30:,.1f}"
         )
@@ -309,7 +311,7 @@ class Job:
 
 
 def compare_tensor(
-    config: ModelConfig, gpus: int = 8, seq_len: int = 2_048, kind: str = "h100"
+    config: ModelConfig, gpus: int = 8, seq_len: int = 2_048, gpu_name: str = "h100"
 ) -> list[Plan]:
     """Plans for tensor = 1, 2, 4, 8, the other GPUs sharing the weights; each data rank reads 8,192
     tokens at a time.
@@ -323,7 +325,7 @@ def compare_tensor(
             job = Job(
                 config=config,
                 gpus=gpus,
-                kind=kind,
+                gpu_name=gpu_name,
                 seq_len=seq_len,
                 replicate=1,
                 context=1,

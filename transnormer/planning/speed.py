@@ -17,14 +17,14 @@ from .hardware import (
     PASSES_SHARE,
     Gpu,
 )
-from .memory import Layout, Shape, gathered
+from .memory import Layout, ParameterShapes, gather_groups
 
 UPDATE_BYTES = 40  # read and written of each number: by AdamW 28, for the norm 4, to clip 8
 
 
 def passes_share(config: ModelConfig) -> float:
-    """What both passes of a model of this width reach of the rate of matrix products; of a stack
-    of several mixers the mean over its layers, which was not measured.
+    """The share of the rate of matrix products that forward and backward reach at this width. For a
+    stack of several mixers it is the mean over the layers, which is an assumption.
 
     Raises ValueError where a layer's mixer was not measured."""
     total = 0.0
@@ -46,7 +46,7 @@ def _share(mixer: str, width: int) -> float:
     return float(np.interp(width, list(shares), list(shares.values())))
 
 
-def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float:
+def copied_bytes(shapes: ParameterShapes, layout: Layout, rows: int, seq_len: int) -> float:
     """Bytes that one GPU copies (read and written) in a step because of sharding. rows: as in
     `expected_memory`.
 
@@ -55,28 +55,28 @@ def copied_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> float
     tokens are copied four times a block."""
     if layout.world == 1:
         return 0.0
-    own, _ = shape.share(layout)
-    weights = 2 * (6 * own + 4 * shape.blocks / layout.tensor) + 6 * shape.blocks / layout.tensor
+    own, _ = shapes.share(layout)
+    weights = 2 * (6 * own + 4 * shapes.blocks / layout.tensor) + 6 * shapes.blocks / layout.tensor
     tokens = rows * seq_len // layout.context * (layout.tensor > 1)
     return layout.accumulate * (
         FSDP_COPIES * weights
-        + 16 * shape.config.num_hidden_layers * tokens * shape.config.hidden_size
+        + 16 * shapes.config.num_hidden_layers * tokens * shapes.config.hidden_size
     )
 
 
-def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
-    """What one GPU sends in a step, by kind of parallelism. rows: as in `expected_memory`."""
-    config, tensor, ranks = shape.config, layout.tensor, layout.shard * layout.context
-    words = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+def sent_bytes(shapes: ParameterShapes, layout: Layout, rows: int, seq_len: int) -> dict[str, int]:
+    """Bytes that one GPU sends in a step, by factor of the mesh. rows: as in `expected_memory`."""
+    config, tensor, ranks = shapes.config, layout.tensor, layout.shard * layout.context
+    rest = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     tokens = rows * seq_len // layout.context
     # FSDP gathers a block once for each pass, and the last blocks only once because they stay
     # gathered. Recomputation gathers nothing, because it runs while the block is gathered for the
     # backward pass.
-    wide, groups = gathered(shape, tensor)
-    twice = 2 * sum(wide) - sum(wide[n] for n in groups[-1])
-    gather = shape.blocks * twice / len(wide) + 4 * words  # the rest once, in float32
-    whole = (shape.blocks + words) * 4 / tensor  # gradients in float32
-    # the last sums of each are not computed again
+    sizes, groups = gather_groups(shapes, tensor)
+    twice = 2 * sum(sizes) - sum(sizes[n] for n in groups[-1])
+    gather = shapes.blocks * twice / len(sizes) + 4 * rest  # the rest once, in float32
+    whole = (shapes.blocks + rest) * 4 / tensor  # gradients in float32
+    # exchanges: 4 of a block forward, 4 backward, and 3 in recomputation, which skips the last
     blocks = (11 if layout.recompute else 8) * config.num_hidden_layers
     passes = 3 if layout.recompute else 2
     state = 4 * rows * config.num_attention_heads // tensor * config.head_dim**2
@@ -102,19 +102,19 @@ def sent_bytes(shape: Shape, layout: Layout, rows: int, seq_len: int) -> dict[st
         * state
         * (layout.context - 1),
     }
-    return {kind: int(sent) for kind, sent in exact.items()}
+    return {factor: int(sent) for factor, sent in exact.items()}
 
 
 def find_speed(
-    shape: Shape, layout: Layout, gpu: Gpu, rows: int, seq_len: int
+    shapes: ParameterShapes, layout: Layout, gpu: Gpu, rows: int, seq_len: int
 ) -> tuple[float, dict[str, int]]:
     """(tokens a second of all GPUs, `sent_bytes`).
 
     Weights travel while blocks are computed (`EXPOSED`); for everything else that is sent the GPUs
     wait. It is assumed that no GPU waits for its host. Small models, `tensor` and `context` reach
     that only with `train.graph = true`."""
-    config = shape.config
-    flops = shape.flops_per_token
+    config = shapes.config
+    flops = shapes.flops_per_token
     if layout.recompute:
         flops += (flops - 6 * config.vocab_size * config.hidden_size) / 3
     tokens = rows * layout.accumulate * layout.replicate * layout.shard * seq_len
@@ -122,9 +122,9 @@ def find_speed(
     passes = (
         tokens * flops / (layout.world * gpu.tflops * 1e12 * MATMUL_SHARE * passes_share(config))
     )
-    passes += copied_bytes(shape, layout, rows, seq_len) / memory
-    update = shape.share(layout)[0] * UPDATE_BYTES / memory
-    sent = sent_bytes(shape, layout, rows, seq_len)
+    passes += copied_bytes(shapes, layout, rows, seq_len) / memory
+    update = shapes.share(layout)[0] * UPDATE_BYTES / memory
+    sent = sent_bytes(shapes, layout, rows, seq_len)
     spans = {
         "tensor": layout.tensor,
         "context": layout.tensor * layout.context,
@@ -133,8 +133,8 @@ def find_speed(
     }
     link, network = gpu.link * LINK_SHARE, gpu.network * NETWORK_SHARE
     wait = {
-        kind: sent[kind] / ((link if span <= gpu.node else network) * 1e9)
-        for kind, span in spans.items()
+        factor: sent[factor] / ((link if span <= gpu.node else network) * 1e9)
+        for factor, span in spans.items()
     }
     passes = max(passes + EXPOSED * wait["shard"], wait["shard"])
     return tokens / (passes + update + wait["tensor"] + wait["context"] + wait["replicate"]), sent

@@ -23,8 +23,8 @@ class StepBatches(NamedTuple):
 
 
 class Feed:
-    """Gives the `StepBatches` of one step after another. A thread reads ahead, so `next` does not
-    wait for the disk."""
+    """Gives the `StepBatches` of one step after another, from where `seek` says. A thread reads
+    ahead, so `next` does not wait for the disk."""
 
     def __init__(self, loader: Loader, accumulate: int, mesh: Mesh):
         self._loader, self._accumulate, self._mesh = loader, accumulate, mesh
@@ -46,8 +46,7 @@ class Feed:
 
     def __next__(self) -> StepBatches:
         """Raises whatever reading the data raised."""
-        if self._coming is None:
-            self._coming = self._reader.submit(self._read)
+        assert self._coming is not None, "seek comes first"
         batches = self._coming.result()
         self._coming = self._reader.submit(self._read)
         return batches

@@ -115,7 +115,7 @@ def _run(recipe: Recipe, run: Path, mesh: Mesh) -> RunSummary:
         assert loader is not None
         mesh.together(lambda: held.enter_context(_opened(run, recipe)), first=True)
         model, origin = _model(recipe, config, data, mesh, base)
-        base = None  # of which each of several processes has a whole one
+        base = None  # free it, because each of several processes holds a whole copy
         began = time.perf_counter()
         _train(recipe, run, model, origin, loader, mesh)
         seconds = time.perf_counter() - began
@@ -146,8 +146,7 @@ def _restored(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
 def _summary(
     recipe: Recipe, run: Path, mesh: Mesh, *, seconds: float, peak_memory_bytes: int | None
 ) -> RunSummary:
-    """Read from the run's folder by the first process, and the same on all but for their own
-    `seconds`."""
+    """The first process reads the run's folder, and all return the same, except for `seconds`."""
 
     def read() -> dict[str, Any]:
         metrics = run / METRICS
@@ -432,15 +431,15 @@ def _due(step: int, recipe: Checkpoint) -> bool:
 def _probe(
     recipe: Recipe, model: LanguageModel, loader: Loader, mesh: Mesh
 ) -> Callable[[], float] | None:
-    """Measures the loss of one micro-batch of the training split, always the same one, without
-    gradients.
+    """A function that measures the loss of one microbatch of the training split, always the same
+    one, without gradients. None where no token of it can be learned.
 
-    Of rows in segments it reads the first segment, so that it needs no more memory than training.
-    """
+    Where rows are trained in segments it reads their first segments only, so that it needs no more
+    memory than training."""
     rows = recipe.rows // mesh.data_ranks
     mine = range(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
     ids, targets, cu_seqlens = mesh.split(loader.batch(number % loader.count for number in mine))
-    if recipe.train.segment:  # then rows are whole ones
+    if recipe.train.segment:  # which excludes packed sequences, so cu_seqlens is None
         ids, targets = ids[:, : recipe.train.segment], targets[:, : recipe.train.segment]
     return evaluation(model, [Batch(ids, targets, cu_seqlens)], mesh, recipe.train.dtype)
 
@@ -448,8 +447,8 @@ def _probe(
 def _evaluation(
     recipe: Recipe, model: LanguageModel, mesh: Mesh, reset_state: bool
 ) -> Callable[[str], dict[str, float]] | None:
-    """Measures the validation split, and says so after a text; None where there is nothing in it to
-    learn."""
+    """A function that measures the loss of the validation split, prints it behind a text, and
+    returns it for metrics.jsonl. None where the split has no token to learn."""
     valid = TokenData(recipe.data.path, "valid")
     settings = recipe.train
     batches = validation(

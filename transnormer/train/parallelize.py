@@ -30,9 +30,9 @@ def parallelize(
     1. `tensor` replaces layers by their parallel forms, while weights are still plain tensors;
        `context` tells the mixers which ranks share their rows.
     2. float8 replaces the blocks' linear maps, which must be those that the rank will multiply
-    with.
+       with.
     3. Softmax blocks without a window drop their state, because training would otherwise keep all
-    keys and values to the last block.
+       keys and values to the last block.
     4. Recomputation wraps a block's forward pass before the compiler does, so that the compiler
        sees it and skips the part of the recomputation whose results are not needed. With softmax
        attention under `tensor` it wraps the compiled block instead, because torch 2.13 would save
@@ -104,6 +104,6 @@ def reshard(model: nn.Module, mesh: Mesh) -> None:
 
 
 def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """One after another, gathered where they are sharded. All ranks must read all."""
+    """Yield the tensors, gathered where they are sharded. Every rank must iterate over all."""
     for name, tensor in tensors.items():
         yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -52,7 +52,7 @@ class Train:
     steps: int = 1_000
     batch_tokens: int = 65_536  # a step
     seq_len: int = 2_048
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # microbatches a step
     dtype: str = "float32"  # of the matrix products; weights and optimizer stay in float32
     # of the blocks' products, by torchao: how they are scaled, tensorwise or rowwise
     float8: str = ""
@@ -60,7 +60,7 @@ class Train:
     # tokens of a row held at a time, the others read twice: rows of any length; 0: whole rows
     segment: int = 0
     compile: bool = False  # the blocks, by torch.compile
-    # a micro-batch's passes as one CUDA graph: for models too small to keep a GPU waiting
+    # a microbatch's passes as one CUDA graph: for models too small to keep a GPU waiting
     graph: bool = False
     # at the borders of documents; by default for conversations alone
     reset_state: bool | None = None
@@ -294,7 +294,7 @@ class Recipe:
 
     @property
     def rows(self) -> int:
-        """Sequences in one micro-batch."""
+        """Sequences in one microbatch."""
         return self.train.batch_tokens // (self.train.seq_len * self.train.accumulate)
 
     def model_config(self, vocab_size: int) -> ModelConfig:

@@ -54,8 +54,9 @@ class Recovery:
         """Why the run must not go on from these weights, or end with them; None where it may.
 
         refused: why the last step was. valid_loss: what these weights have, where that is known.
-        saves: they are about to be saved; then their loss is measured on other tokens, because an
-        update that ruins them shows in the losses of later steps alone. last: the run ends here.
+        saves: the weights are about to be saved. Without a valid_loss their loss is then measured
+        with `probe`, because an update that ruins weights shows only in the losses of later steps.
+        last: the run ends here.
         """
         if refused and last and progress.refused == progress.step:
             return f"all {progress.step} steps were refused (the last: {refused})"
@@ -69,12 +70,12 @@ class Recovery:
         return f"the {name} is {loss}"
 
     def go_back(self, progress: RunProgress, why: str) -> RunProgress:
-        """The newest checkpoint from before the steps that were refused, loaded, to go on with the
-        samples after them.
+        """Load the newest checkpoint from before the refused steps, and skip all samples that were
+        read since. Returns where the run goes on.
 
-        Passing over only them would change nothing, as they never reached the weights: all samples
-        since the checkpoint are passed over. Raises ValueError where there is no checkpoint, or
-        going back to it did not help."""
+        Skipping only the samples of refused steps would change nothing, because they never reached
+        the weights. Raises ValueError where there is no checkpoint, or going back to it did not
+        help."""
         back = self._checkpoints.go_back(self._model, self._optimizer)
         why = f"step {progress.step}: {why}"
         if back is None:

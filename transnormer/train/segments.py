@@ -22,7 +22,8 @@ from ..ops.loss import linear_cross_entropy
 def backward(
     model: LanguageModel, ids: Tensor, targets: Tensor, segment: int, weight: Tensor | float
 ) -> Tensor:
-    """Add the gradients of weight x the summed loss to the parameters; returns that loss, detached.
+    """Add the gradients of weight x the summed loss to the parameters. Returns weight x the summed
+    loss, detached.
 
     ids, targets: int64 [B, T] as in `LanguageModel.loss`. segment: tokens of a row held at a time.
     Raises ValueError for softmax attention without a window, whose state is all that was read.

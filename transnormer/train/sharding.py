@@ -56,25 +56,25 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
     """Shard the weights by FSDP2, in place: the blocks, and then the rest (embedding, last norm,
     head).
 
-    dtype: the dtype in which weights are gathered; None keeps their own. Three kinds keep it in any
-    case. The rest does, because the residual stream begins as rows of the embedding. Blocks whose
-    position learns do, because LRPE's angle times a million tokens needs all its bits. Blocks with
-    LayerNorm do, because the CPU takes its gains in float32 only."""
+    dtype: the dtype in which weights are gathered; None keeps their own. Some always keep their
+    own: the rest, because the residual stream begins as rows of the embedding; blocks with LRPE,
+    because an angle times a million tokens needs all its bits; and blocks with LayerNorm, because
+    the CPU takes its gains in float32 only."""
     assert mesh.ranks is not None
     over = mesh.ranks["replicate", "shard"] if mesh.replicate > 1 else mesh.ranks["shard"]
     blocks = model.blocks()
-    wide = [
+    keeps_dtype = [
         layer.position_parameters > 0
         or any(isinstance(module, nn.LayerNorm) for module in block.modules())
         for block, layer in zip(blocks, model.config.layers, strict=True)
     ]
-    dtypes = [None if each else dtype for each in wide]
+    dtypes = [None if keeps else dtype for keeps in keeps_dtype]
     sizes = [
         sum(local(p).numel() * (narrow or p.dtype).itemsize for p in block.parameters())
         for block, narrow in zip(blocks, dtypes, strict=True)
     ]
     for numbers in gathered_at_once(sizes, dtypes):
-        # The backward pass needs the last blocks at once, so they stay gathered.
+        # The backward pass begins with the last blocks, so they stay gathered.
         narrow, last = dtypes[numbers[0]], numbers[-1] == len(blocks) - 1
         policy = MixedPrecisionPolicy(
             param_dtype=narrow, reduce_dtype=narrow and torch.float32, cast_forward_inputs=False
@@ -86,11 +86,12 @@ def shard(model: LanguageModel, mesh: Mesh, dtype: torch.dtype | None) -> None:
             reshard_after_forward=not last,
         )
     fully_shard(model, mesh=over, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    # `forward` and `loss` call `hidden`, which reads all weights but the head's; these stay
-    # gathered.
+    # `forward` and `loss` call `hidden`, which reads all weights but the head's. What this root
+    # group gathers stays gathered, so the head's weight can be read afterwards.
     register_fsdp_forward_method(model, "hidden")
     if over.size() == 1:
-        return  # FSDP would divide by its factor although nothing is summed
+        # One rank sums nothing, and with a factor FSDP would divide a copy of all gradients by it.
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gradients are summed; gloo has no other reduction here
@@ -141,17 +142,17 @@ def _is_whole(x: Any) -> bool:
 def _cut_by_tensor(model: LanguageModel, mesh: DeviceMesh, rank: int) -> None:
     tokens, whole = Shard(1), Replicate()
     _distribute(model.embed_tokens, mesh, Shard(0))
-    model.embed_tokens.forward = partial(_embed_words, model.embed_tokens, mesh)  # type: ignore[method-assign]
+    model.embed_tokens.forward = partial(_embed_tokens, model.embed_tokens, mesh)  # type: ignore[method-assign]
     if model.embed_positions is not None:
         _distribute(model.embed_positions, mesh, whole)
         model.embed_positions.forward = partial(_embed_positions, model.embed_positions, mesh)  # type: ignore[method-assign]
     if model.lm_head is not None:  # only its weight is ever used
         _distribute(model.lm_head, mesh, Shard(0))
     _cut_norm(model.norm, mesh)
-    every = PrepareModuleOutput(
+    gather_tokens = PrepareModuleOutput(
         output_layouts=tokens, desired_output_layouts=whole, use_local_output=False
     )
-    parallelize_module(model.norm, mesh, every)
+    parallelize_module(model.norm, mesh, gather_tokens)
     for block in model.blocks():
         _cut_norm(block.mixer_norm, mesh)
         _cut_norm(block.glu_norm, mesh)
@@ -169,23 +170,23 @@ def _cut_by_tensor(model: LanguageModel, mesh: DeviceMesh, rank: int) -> None:
 def _cut_module(module: Any, mesh: DeviceMesh) -> None:
     """Cut a mixer or GLU by its SHARDS, every weight of it."""
     parts = dict(module.named_modules())
-    for path, word in module.SHARDS.items():
+    for path, how in module.SHARDS.items():
         part = parts.get(path)
         if part is None:
             continue
-        assert word not in ("columns", "rows") or isinstance(part, nn.Linear), (
+        assert how not in ("columns", "rows") or isinstance(part, nn.Linear), (
             f"{path} is adapted, and is not cut"
         )
-        if word == "columns":
+        if how == "columns":
             parallelize_module(part, mesh, ColwiseParallel(), src_data_rank=None)
-        elif word == "rows":
+        elif how == "rows":
             parallelize_module(
                 part, mesh, RowwiseParallel(output_layouts=Shard(1)), src_data_rank=None
             )
-        elif word == "norm":
+        elif how == "norm":
             setattr(module, path, _NormOfShards(part, mesh))
         else:
-            _distribute(part, mesh, {"heads": Shard(0), "whole": Replicate()}[word])
+            _distribute(part, mesh, {"heads": Shard(0), "whole": Replicate()}[how])
     plain = [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
     assert not plain, f"SHARDS of {type(module).__name__} says nothing of {plain}"
 
@@ -204,7 +205,7 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Any) -> None:
         module.register_parameter(name, nn.Parameter(whole, requires_grad=p.requires_grad))
 
 
-def _embed_words(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
+def _embed_tokens(module: Any, mesh: DeviceMesh, ids: Tensor) -> Tensor:
     """Look up ids in an embedding that is sharded by the vocabulary. Each rank gives zeros for ids
     that it does not hold; the sum over the ranks is scattered over the tokens."""
     weight = local(module.weight)
@@ -275,8 +276,8 @@ class _NormOfShards(nn.Module):
         return y.to(x.dtype)
 
     def _mean(self, x: Tensor) -> Tensor:
-        """[..., 1]: over the columns of all ranks. Whatever each makes of it, the gradients are
-        summed."""
+        """The mean over the columns of all ranks, [..., 1]. Each rank uses it for its own columns,
+        so its gradient is summed over the ranks."""
         part = DTensor.from_local(x.sum(-1, keepdim=True), self.mesh, [Partial()], run_check=False)
         total = part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return total / (x.shape[-1] * self.mesh.size())

@@ -50,7 +50,7 @@ def check_settings(recipe: Recipe, config: ModelConfig, data: TokenData, mesh: M
         )
     if settings.graph and resets:
         raise ValueError(
-            "train.graph = true needs micro-batches of one shape; conversations and "
+            "train.graph = true needs microbatches of one shape; conversations and "
             "train.reset_state = true give several"
         )
     if settings.graph and mesh.device.type != "cuda":
@@ -93,10 +93,10 @@ def check_same(run: Path, recipe: Recipe, begun: bool) -> None:
 def check_vocabulary(recipe: Recipe) -> None:
     """Refuse an impossible config, and a vocabulary smaller than any tokenizer's, before text is
     prepared."""
-    words = recipe.model.get("vocab_size", SMALLEST)
-    if type(words) is int and 0 < words < SMALLEST and not Path(recipe.data.path).exists():
+    size = recipe.model.get("vocab_size", SMALLEST)
+    if type(size) is int and 0 < size < SMALLEST and not Path(recipe.data.path).exists():
         raise ValueError(
-            f"model.vocab_size = {words}, but a tokenizer has at least {SMALLEST} words: every "
+            f"model.vocab_size = {size}, but a tokenizer has at least {SMALLEST} words: every "
             "byte and the end of text"
         )
     recipe.model_config(1)

@@ -1,5 +1,4 @@
-"""Where the tokens of a call stand in their rows: padding and packed sequences, as transformers'
-masks and position ids tell of them."""
+"""Padding and packed sequences, as transformers' masks and position ids tell of them."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class RowLayout:
+class Rows:
     """Where the tokens of a call stand in their rows."""
 
     pad: Tensor | None = None  # [B]: how many columns at the left of each row are padding
@@ -25,14 +24,14 @@ class RowLayout:
         return None if self.bounds is None else "packed rows"
 
 
-def read_layout(
+def read_rows(
     shape: torch.Size,
     mask: Tensor | None,
     position_ids: Tensor | None,
     bounds: Tensor | None,
     seen: Tensor | None,
-) -> RowLayout:
-    """The layout of tokens of a shape, [B, T], from what transformers and its collators give.
+) -> Rows:
+    """The rows of a call of shape [B, T], from what transformers and its collators give.
 
     bounds: where the sequences packed in one row begin and end, if that is known; else position_ids
     tell it. seen: [B] int64, the tokens read before. Raises ValueError for what cannot be read
@@ -44,7 +43,7 @@ def read_layout(
     if position_ids is not None and bounds is None:
         real = None if mask is None else mask[:, -length:].bool()
         bounds = _packed(position_ids, seen, pad, real, rows, length)
-    return RowLayout(pad, padded_right, bounds)
+    return Rows(pad, padded_right, bounds)
 
 
 def _padding(mask: Tensor, length: int) -> tuple[Tensor | None, bool]:
