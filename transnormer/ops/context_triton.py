@@ -76,10 +76,12 @@ def sum_kernel(
         t = start + m * C + i
         wide = t.to(tl.int64)[:, None]
         inside = (t < stop)[:, None]
+        mask = inside & (k < K)[None, :]
         at = a + wide * a_strides[1] + k[None, :] * a_strides[3]
-        ac = tl.load(at, mask=inside & (k < K)[None, :], other=0.0)  # [C, BLOCK]
+        ac = tl.load(at, mask=mask, other=0.0)  # [C, BLOCK]
+        mask = inside & (v < V)[None, :]
         at = b + wide * b_strides[1] + v[None, :] * b_strides[3]
-        bc = tl.load(at, mask=inside & (v < V)[None, :], other=0.0)  # [C, SLICE]
+        bc = tl.load(at, mask=mask, other=0.0)  # [C, SLICE]
         away = T - 1 - t if TO_END else t + 1
         weight = tl.exp(rate * tl.maximum(away, 0))
         bc = (bc.to(tl.float32) * weight[:, None]).to(b.dtype.element_ty)

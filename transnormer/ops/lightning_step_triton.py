@@ -85,5 +85,6 @@ def _load(
     WIDTH: tl.constexpr,
 ):
     """Columns of a row and head of x in float32, zero beyond the width."""
+    mask = columns < WIDTH
     at = x + row * strides[0] + head * strides[1] + columns * strides[2]
-    return tl.load(at, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)

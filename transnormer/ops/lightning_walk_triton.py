@@ -194,19 +194,6 @@ def _read(
 
 
 @triton.jit
-def _at(
-    x,  # [T, COLUMNS]
-    stride,  # of tokens
-    first,  # token of the chunk
-    i,  # [C]
-    columns,
-):
-    """Pointers to tokens first + i and to columns of x."""
-    # added to the pointer one by one: offsets summed first take more registers
-    return x + first.to(tl.int64) * stride + i.to(tl.int64)[:, None] * stride + columns[None, :]
-
-
-@triton.jit
 def walk(
     # tensors
     left,  # [B, T, H, ROWS]
@@ -278,11 +265,21 @@ def walk(
         for part in tl.static_range(PARTS):
             columns = column + tl.arange(0, SLICE // PARTS) + part * (SLICE // PARTS)
             mask = (along < count)[:, None] & (columns < COLUMNS)[None, :]
-            if SWISHED:
-                x = tl.load(_at(raw, raw_stride, first, i, columns), mask=mask, other=0.0)
-                x = x.to(tl.float32)
+            if SWISHED:  # added to the pointer one by one: offsets summed first take more registers
+                at = (
+                    raw
+                    + first.to(tl.int64) * raw_stride
+                    + i.to(tl.int64)[:, None] * raw_stride
+                    + columns[None, :]
+                )
+                x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
                 share = _sigmoid(x)
                 result = (lower if part == 0 else upper) * (share + share * (x - x * share))
-            at = _at(output, output_stride, first, i, columns)
+            at = (
+                output
+                + first.to(tl.int64) * output_stride
+                + i.to(tl.int64)[:, None] * output_stride
+                + columns[None, :]
+            )
             tl.store(at, result.to(output.dtype.element_ty), mask=mask)
     return state
