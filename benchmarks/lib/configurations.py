@@ -24,7 +24,7 @@ from lib.contenders import attention_inputs
 from lib.gpu import attempt, distance, graph_ms, median_ms
 from transnormer.ops import lightning_kernels_triton as device_code
 from transnormer.ops import lightning_triton as kernels
-from transnormer.ops.lightning_triton import Tiles
+from transnormer.ops.lightning_tiles_triton import Tiles, choices, device_limits
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = [
@@ -123,7 +123,7 @@ def check(quick: bool) -> Iterator[dict[str, Any]]:
     widths = [(128, 128), (64, 64), (256, 128)]
     if not quick:
         widths += [(128, 256), (256, 256), (16, 16), (96, 160), (33, 47)]
-    shared = kernels._device(torch.cuda.current_device())[1]
+    shared = device_limits(torch.cuda.current_device())[1]
     cases: list[tuple[int, list[int] | None]] = [
         (1, None),
         (3, None),
@@ -133,11 +133,9 @@ def check(quick: bool) -> Iterator[dict[str, Any]]:
     calls = []
     for (K, V), dtype in itertools.product(widths, [torch.bfloat16, torch.float16, torch.float32]):
         wide = max(K, V)
-        walks = [
-            kernels.choices(wide, wide, dtype, shared, paired=paired) for paired in (True, False)
-        ]
+        walks = [choices(wide, wide, dtype, shared, paired=paired) for paired in (True, False)]
         passes = {
-            "forward": kernels.choices(K, V, dtype, shared),
+            "forward": choices(K, V, dtype, shared),
             "backward": [*walks[0], *walks[1]],
         }
         brief = quick and (dtype != torch.bfloat16 or (K, V) != (128, 128))

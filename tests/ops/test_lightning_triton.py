@@ -25,7 +25,8 @@ from transnormer.ops.dispatch import choose
 
 launch_triton = pytest.importorskip("transnormer.ops.launch_triton")
 lightning_triton = pytest.importorskip("transnormer.ops.lightning_triton")
-Tiles = lightning_triton.Tiles
+tiles_triton = pytest.importorskip("transnormer.ops.lightning_tiles_triton")
+Tiles = tiles_triton.Tiles
 GPU = torch.cuda.is_available() and not launch_triton.INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 if not GPU and not launch_triton.INTERPRETED:
@@ -296,9 +297,9 @@ def test_at_most_three_configurations_are_tried_and_one_fits_everywhere():
         (65_536, 101_376, 166_912, 232_448),
         (False, True),
     ):
-        found = lightning_triton.choices(K, V, dtype, shared, paired=paired)
+        found = tiles_triton.choices(K, V, dtype, shared, paired=paired)
         assert 1 <= len(found) <= 3
-        block = lightning_triton._block(K, dtype)
+        block = tiles_triton.tile_width(K, dtype)
         assert all(tiles.shared_bytes(block, dtype.itemsize) <= shared for tiles in found), (
             K,
             V,
@@ -310,7 +311,7 @@ def test_at_most_three_configurations_are_tried_and_one_fits_everywhere():
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("K", "V"), [(40, 24), (200, 136)])
 def test_what_runs_where_shared_memory_is_small(K, V, dtype, monkeypatch):
-    monkeypatch.setattr(lightning_triton, "_device", lambda index: (4, 65_536, False))
+    monkeypatch.setattr(lightning_triton, "device_limits", lambda index: (4, 65_536, False))
     check(attention, draw(35, K, V, rows=1, decays=[0.0, -0.3], dtype=dtype, device=DEVICE))
 
 
@@ -319,7 +320,7 @@ def test_what_runs_where_shared_memory_is_small(K, V, dtype, monkeypatch):
     [(1, 1, 1, 1), (256, 128, 1, 1), (64, 2_048, 4, 16), (32, 32, 3, 8)],
 )
 def test_time_is_cut_where_rows_and_heads_do_not_fill_the_gpu(programs, chunks, least, most):
-    assert least <= lightning_triton._segmentation(programs, programs, chunks, 132) <= most
+    assert least <= tiles_triton.segmentation(programs, programs, chunks, 132) <= most
 
 
 # The full matrix.
