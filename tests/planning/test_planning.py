@@ -134,7 +134,7 @@ def test_more_of_everything_costs_what_it_must() -> None:
         ),
         (
             "--size 10m --gpus 2 --context 2 model.kind=transformer",
-            "--context 2 needs linear attention, model.mixer=gla, in every layer",
+            "--context 2 is planned for linear attention alone, model.mixer=gla in every layer",
             "--context 1",
         ),
         (

@@ -83,6 +83,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(CP, EVERYTHING, accumulate=2), Case(CP, OTHER, recompute=True),
         Case(CP, dtype="bfloat16", apart=True),
         Case(CP, EVERYTHING, packed=True), Case(CP, compile="aot_eager", recompute=True),
+        Case(CP, STACK, recompute=True), Case(CP, STACK, packed=True),
+        Case(CP, BASELINE, "bfloat16"), Case(CP, DECAYED_BASELINE),
+        Case(CP, STACK, compile="aot_eager", recompute=True),
         Case(FSDP, segment=6), Case(HSDP, EVERYTHING, accumulate=2, segment=5, apart=True),
         Case(FSDP, dtype="bfloat16", compile="aot_eager", segment=8),
         Case(TP, EVERYTHING, recompute=True, segment=6),
@@ -107,7 +110,7 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
         Case(CP, recompute=True),
         Case(CP, EVERYTHING, dtype="bfloat16"), Case(both, recompute=True, packed=True),
         Case(both, EVERYTHING),
-        Case(both, OTHER), Case(Parallel(replicate=2, tensor=2), EVERYTHING),
+        Case(both, OTHER), Case(both, STACK), Case(Parallel(replicate=2, tensor=2), EVERYTHING),
         Case(Parallel(replicate=2, context=2)),
         Case(HSDP, accumulate=2, apart=True), Case(FSDP, BASELINE),
         Case(TP, accumulate=2, segment=6), Case(Parallel(tensor=4)),
@@ -138,9 +141,7 @@ def test_every_mesh_equals_one_process(world: int, mesh: Parallel, tmp_path: Pat
     cases = []
     for model in ({}, EVERYTHING, OTHER, BASELINE, DECAYED_BASELINE):
         config = ModelConfig.from_dict(TINY).replace(**model)
-        if config.num_attention_heads % mesh.tensor or (
-            mesh.context > 1 and config.mixer == "softmax"
-        ):
+        if config.num_attention_heads % mesh.tensor:
             continue
         cases += [Case(mesh, model, *way, apart=number % 2 == 0) for number, way in enumerate(WAYS)]
         if mesh.context == 1 and config.mixer == "gla":
@@ -268,7 +269,6 @@ def test_a_mesh_must_fit_the_processes(parallel: Parallel, world: int, message: 
             {"intermediate_size": 26},
             "parallel.tensor = 4 does not divide model.intermediate_size = 26",
         ),
-        (Parallel(context=2), TRANSFORMER, "parallel.context = 2 needs linear attention"),
         (
             Parallel(context=8, tensor=2),
             {},

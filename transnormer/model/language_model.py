@@ -3,6 +3,7 @@ one class."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from pathlib import Path
@@ -168,6 +169,8 @@ class LanguageModel(nn.Module):
         seen = None if state is None else state.seen
         first = 0 if self.context is None else self.context.rank * ids.shape[1]
         x, tokens = self._embed(ids, _positions(ids, seen, cu_seqlens, first), seen, cu_seqlens)
+        if self.context is not None and cu_seqlens is None and not self.config.linear:
+            tokens = dataclasses.replace(tokens, shared=_last_sees_last(first, ids.shape[1]))
         if self.embed_positions is not None:
             last = first + ids.shape[1] - 1
             if seen is not None or cu_seqlens is not None:
@@ -434,6 +437,14 @@ def find_device(name: str) -> torch.device:
     if name != "cpu" and not cuda:
         raise ValueError(f"device {name!r}: no CUDA device can be used here")
     return torch.device(name)
+
+
+def _last_sees_last(before: int, length: int) -> Tensor:
+    """The mask of `length` queries behind `before` keys, as attention kernels know it without a
+    number for each query and key. Its module imports torch's compiler, so it is imported late."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(length, before + length)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _real(ids: Tensor, pad: Tensor) -> Tensor:

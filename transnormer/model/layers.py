@@ -31,12 +31,15 @@ class TokenPositions:
     cu_seqlens: int64 [N + 1] where one row holds N packed sequences.
     rotation: for each width K of a head that some layer turns by RoPE, cosine and sine of the
         angles, [T, 1, K / 2] or [B, T, 1, K / 2]; layers of one width share them. None without
-        RoPE."""
+        RoPE.
+    shared: where the ranks of a context share rows, the mask by which this rank's last query sees
+        its last token, without a number for each query and key. Else None."""
 
     positions: Tensor
     seen: Tensor | None = None
     cu_seqlens: Tensor | None = None
     rotation: dict[int, tuple[Tensor, Tensor]] | None = None
+    shared: Tensor | None = None
 
     def to(self, device: torch.device) -> TokenPositions:
         seen, bounds = (
@@ -47,7 +50,7 @@ class TokenPositions:
             if self.rotation is None
             else {k: (cos.to(device), sin.to(device)) for k, (cos, sin) in self.rotation.items()}
         )
-        return TokenPositions(self.positions.to(device), seen, bounds, rotation)
+        return TokenPositions(self.positions.to(device), seen, bounds, rotation, self.shared)
 
 
 class Linear(nn.Linear):

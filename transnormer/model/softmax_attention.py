@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..ops.context import Context
 from ..ops.dispatch import check_devices
+from ..ops.gather import gather_rows
 from ..ops.register import without_autocast
 from .layers import TokenPositions
 from .mixer import LayerState, Mixer
@@ -123,8 +125,11 @@ class SoftmaxAttention(Mixer):
         q, k, v, gate = self._project(x, tokens)
         keys, values = (None, None) if state is None else self._past(state)
         check_devices("softmax attention", x=x, log_decay=self.log_decay, keys=keys, values=values)
-        attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
-        mixed, after = attend(q, k, v, state, tokens)
+        if self.context is not None:
+            mixed, after = self._attend_shared(q, k, v, state, tokens, self.context)
+        else:
+            attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
+            mixed, after = attend(q, k, v, state, tokens)
         return self._project_out(mixed, gate), after
 
     def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
@@ -153,8 +158,10 @@ class SoftmaxAttention(Mixer):
         block = queries if self.window is None else max(self.window, MIN_QUERY_BLOCK)
         if queries <= block:
             slides = self.window is not None and keys > self.window
-            mask = None
-            if state is not None or self.decays or slides:
+            mask: Tensor | None = None
+            if tokens.shared is not None and not (self.decays or slides):
+                mask = tokens.shared
+            elif state is not None or self.decays or slides:
                 mask = self._mask(queries, keys, tokens.seen)
             mixed = self._weighed(q, k, v, mask)
         else:
@@ -181,7 +188,8 @@ class SoftmaxAttention(Mixer):
             if mask is None or not self.decays
             else torch.promote_types(q.dtype, torch.float32)
         )
-        mask = None if mask is None else mask.to(wide)
+        if type(mask) is Tensor:
+            mask = mask.to(wide)
         attention = _exact_attention if self.decays else F.scaled_dot_product_attention
         mixed: Tensor = attention(
             q.transpose(1, 2).to(wide),
@@ -215,6 +223,41 @@ class SoftmaxAttention(Mixer):
         if seen is not None:
             allowed = allowed & (key >= (keys - queries - seen)[:, None, None, None])
         return bias.masked_fill(~allowed, -torch.inf)
+
+    def _attend_shared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LayerState | None,
+        tokens: TokenPositions,
+        context: Context,
+    ) -> tuple[Tensor, LayerState]:
+        """Of rows that the ranks of `context` share: this rank's queries on the keys and values of
+        its own tokens and of those before them, which are gathered. The state is that after this
+        rank's tokens, and empty of packed sequences."""
+        if state is not None:
+            raise ValueError("rows that several processes share begin without a state")
+        length = q.shape[1]
+        first, last = context.rank * length, (context.rank + 1) * length
+        row = gather_rows(torch.cat([k, v], dim=-1), context)
+        # Its own tokens need not go through the exchange.
+        before = row[:, :first].split([self.key_dim, self.head_dim], dim=-1)
+        if tokens.cu_seqlens is None:
+            start = 0 if self.window is None else max(0, first + 1 - self.window)
+            past = tuple(part[:, start:] for part in before)
+            return self._attend(
+                q, k, v, past, TokenPositions(tokens.positions, shared=tokens.shared)
+            )
+        outputs = []
+        for start, stop in itertools.pairwise(tokens.cu_seqlens.tolist()):
+            mine = slice(max(start, first) - first, min(stop, last) - first)
+            if mine.start < mine.stop:
+                past = tuple(part[:, start:first] for part in before)
+                alone = TokenPositions(tokens.positions[:, mine])
+                mixed, _ = self._attend(q[:, mine], k[:, mine], v[:, mine], past, alone)
+                outputs.append(mixed)
+        return torch.cat(outputs, dim=1), (k[:, :0], v[:, :0])
 
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, tokens: TokenPositions

@@ -6,9 +6,14 @@ from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 
-# Its name since torch 2.13, and before.
+# Their names since torch 2.13, and before.
 all_gather = (
     dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
+reduce_scatter = (
+    dist.reduce_scatter_single
+    if hasattr(dist, "reduce_scatter_single")
+    else dist.reduce_scatter_tensor
 )
 # An op cannot take a process group as an argument. A group that is destroyed is forgotten.
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()

@@ -89,11 +89,6 @@ def check_mesh(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
                 "fit the model"
             )
-    if context > 1 and not config.linear:
-        raise ValueError(
-            f"parallel.context = {context} needs linear attention (model.mixer = gla) in every "
-            "layer: only its state is handed on, keys and values are not gathered"
-        )
     if seq_len % (context * tensor):
         most = divisors_text(seq_len // tensor) if seq_len % tensor == 0 else "none"
         raise ValueError(

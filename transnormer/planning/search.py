@@ -115,7 +115,8 @@ class Job:
                 )
         if context > 1 and not config.linear:
             raise ValueError(
-                f"--context {context} needs linear attention, model.mixer=gla, in every layer"
+                f"--context {context} is planned for linear attention alone, model.mixer=gla in "
+                "every layer: softmax layers can have it too, but their speed was not measured"
             )
         if self.seq_len % (context * tensor):
             both = f"--context {context} x --tensor {tensor}" if context > 1 and tensor > 1 else ""
