@@ -118,14 +118,13 @@ class Skipping(Mixer):
         )
         return self._written(mixed, v, gate), (after,)
 
-    def step_(self, x, memory, tokens, slots, lengths):
+    def step_(self, x, memory, tokens):
         q, k, v, gate = self._project(x, tokens)
-        rows = torch.arange(len(x), device=x.device) if slots is None else slots
         mixed = []
         for t in range(x.shape[1]):
-            owned = rows if lengths is None else rows.where(t < lengths, -1)
             one = (part[:, t : t + 1] for part in (q, k, v))
-            mixed.append(lightning_step_(*one, self.log_decay, memory[0], slots=owned))
+            slots = tokens.owners(t)
+            mixed.append(lightning_step_(*one, self.log_decay, memory[0], slots=slots))
         return self._written(torch.cat(mixed, dim=1), v, gate)
 
     def _written(self, mixed, v, gate):

@@ -109,7 +109,7 @@ class SoftmaxSettings:
             value = getattr(self, name)
             fits = value is None or (is_int(value) and value > 0)
             require(fits, f"softmax.{name}", value, "null or a positive integer")
-        # With a window of one token a query would see only itself, and the state would be empty.
+        # A query whose window is one token would see nothing but itself.
         fits = self.window is None or (is_int(self.window) and 1 < self.window <= LARGEST_WINDOW)
         require(fits, "softmax.window", self.window, f"null or from 2 to {LARGEST_WINDOW:,}")
 

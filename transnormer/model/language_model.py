@@ -42,16 +42,9 @@ class Block(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(x), state, tokens)
         return self._add_and_glu(x, mixed), state
 
-    def step_(
-        self,
-        x: Tensor,
-        memory: LayerState,
-        tokens: TokenPositions,
-        slots: Tensor | None,
-        lengths: Tensor | None,
-    ) -> Tensor:
+    def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
         """As the mixer's `step_`."""
-        mixed = self.mixer.step_(self.mixer_norm(x), memory, tokens, slots, lengths)
+        mixed = self.mixer.step_(self.mixer_norm(x), memory, tokens)
         return self._add_and_glu(x, mixed)
 
     def _add_and_glu(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -168,9 +161,11 @@ class LanguageModel(nn.Module):
             return _unpack(packed, real), state
         seen = None if state is None else state.seen
         first = 0 if self.context is None else self.context.rank * ids.shape[1]
-        x, tokens = self._embed(ids, _positions(ids, seen, cu_seqlens, first), seen, cu_seqlens)
+        shared = None
         if self.context is not None and cu_seqlens is None and not self.config.linear:
-            tokens = dataclasses.replace(tokens, shared=_last_sees_last(first, ids.shape[1]))
+            shared = _last_sees_last(first, ids.shape[1])
+        positions = _positions(ids, seen, cu_seqlens, first)
+        x, tokens = self._embed(ids, TokenPositions(positions, seen, cu_seqlens, shared=shared))
         if self.embed_positions is not None:
             last = first + ids.shape[1] - 1
             if seen is not None or cu_seqlens is not None:
@@ -193,16 +188,14 @@ class LanguageModel(nn.Module):
             read = cu_seqlens.diff().to(tokens.positions)
         return self.norm(x), State(layers, read if seen is None else seen + read)
 
-    def _embed(
-        self, ids: Tensor, positions: Tensor, seen: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, TokenPositions]:
-        """The tokens' vectors, scaled, without learned positions; and what the layers know of
-        where the tokens stand."""
+    def _embed(self, ids: Tensor, tokens: TokenPositions) -> tuple[Tensor, TokenPositions]:
+        """The tokens' vectors, scaled, without learned positions; and `tokens` with RoPE's
+        angles."""
         x = self.embed_tokens(ids) if ids.dim() == 2 else ids
-        turns = rotation(self.rope_widths, self.config.rope_theta, positions, x.dtype)
+        turns = rotation(self.rope_widths, self.config.rope_theta, tokens.positions, x.dtype)
         if self.config.embed_scale:
             x = x * math.sqrt(self.config.hidden_size)
-        return x, TokenPositions(positions, seen, cu_seqlens, turns)
+        return x, dataclasses.replace(tokens, rotation=turns)
 
     @torch.no_grad()
     def step_(
@@ -236,13 +229,14 @@ class LanguageModel(nn.Module):
                 )
         seen = slots.seen if rows is None else slots.seen[rows]
         positions = seen[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        x, tokens = self._embed(ids, positions, seen, None)
+        tokens = TokenPositions(positions, seen, slots=rows, lengths=lengths)
+        x, tokens = self._embed(ids, tokens)
         if self.embed_positions is not None:
             table = self.embed_positions.num_embeddings
             learned = self.embed_positions(positions.clamp(max=table - 1))
             x = x + learned.masked_fill((positions >= table)[..., None], torch.nan)
         for block, memory in zip(self.blocks(), slots.layers, strict=True):
-            x = block.step_(x, memory, tokens, rows, lengths)
+            x = block.step_(x, memory, tokens)
         read = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths.to(seen)
         if rows is None:
             slots.seen.add_(read)

@@ -7,7 +7,7 @@ A module with parameters of its own, beside those of linear maps, gives them the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -33,24 +33,37 @@ class TokenPositions:
         angles, [T, 1, K / 2] or [B, T, 1, K / 2]; layers of one width share them. None without
         RoPE.
     shared: where the ranks of a context share rows, the mask by which this rank's last query sees
-        its last token, without a number for each query and key. Else None."""
+        its last token, without a number for each query and key. Else None.
+    slots: of a decoding step, int64 [S]: the slot of each row, -1 for a row without one; None where
+        row i is slot i.
+    lengths: of a decoding step, int64 [S]: how many of a row's tokens are read; None: all."""
 
     positions: Tensor
     seen: Tensor | None = None
     cu_seqlens: Tensor | None = None
     rotation: dict[int, tuple[Tensor, Tensor]] | None = None
     shared: Tensor | None = None
+    slots: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def owners(self, t: int) -> Tensor | None:
+        """[S] int64: the slot of each row that reads its token t, -1 for the other rows. None where
+        row i is slot i and all rows read."""
+        if self.lengths is None:
+            return self.slots
+        every = self.slots
+        if every is None:
+            every = torch.arange(len(self.lengths), device=self.lengths.device)
+        return every.where(t < self.lengths, -1)
 
     def to(self, device: torch.device) -> TokenPositions:
-        seen, bounds = (
-            None if part is None else part.to(device) for part in (self.seen, self.cu_seqlens)
-        )
-        rotation = (
-            None
-            if self.rotation is None
-            else {k: (cos.to(device), sin.to(device)) for k, (cos, sin) in self.rotation.items()}
-        )
-        return TokenPositions(self.positions.to(device), seen, bounds, rotation, self.shared)
+        names = ("positions", "seen", "cu_seqlens", "slots", "lengths")
+        parts = {name: part for name in names if (part := getattr(self, name)) is not None}
+        turns = self.rotation
+        if turns is not None:
+            turns = {k: (cos.to(device), sin.to(device)) for k, (cos, sin) in turns.items()}
+        moved = {name: part.to(device) for name, part in parts.items()}
+        return replace(self, **moved, rotation=turns)
 
 
 class Linear(nn.Linear):

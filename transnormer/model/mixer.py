@@ -122,20 +122,12 @@ class Mixer(nn.Module, ABC):
         return state
 
     @abstractmethod
-    def step_(
-        self,
-        x: Tensor,
-        memory: LayerState,
-        tokens: TokenPositions,
-        slots: Tensor | None,
-        lengths: Tensor | None,
-    ) -> Tensor:
+    def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
         """Decoding: x [S, T, D] -> [S, T, D], and the states move on in place.
 
-        memory: as `new_slots` makes it. slots: [S] integers, where each row's state is; -1 for a
-        row without one, whose output means nothing; None where row i is slot i.
-        lengths: [S], how many of a row's T tokens are read; the outputs of the others mean nothing.
-        None: all. There is no gradient."""
+        memory: as `new_slots` makes it. tokens: `tokens.owners` says which slot each row's state is
+        in, and which tokens are read; the outputs of all others mean nothing. There is no gradient.
+        """
 
     @abstractmethod
     def flops_per_token(self, seq_len: int, chunk: int) -> float:

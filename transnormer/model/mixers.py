@@ -29,26 +29,13 @@ class GatedLinearAttention(Mixer):
     def new_state(self, rows: int) -> LayerState:
         return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
 
-    def step_(
-        self,
-        x: Tensor,
-        memory: LayerState,
-        tokens: TokenPositions,
-        slots: Tensor | None,
-        lengths: Tensor | None,
-    ) -> Tensor:
+    def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
         q, k, v, gate = self._project(x, tokens)
-        if slots is None and lengths is not None:
-            slots = torch.arange(len(x), device=x.device)
         outputs = []
         for t in range(x.shape[1]):
-            one = slice(t, t + 1)
-            owned = slots if slots is None or lengths is None else slots.where(t < lengths, -1)
-            outputs.append(
-                lightning_step_(
-                    q[:, one], k[:, one], v[:, one], self.log_decay, memory[0], slots=owned
-                )
-            )
+            qt, kt, vt = (part[:, t : t + 1] for part in (q, k, v))
+            slots = tokens.owners(t)
+            outputs.append(lightning_step_(qt, kt, vt, self.log_decay, memory[0], slots=slots))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.out_proj(gated(self.norm, mixed.flatten(-2), gate))  # type: ignore[no-any-return]
 

@@ -73,24 +73,16 @@ class SoftmaxAttention(Mixer):
         for part, values in zip(memory, state, strict=True):
             part[slots[:, None], place] = values.to(part.dtype)
 
-    def step_(
-        self,
-        x: Tensor,
-        memory: LayerState,
-        tokens: TokenPositions,
-        slots: Tensor | None,
-        lengths: Tensor | None,
-    ) -> Tensor:
+    def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
         q, k, v, gate = self._project(x, tokens)
         places = memory[0].shape[1] - 1
-        every = torch.arange(len(x), device=x.device) if slots is None else slots
-        rows = every.clamp(min=0)
+        slots = tokens.slots
+        rows = torch.arange(len(x), device=x.device) if slots is None else slots.clamp(min=0)
         outputs = []
         for t in range(x.shape[1]):
             position = tokens.positions[:, t]  # [S]
-            kept = every >= 0
-            if lengths is not None:
-                kept &= t < lengths
+            owned = tokens.owners(t)
+            kept = position >= 0 if owned is None else owned >= 0
             if self.window is None:
                 kept &= position < places
             place = (position % max(1, places)).where(kept, places)
