@@ -246,8 +246,8 @@ def _walk(folder: Path, above: tuple[Path, ...], kinds: Collection[str]) -> Iter
 class Fields(NamedTuple):
     """The fields, or columns, that a reader is to find.
 
-    strings: whether to refuse a required column of another type before anything is read; only
-        kinds of files that declare types can do so.
+    strings: whether a required column that does not hold strings is refused before anything is
+        read; only kinds of files that declare types can do so.
     """
 
     required: Sequence[str]

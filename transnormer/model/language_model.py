@@ -161,11 +161,12 @@ class LanguageModel(nn.Module):
             return _unpack(packed, real), state
         seen = None if state is None else state.seen
         first = 0 if self.context is None else self.context.rank * ids.shape[1]
-        shared = None
+        lower_right = None
         if self.context is not None and cu_seqlens is None and not self.config.linear:
-            shared = _last_sees_last(first, ids.shape[1])
+            lower_right = _lower_right(first, ids.shape[1])
         positions = _positions(ids, seen, cu_seqlens, first)
-        x, tokens = self._embed(ids, TokenPositions(positions, seen, cu_seqlens, shared=shared))
+        tokens = TokenPositions(positions, seen, cu_seqlens, lower_right=lower_right)
+        x, tokens = self._embed(ids, tokens)
         if self.embed_positions is not None:
             last = first + ids.shape[1] - 1
             if seen is not None or cu_seqlens is not None:
@@ -433,9 +434,9 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _last_sees_last(before: int, length: int) -> Tensor:
-    """The mask of `length` queries behind `before` keys, as attention kernels know it without a
-    number for each query and key. Its module imports torch's compiler, so it is imported late."""
+def _lower_right(before: int, length: int) -> Tensor:
+    """The causal mask of `length` queries whose own keys follow `before` earlier ones, described as
+    attention kernels know it. Its module imports torch's compiler, so it is imported late."""
     from torch.nn.attention.bias import causal_lower_right
 
     return causal_lower_right(length, before + length)  # type: ignore[no-any-return,no-untyped-call]

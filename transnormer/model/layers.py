@@ -32,8 +32,8 @@ class TokenPositions:
     rotation: for each width K of a head that some layer turns by RoPE, cosine and sine of the
         angles, [T, 1, K / 2] or [B, T, 1, K / 2]; layers of one width share them. None without
         RoPE.
-    shared: where the ranks of a context share rows, the mask by which this rank's last query sees
-        its last token, without a number for each query and key. Else None.
+    lower_right: where rows are split among the ranks of a context, the causal mask that is aligned
+        at the last query and the last key, described without a number for each pair. Else None.
     slots: of a decoding step, int64 [S]: the slot of each row, -1 for a row without one; None where
         row i is slot i.
     lengths: of a decoding step, int64 [S]: how many of a row's tokens are read; None: all."""
@@ -42,7 +42,7 @@ class TokenPositions:
     seen: Tensor | None = None
     cu_seqlens: Tensor | None = None
     rotation: dict[int, tuple[Tensor, Tensor]] | None = None
-    shared: Tensor | None = None
+    lower_right: Tensor | None = None
     slots: Tensor | None = None
     lengths: Tensor | None = None
 

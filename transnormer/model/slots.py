@@ -80,8 +80,7 @@ class Slots:
         self._fill(slots, 0)
 
     def poison_(self, slots: Sequence[int]) -> None:
-        """Fill these slots with NaN, so that whoever reads one before it is written again sees
-        it."""
+        """Fill these slots with NaN: a step from one before it is written again gives NaN."""
         self._fill(slots, torch.nan)
 
     def _fill(self, slots: Sequence[int], value: float) -> None:

@@ -20,11 +20,12 @@ MIN_QUERY_BLOCK = 512  # attention with a window takes max(window, this) queries
 
 
 class SoftmaxAttention(Mixer):
-    """Causal softmax attention, the baseline. A decay weighs the keys before the softmax, which is
-    ALiBi. With a window each query sees the last `window` keys, its own included.
+    """Causal softmax attention, the baseline. A decay adds log_decay x distance to the scores,
+    which is ALiBi. With a window each query sees the last `window` keys, its own included.
 
-    State: (keys [B, P, G, K], values [B, P, G, V]); the last `seen` of the P places of each row are
-    filled. P is the number of tokens read by the row that has read most, but at most window - 1."""
+    State: (keys [B, P, G, K], values [B, P, G, V]); of the P places of each row the last
+    min(seen, P) are filled. P is the number of tokens read by the row that has read most, but at
+    most window - 1."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
@@ -38,10 +39,11 @@ class SoftmaxAttention(Mixer):
             weight.new_zeros(rows, 0, heads, self.head_dim),
         )
 
-    # In slots, keys and values are [N, C + 1, G, K] and [N, C + 1, G, V]. Place p mod C holds the
-    # token at position p of a text. C is the window, so that a token overwrites the one that just
-    # left its window; without a window C is the capacity. The last place takes what is not to be
-    # kept, because a kernel cannot leave a row out.
+    # In slots, keys are [N, places + 1, G, K] and values [N, places + 1, G, V]. Place p mod places
+    # holds the token at position p of a text. There are as many places as the window has tokens, so
+    # that a token overwrites the one that just left its window; without a window, as many as the
+    # capacity. The one place more takes what is not to be kept, because a kernel cannot leave a row
+    # out.
 
     def new_slots(self, slots: int, capacity: int) -> LayerState:
         places, weight = self.window or capacity, self.out_proj.weight
@@ -82,14 +84,14 @@ class SoftmaxAttention(Mixer):
         for t in range(x.shape[1]):
             position = tokens.positions[:, t]  # [S]
             owned = tokens.owners(t)
-            kept = position >= 0 if owned is None else owned >= 0
+            stored = position >= 0 if owned is None else owned >= 0
             if self.window is None:
-                kept &= position < places
-            place = (position % max(1, places)).where(kept, places)
+                stored &= position < places
+            place = (position % max(1, places)).where(stored, places)
             for part, new in zip(memory, (k, v), strict=True):
                 part[rows, place] = new[:, t].to(part.dtype)
             keys, values = (part if slots is None else part[rows] for part in memory)
-            # [S, C]: the distance back to the token in each place
+            # [S, places]: the distance back to the token in each place
             age = (position[:, None] - torch.arange(places, device=x.device)) % max(1, places)
             bias = torch.zeros_like(age, dtype=torch.float32)[:, None]
             if self.decays:
@@ -151,8 +153,8 @@ class SoftmaxAttention(Mixer):
         if queries <= block:
             slides = self.window is not None and keys > self.window
             mask: Tensor | None = None
-            if tokens.shared is not None and not (self.decays or slides):
-                mask = tokens.shared
+            if tokens.lower_right is not None and not (self.decays or slides):
+                mask = tokens.lower_right
             elif state is not None or self.decays or slides:
                 mask = self._mask(queries, keys, tokens.seen)
             mixed = self._weighed(q, k, v, mask)
@@ -233,13 +235,13 @@ class SoftmaxAttention(Mixer):
         length = q.shape[1]
         first, last = context.rank * length, (context.rank + 1) * length
         row = gather_rows(torch.cat([k, v], dim=-1), context)
-        # Its own tokens need not go through the exchange.
+        # Its own keys and values are used as they are, so that their gradient stays local.
         before = row[:, :first].split([self.key_dim, self.head_dim], dim=-1)
         if tokens.cu_seqlens is None:
             start = 0 if self.window is None else max(0, first + 1 - self.window)
             past = tuple(part[:, start:] for part in before)
             return self._attend(
-                q, k, v, past, TokenPositions(tokens.positions, shared=tokens.shared)
+                q, k, v, past, TokenPositions(tokens.positions, lower_right=tokens.lower_right)
             )
         outputs = []
         for start, stop in itertools.pairwise(tokens.cu_seqlens.tolist()):

@@ -1,7 +1,8 @@
-"""Rows whose tokens several processes share, made whole in each: softmax attention needs the keys
-and values of all earlier tokens. Backward adds up what every process makes of each token.
+"""Rows that are split among processes, gathered whole in each: softmax attention needs the keys and
+values of all earlier tokens. Backward sums each token's gradients over the processes.
 
-One exchange each way of [B, R T, D] numbers, where a state that is handed on takes [B, H, K, V]."""
+Keys and values take one exchange of [B, R T, G, K + V] numbers each way; a linear layer exchanges a
+state, [B, H, K, V], of each process."""
 
 # mypy: allow-untyped-defs
 

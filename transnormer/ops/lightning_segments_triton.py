@@ -133,7 +133,7 @@ def walk_segment(
             state += tl.load(
                 state_in + n.to(tl.int64) * state_strides[0] + offsets, mask=mask, other=0.0
             ) * tl.exp(rate * away)
-        if SEGMENTED:  # the segments between the sequence's end and this one
+        if SEGMENTED:  # the segments within reach that the walk of this sequence has passed
             offsets, mask = state_offsets(
                 column, out_strides[0], out_strides[1], ROWS, COLUMNS, BLOCK, SLICE
             )

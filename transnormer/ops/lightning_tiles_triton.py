@@ -29,9 +29,9 @@ class Tiles:
         )
 
 
-# Best first; the first that fits the GPU's shared memory and registers runs. Three stages hide what
-# a program alone on its multiprocessor waits for; the backward's, which reads more through the
-# cache, gain nothing from them when paired.
+# Best first; the first that fits the GPU's shared memory and registers runs. Three stages hide the
+# loads of a program alone on its multiprocessor. Paired are the backward's programs where they
+# outnumber the multiprocessors; a third stage gains nothing there.
 _SMALL = (Tiles(64, 64, 4, 1, True), Tiles(32, 64, 4, 1))
 _DEEP = (Tiles(64, 64, 4, 3, True), *_SMALL)
 _PAIRED = (Tiles(64, 64, 4, 2, True), *_SMALL)
@@ -88,21 +88,24 @@ def segmentation(programs: int, sums: int, chunks: int, processors: int) -> int:
     summing.
 
     The numbers are microseconds on an H100, with chunks of 64 tokens and slices of 128 x 64: a
-    walk's chunk takes 1.5 where every program has a multiprocessor to itself and 3.1 else, the
-    state of an earlier segment 1, a chunk of the sum 1 or, where sums fill the GPU, 1 for all that
-    run at once (2, but strong decay spares half); a launch, 6."""
-    slots = 2 * processors
+    walk's chunk takes 1.5 with a multiprocessor to itself and 3.1 else; adding an earlier segment's
+    state 1; a chunk of the sums 1 for each filling of the GPU, and at least 1 (2 without the half
+    that strong decay skips); the extra launch 6."""
+    resident = 2 * processors
 
     def cost(n: int) -> float:
         each = over(chunks, n)
-        full, rest = divmod(programs * n, slots)
+        full, rest = divmod(programs * n, resident)
         walk = each * (
             3.1 * full + (0 if rest == 0 else 1.5 if programs * n <= processors else 3.1)
         )
         if n == 1:
             return walk
         return (
-            walk + over(programs * n, slots) * (n - 1) + each * max(1.0, sums * (n - 1) / slots) + 6
+            walk
+            + over(programs * n, resident) * (n - 1)
+            + each * max(1.0, sums * (n - 1) / resident)
+            + 6
         )
 
     return min(range(1, max(1, min(16, chunks // 4)) + 1), key=cost)
