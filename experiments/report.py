@@ -365,6 +365,8 @@ def stability(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]
         ylabel="validation loss (nats a token)",
         title="up to divergence",
     )
+    by_rate.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    by_rate.minorticks_off()
     activations.set(
         yscale="log", xlabel="layer", ylabel="largest activation", title="after training"
     )

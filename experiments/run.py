@@ -125,13 +125,14 @@ class Queue:
 
 
 def seconds_of(run: Run, options: argparse.Namespace) -> float:
-    """What the slowest earlier run of this size and as many tokens took, start and scores included;
-    0 if there is none."""
-    earlier = [json.loads(path.read_text()) for path in options.out.glob(f"{run.setting}-*.json")]
+    """What a run of this size takes, start and scores included, by the slowest earlier one; 0 if
+    there is none. One that read fewer tokens is taken to have needed as long for each of them."""
+    paths = options.out.glob(f"{run.setting.rpartition('-')[0]}-*.json")
     took = [
-        found["seconds"] + found.get("draw_seconds", 0.0)
-        for found in earlier
-        if found["side_by_side"] == options.side_by_side
+        found["seconds"] * max(1.0, run.tokens / found["tokens"]) + found.get("draw_seconds", 0.0)
+        for found in (json.loads(path.read_text()) for path in paths)
+        if (found["side_by_side"], found.get("dtype", "bfloat16"))
+        == (options.side_by_side, run.dtype)
     ]
     return max(took) + START_SECONDS if took else 0.0
 

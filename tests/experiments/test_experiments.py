@@ -86,7 +86,12 @@ def test_names_of_results_are_those_of_their_runs() -> None:
         fields = {key: record[key] for key in ("table", "arm", "seed", "size", "optimizer", "lr")}
         asked = re.search(r"-(\d+)k-", path.name)
         assert asked is not None
-        run = arms.Run(**fields, tokens=1000 * int(asked[1]), dataset=record.get("dataset", "text"))
+        run = arms.Run(
+            **fields,
+            tokens=1000 * int(asked[1]),
+            dataset=record.get("dataset", "text"),
+            dtype=record.get("dtype", "bfloat16"),
+        )
         assert run.name == path.stem
     assert [run.name for run in arms.runs("rates-digits", "10m", arms=["published"])] == [
         f"digits-10m-172000k-adamw-{lr}-published-0" for lr in (0.002, 0.004, 0.008)

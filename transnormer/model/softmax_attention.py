@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..ops.context import Context
 from ..ops.dispatch import check_devices
-from ..ops.gather import gather_rows
+from ..ops.gather import gather_past
 from ..ops.register import without_autocast
 from .layers import TokenPositions
 from .mixer import LayerState, Mixer
@@ -155,7 +155,7 @@ class SoftmaxAttention(Mixer):
             mask: Tensor | None = None
             if tokens.lower_right is not None and not (self.decays or slides):
                 mask = tokens.lower_right
-            elif state is not None or self.decays or slides:
+            elif keys > queries or self.decays or slides:
                 mask = self._mask(queries, keys, tokens.seen)
             mixed = self._weighed(q, k, v, mask)
         else:
@@ -185,6 +185,12 @@ class SoftmaxAttention(Mixer):
         if type(mask) is Tensor:
             mask = mask.to(wide)
         attention = _exact_attention if self.decays else F.scaled_dot_product_attention
+        grouped = self.group > 1
+        if grouped and torch.compiler.is_compiling():
+            # On a GPU the compiled backward of grouped heads in bfloat16 gives other gradients than
+            # it should (torch 2.11; compare pytorch#159469), so keys and values are repeated.
+            k, v = (x.repeat_interleave(self.group, dim=2) for x in (k, v))
+            grouped = False
         mixed: Tensor = attention(
             q.transpose(1, 2).to(wide),
             k.transpose(1, 2).to(wide),
@@ -192,7 +198,7 @@ class SoftmaxAttention(Mixer):
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.head_dim**-0.5,
-            enable_gqa=self.group > 1,
+            enable_gqa=grouped,
         )
         return mixed.transpose(1, 2).to(v.dtype)
 
@@ -234,23 +240,19 @@ class SoftmaxAttention(Mixer):
             raise ValueError("rows that several processes share begin without a state")
         length = q.shape[1]
         first, last = context.rank * length, (context.rank + 1) * length
-        row = gather_rows(torch.cat([k, v], dim=-1), context)
-        # Its own keys and values are used as they are, so that their gradient stays local.
-        before = row[:, :first].split([self.key_dim, self.head_dim], dim=-1)
+        row = gather_past(torch.cat([k, v], dim=-1), context)
+        k, v = row.split([self.key_dim, self.head_dim], dim=-1)
         if tokens.cu_seqlens is None:
             start = 0 if self.window is None else max(0, first + 1 - self.window)
-            past = tuple(part[:, start:] for part in before)
-            return self._attend(
-                q, k, v, past, TokenPositions(tokens.positions, lower_right=tokens.lower_right)
-            )
+            alone = TokenPositions(tokens.positions, lower_right=tokens.lower_right)
+            return self._attend(q, k[:, start:], v[:, start:], None, alone)
         outputs = []
         for start, stop in itertools.pairwise(tokens.cu_seqlens.tolist()):
             mine = slice(max(start, first) - first, min(stop, last) - first)
             if mine.start < mine.stop:
-                past = tuple(part[:, start:first] for part in before)
+                seen = slice(start, min(stop, last))
                 alone = TokenPositions(tokens.positions[:, mine])
-                mixed, _ = self._attend(q[:, mine], k[:, mine], v[:, mine], past, alone)
-                outputs.append(mixed)
+                outputs.append(self._attend(q[:, mine], k[:, seen], v[:, seen], None, alone)[0])
         return torch.cat(outputs, dim=1), (k[:, :0], v[:, :0])
 
     def _attend_packed(
