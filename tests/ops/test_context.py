@@ -85,7 +85,8 @@ def work(rank: int, folder: str) -> None:
 
 
 def check_gathered_rows(context: Context) -> None:
-    """Gathered rows are the row up to the own tokens, and what all processes make of a token comes back to it."""
+    """What is gathered is the row up to the own tokens, and what all processes make of a token
+    comes back to it."""
     for dtype in (torch.float64, torch.bfloat16):
         torch.manual_seed(1)
         row = torch.randn(2, 12, 3, 5).to(dtype)
