@@ -16,6 +16,7 @@ from typing import Any
 
 from .layer_config import (
     ACTIVATIONS,
+    CONVOLUTIONS,
     DECAYS,
     FULL,
     GLUS,
@@ -25,6 +26,7 @@ from .layer_config import (
     NORMS,
     POSITIONS,
     SLIDING,
+    TAPS,
     WINDOW,
     LayerConfig,
     SoftmaxSettings,
@@ -95,6 +97,11 @@ class ModelConfig:
     gate: bool = True
     gate_rank: int | None = None  # None: a full gate projection; r: two thin ones, D -> r -> heads
     activation: str = "swish"  # on q and k
+    qk_norm: bool = False  # SimpleRMSNorm over each head of q and k
+    head_norm: bool = False  # the norm over the heads' output is over each head by itself
+    # A short causal convolution of each channel, in every layer: "input" of what the mixer is
+    # given, "heads" of each head's q, k, v and gate. It starts as the identity.
+    convolution: str = "none"
     # "mlp": no gate, two matrices with GELU between them, as in a plain Transformer
     glu: str = "sglu"
     norm: str = "srmsnorm"  # in the blocks, over the heads' output, and before the head
@@ -130,7 +137,7 @@ class ModelConfig:
         )
         for name, choices in _CHOICES.items():
             require_choice(name, getattr(self, name), choices)
-        for name in ("decay_temperature", "gate", "embed_scale", "bias", "tie_word_embeddings"):
+        for name in _SWITCHES:
             require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
         for name in ("rope_theta", "norm_eps", "initializer_range", "decay_scale"):
             value = getattr(self, name)
@@ -262,7 +269,7 @@ class ModelConfig:
                     settings[key] = getattr(own, key)
             heads, groups = own.num_attention_heads or heads, own.num_key_value_heads
             window = (own.window or WINDOW) if name == SLIDING else None
-        return LayerConfig(
+        layer = LayerConfig(
             type=name,
             mixer="softmax" if linear and name != LINEAR else self.mixer,
             **settings,
@@ -272,6 +279,11 @@ class ModelConfig:
             head_dim=self.inner_size // heads,
             window=window,
         )
+        if self.convolution == "none":
+            return layer
+        fused = layer.parts * layer.num_key_value_heads * layer.head_dim
+        read = fused if self.convolution == "heads" else self.hidden_size
+        return dataclasses.replace(layer, convolved=read)
 
     @property
     def fixed_state(self) -> bool:
@@ -332,7 +344,9 @@ class ModelConfig:
                 linears += [(d, layer.gate_rank), (layer.gate_rank, inner)]
             total += sum(i * o + (o if self.bias else 0) for i, o in linears)
             mixer = MIXERS[layer.mixer]
-            total += per_norm * (2 * d + (inner if mixer.norm else 0))
+            normed = layer.head_dim if self.head_norm else inner
+            total += per_norm * (2 * d + (normed if mixer.norm else 0))
+            total += TAPS * layer.convolved
             total += (mixer.parameters + layer.position_parameters) * inner
         return total
 
@@ -402,8 +416,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The record as config.json holds it."""
         values = dataclasses.asdict(self)
-        for name in ("layer_types", "softmax"):  # files of uniform stacks do not name them
-            if values[name] is None:
+        for name in _NEWER:  # files of models without them do not name them
+            if values[name] == getattr(ModelConfig, name):
                 del values[name]
         for name in ("position_layers", "layer_types"):
             if isinstance(values.get(name), tuple):
@@ -414,11 +428,22 @@ class ModelConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
+_NEWER = ("layer_types", "softmax", "qk_norm", "head_norm", "convolution")
+_SWITCHES = (
+    "decay_temperature",
+    "gate",
+    "qk_norm",
+    "head_norm",
+    "embed_scale",
+    "bias",
+    "tie_word_embeddings",
+)
 _CHOICES: dict[str, Collection[str]] = {
     "mixer": MIXERS,
     "position": POSITIONS,
     "decay": DECAYS,
     "activation": ACTIVATIONS,
+    "convolution": CONVOLUTIONS,
     "glu": GLUS,
     "norm": NORMS,
 }

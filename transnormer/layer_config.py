@@ -51,6 +51,9 @@ POSITIONS = {
     "none": None,
 }
 DECAYS = ("alibi", "paper", "none")
+# What a short causal convolution reads: what the mixer is given, or each head's q, k, v and gate.
+CONVOLUTIONS = ("none", "input", "heads")
+TAPS = 4  # tokens that it reads, the token itself included
 NORMS = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}  # learned parameters a channel
 GLUS = {"sglu": 2, "swiglu": 2, "mlp": 1}  # matrices that widen D to F
 ACTIVATIONS = (
@@ -146,6 +149,7 @@ class LayerConfig:
     num_key_value_heads: int
     head_dim: int
     window: int | None = None
+    convolved: int = 0  # channels that a short convolution reads
 
     @property
     def inner_size(self) -> int:
@@ -193,12 +197,14 @@ class LayerConfig:
     def state_bytes(self, tokens: int, itemsize: int = 4) -> int:
         """Bytes that the layer remembers of a text of so many tokens.
 
-        itemsize: bytes of a number of the keys and values; linear layers keep float32.
+        itemsize: bytes of a number of the keys and values, and of what a convolution reads;
+            linear layers keep float32.
         """
+        before = itemsize * (TAPS - 1) * self.convolved
         if self.linear:
-            return 4 * self.num_attention_heads * self.key_dim * self.head_dim
+            return 4 * self.num_attention_heads * self.key_dim * self.head_dim + before
         width = self.num_key_value_heads * (self.key_dim + self.head_dim)
-        return self.kept(tokens) * itemsize * width
+        return self.kept(tokens) * itemsize * width + before
 
 
 def is_int(value: object) -> bool:

@@ -14,7 +14,7 @@ from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
 from transnormer.files import read_tensors, write_tensors
 from transnormer.layer_config import ACTIVATIONS, FULL, GLUS, LINEAR, NORMS, SLIDING
 from transnormer.model.language_model import init_weights
-from transnormer.model.layers import LRPE, TokenPositions
+from transnormer.model.layers import LRPE, ShortConvolution, TokenPositions
 
 SMALL = {
     "vocab_size": 29,
@@ -39,12 +39,24 @@ KINDS = [
     )
 ]
 
+KINDS += [
+    {"mixer": mixer, "position": "rope", "convolution": place, **more}
+    for mixer, place, more in itertools.product(
+        ("gla", "softmax"),
+        ("input", "heads"),
+        ({"position_layers": "all"}, {"qk_norm": True, "head_norm": True, "gate_rank": 3}),
+    )
+]
+
 STACK = {"layer_types": [LINEAR, SLIDING, FULL], "softmax": {"window": 6}}
 
 
 def small(dtype: torch.dtype = torch.float64, **changes) -> LanguageModel:
     """A small model whose weights are large enough for every part to matter."""
     model = LanguageModel(ModelConfig(**{**SMALL, "initializer_range": 0.3, **changes}))
+    for module in model.modules():
+        if isinstance(module, ShortConvolution):  # which starts as the identity
+            module.weight.data += 0.3 * torch.randn_like(module.weight)
     return model.to(dtype).eval()
 
 
@@ -125,6 +137,10 @@ def test_no_token_sees_a_later_one(kind: dict) -> None:
         *({"glu": word} for word in GLUS),
         {"gate": False},
         {"gate_rank": 5},
+        {"qk_norm": True},
+        {"head_norm": True},
+        {"convolution": "input"},
+        {"convolution": "heads"},
         {"bias": True},
         {"embed_scale": True},
         {"decay_temperature": False},

@@ -22,6 +22,8 @@ MODELS = {
     "rope": {"position": "rope", "activation": "1+elu"},
     "learned": {"position": "ape", "max_position_embeddings": 64},
     "softmax": {"mixer": "softmax", "position": "rope", "activation": "none"},
+    "convolved": {"convolution": "heads", "qk_norm": True, "head_norm": True},
+    "convolved input": {"convolution": "input", "mixer": "softmax", "position": "none"},
 }
 
 

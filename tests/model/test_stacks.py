@@ -55,6 +55,9 @@ def drawn(seed: int) -> dict[str, Any]:
             "num_key_value_heads": heads if position == "lrpe" else draw.choice((1, 2, heads)),
             "window": draw.choice((2, 5, 16, 100)) if SLIDING in types else None,
         },
+        "convolution": draw.choice(("none", "input", "heads")),
+        "qk_norm": draw.random() < 0.5,
+        "head_norm": draw.random() < 0.5,
     }
 
 

@@ -243,6 +243,9 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
         "decay_scale": 1.0,
         "gate": True,
         "gate_rank": None,
+        "qk_norm": False,
+        "head_norm": False,
+        "convolution": "none",
         "glu": "sglu",
     }
     for name, value in fixed.items():

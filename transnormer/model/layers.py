@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..layer_config import LayerConfig
+from ..layer_config import TAPS, LayerConfig
+from ..ops.context import Context
+from ..ops.convolution import short_convolution
+from ..ops.gather import previous_end
 from ..ops.lrpe import angles, lrpe, swish_lrpe
 from ..ops.norm import add_rms_norm, simple_rms_norm
 
@@ -214,6 +217,56 @@ def rotation(
         return turns.cos(), turns.sin()
 
     return {width: turned(width) for width in widths} or None
+
+
+class ShortConvolution(nn.Module):
+    """Each channel plus a little of its last tokens: a causal convolution with weights of its own,
+    which starts as the identity. [B, T, C]."""
+
+    def __init__(self, groups: int, channels: int):
+        """C = groups x channels; a tensor rank keeps whole groups."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, channels, TAPS))
+
+    def reset_parameters(self) -> None:
+        identity = torch.zeros(self.weight.shape, device=self.weight.device)
+        identity[..., 0] = 1
+        fill(self.weight, identity.to(self.weight.dtype))
+
+    def forward(
+        self, x: Tensor, past: Tensor | None, tokens: TokenPositions, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        """(y, the last tokens of x, with which the next call begins). past: those of the call
+        before. context: the processes that share the rows; packed sequences then leave nothing."""
+        weight = local(self.weight).flatten(0, 1)
+        if context is None:
+            return short_convolution(x, weight, past, tokens.cu_seqlens)
+        if past is not None:
+            raise ValueError("rows that several processes share begin without a state")
+        packed = tokens.cu_seqlens is not None
+        before = previous_end(x, TAPS - 1, context)
+        y, last = short_convolution(
+            x, weight, before, positions=tokens.positions if packed else None
+        )
+        return y, last[:0] if packed else last
+
+    def new_past(self, rows: int) -> Tensor:
+        """[rows, TAPS - 1, C]: the tokens before the first of `rows` texts."""
+        weight = local(self.weight).flatten(0, 1)
+        return weight.new_zeros(rows, TAPS - 1, len(weight))
+
+    def step_(self, x: Tensor, memory: Tensor, tokens: TokenPositions) -> Tensor:
+        """As the mixer's `step_`; memory: [slots + 1, TAPS - 1, C], the last tokens of each
+        slot, and a place for those of rows without one."""
+        weight, outputs = local(self.weight).flatten(0, 1), []
+        for t in range(x.shape[1]):
+            owners = tokens.owners(t)
+            if owners is None:
+                owners = torch.arange(len(x), device=x.device)
+            y, last = short_convolution(x[:, t : t + 1], weight, memory[owners])
+            memory[owners] = last.to(memory.dtype)
+            outputs.append(y)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 # Gated linear units: (config) -> module on [..., D].

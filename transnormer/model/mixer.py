@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..ops.context import Context
-from .layers import ACTIVATIONS, LRPE, POSITIONS, Linear, TokenPositions
+from ..ops.norm import simple_rms_norm
+from .layers import ACTIVATIONS, LRPE, POSITIONS, Linear, ShortConvolution, TokenPositions
 
 LayerState = tuple[Tensor, ...]
 
@@ -28,6 +29,7 @@ class Mixer(nn.Module, ABC):
         "gate_proj.1": "columns",
         "out_proj": "rows",
         "position": "heads",
+        "convolution": "heads",
         "norm": "norm",
     }
     context: Context | None = None  # the processes that share a row's tokens
@@ -54,6 +56,11 @@ class Mixer(nn.Module, ABC):
             )
         self.out_proj = Linear(inner, d, bias=config.bias)
         self.activation = ACTIVATIONS[own.activation]
+        self.qk_eps = config.norm_eps if config.qk_norm else None
+        self.convolution, self.convolves_input = None, config.convolution == "input"
+        if own.convolved:
+            groups = 1 if self.convolves_input else self.key_value_heads
+            self.convolution = ShortConvolution(groups, own.convolved // groups)
         self.position = None if own.position == "none" else POSITIONS[own.position](own)
         self._decays = config.log_decay(layer)
         self.register_buffer(
@@ -94,7 +101,14 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def new_state(self, rows: int) -> LayerState:
-        """What the layer remembers before the first token of `rows` texts."""
+        """What the layer remembers before the first token of `rows` texts; last what its
+        convolution does (`_new_past`)."""
+
+    def _new_past(self, rows: int) -> LayerState:
+        """What the convolution remembers before the first token: zeros, or nothing without one."""
+        if self.convolution is None:
+            return ()
+        return (self.convolution.new_past(rows).to(self.out_proj.weight.dtype),)
 
     # In slots a state of one size has a row for each of them. A mixer whose state grows answers
     # these three otherwise.
@@ -103,8 +117,10 @@ class Mixer(nn.Module, ABC):
         """Memory for the states of `slots` texts, which is written in place. capacity: the tokens
         of a text that a slot can hold, where the state grows."""
         dtype = self.out_proj.weight.dtype
-        state = self.new_state(slots)
-        return tuple(part.to(torch.promote_types(part.dtype, dtype)) for part in state)
+        state = self.new_state(slots)[: -1 if self.convolution is not None else None]
+        state = tuple(part.to(torch.promote_types(part.dtype, dtype)) for part in state)
+        # One slot more takes what is not to be kept, because a kernel cannot leave a row out.
+        return *state, *self._new_past(slots + 1)
 
     def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
         """A copy of the states in slots [S], which have read seen [S] tokens."""
@@ -134,13 +150,36 @@ class Mixer(nn.Module, ABC):
         """Forward operations of a token beside the projections, on average over rows of seq_len
         tokens."""
 
-    def _project(
-        self, x: Tensor, tokens: TokenPositions
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x [B, T, D] -> q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], gate [B, T, H, V] or
-        [B, T, H * V] or None."""
+    def _qkvu(
+        self, x: Tensor, past: LayerState, tokens: TokenPositions, *, step: bool = False
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """x [B, T, D] and its projection [B, T, G, parts, V], one of which the convolution has read
+        where there is one; and what it remembers.
+
+        past: what the convolution remembers, if anything; of a decoding step its memory, which
+        moves on in place."""
+        after: list[Tensor] = []
+
+        def convolved(vectors: Tensor, here: bool) -> Tensor:
+            if self.convolution is None or not here:
+                return vectors
+            if step:
+                return self.convolution.step_(vectors, past[0], tokens)
+            y, last = self.convolution(vectors, past[0] if past else None, tokens, self.context)
+            after.append(last)
+            return y  # type: ignore[no-any-return]
+
+        x = convolved(x, self.convolves_input)
+        qkvu = convolved(self.qkvu_proj(x), not self.convolves_input)
         heads = (self.key_value_heads, self.parts, self.head_dim)
-        vectors = self.qkvu_proj(x).unflatten(-1, heads).unbind(-2)
+        return x, qkvu.unflatten(-1, heads), tuple(after)
+
+    def _project(
+        self, x: Tensor, qkvu: Tensor, tokens: TokenPositions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What `_qkvu` gives -> q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], gate [B, T, H, V]
+        or [B, T, H * V] or None."""
+        vectors = qkvu.unbind(-2)
         q, u = _heads(vectors[: self.group]), vectors[self.group + 2 :]
         k, v = vectors[self.group : self.group + 2]
         if isinstance(self.position, LRPE) and self.activation is F.silu:
@@ -150,6 +189,8 @@ class Mixer(nn.Module, ABC):
             q, k = self.activation(q).to(v.dtype), self.activation(k).to(v.dtype)
             if self.position is not None:
                 q, k = self.position(q, k, tokens)
+        if self.qk_eps is not None:
+            q, k = (simple_rms_norm(x, self.qk_eps).to(v.dtype) for x in (q, k))
         return q, k, v, self.gate_proj(x) if self.gate_proj is not None else _heads(u)
 
 

@@ -18,31 +18,47 @@ from .softmax_attention import SoftmaxAttention
 
 class GatedLinearAttention(Mixer):
     """O = Norm(Q (K^T V) with decay) * U, then a projection (paper equation 11). State: ([B, H, K,
-    V] float32,)."""
+    V] float32,), and
+    what the convolution remembers where there is one."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        # over all heads together
-        self.norm = NORMS[config.norm](config.inner_size, config.norm_eps)
+        # over all heads together, or over each by itself
+        norm, own = NORMS[config.norm], config.head_norm
+        self.norm = None if own else norm(config.inner_size, config.norm_eps)
+        self.head_norm = norm(config.head_dim, config.norm_eps) if own else None
         self.eps = config.norm_eps
 
     def new_state(self, rows: int) -> LayerState:
-        return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
+        own = self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim)
+        return own, *self._new_past(rows)
 
     def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
-        q, k, v, gate = self._project(x, tokens)
+        x, qkvu, _ = self._qkvu(x, memory[1:], tokens, step=True)
+        q, k, v, gate = self._project(x, qkvu, tokens)
         outputs = []
         for t in range(x.shape[1]):
             qt, kt, vt = (part[:, t : t + 1] for part in (q, k, v))
             slots = tokens.owners(t)
             outputs.append(lightning_step_(qt, kt, vt, self.log_decay, memory[0], slots=slots))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self.out_proj(gated(self.norm, mixed.flatten(-2), gate))  # type: ignore[no-any-return]
+        return self._project_out(mixed, gate)
+
+    def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """mixed: [B, T, H, V]."""
+        if self.norm is not None:
+            y = gated(self.norm, mixed.flatten(-2), gate)
+        else:
+            assert self.head_norm is not None
+            gate = None if gate is None else gate.reshape(mixed.shape)
+            y = gated(self.head_norm, mixed, gate).flatten(-2)
+        return self.out_proj(y)  # type: ignore[no-any-return]
 
     def _past(self, state: LayerState) -> LayerState:
-        if len(state) != 1:
+        if len(state) != (wanted := 1 if self.convolution is None else 2):
+            rest = "alone" if wanted == 1 else "and the tokens that its convolution remembers"
             raise ValueError(
-                f"the state of a layer is [B, H, K, V] alone; got {len(state)} tensors of another "
+                f"the state of a layer is [B, H, K, V] {rest}; got {len(state)} tensors of another "
                 "mixer"
             )
         return state
@@ -54,14 +70,14 @@ class GatedLinearAttention(Mixer):
     def forward(
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
-        before = None if state is None else self._past(state)[0]
+        before, *past = (None,) if state is None else self._past(state)
+        x, qkvu, last = self._qkvu(x, tuple(past), tokens)
         if self._is_one_op():
-            qkvu = self.qkvu_proj(x).unflatten(-1, (self.heads, self.parts, self.head_dim))
             y, after = gated_linear_attention(
                 qkvu, self.log_decay, self.eps, state=before, cu_seqlens=tokens.cu_seqlens
             )
-            return self.out_proj(y), (after,)
-        q, k, v, gate = self._project(x, tokens)
+            return self.out_proj(y), (after, *last)
+        q, k, v, gate = self._project(x, qkvu, tokens)
         mixed, after = lightning_attention(
             q,
             k,
@@ -72,11 +88,12 @@ class GatedLinearAttention(Mixer):
             return_state=True,
             context=self.context,
         )
-        return self.out_proj(gated(self.norm, mixed.flatten(-2), gate)), (after,)
+        return self._project_out(mixed, gate), (after, *last)
 
     def _is_one_op(self) -> bool:
         """Whether `gated_linear_attention` computes all that lies between the projections."""
         plain = self.position is None and self.activation is F.silu and self.parts == 4
+        plain &= self.qk_eps is None
         return plain and isinstance(self.norm, SimpleRMSNorm) and self.context is None
 
 

@@ -25,7 +25,7 @@ class SoftmaxAttention(Mixer):
 
     State: (keys [B, P, G, K], values [B, P, G, V]); of the P places of each row the last
     min(seen, P) are filled. P is the number of tokens read by the row that has read most, but at
-    most window - 1."""
+    most window - 1. Last comes what the convolution remembers where there is one."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
@@ -37,6 +37,7 @@ class SoftmaxAttention(Mixer):
         return (
             weight.new_zeros(rows, 0, heads, self.key_dim),
             weight.new_zeros(rows, 0, heads, self.head_dim),
+            *self._new_past(rows),
         )
 
     # In slots, keys are [N, places + 1, G, K] and values [N, places + 1, G, V]. Place p mod places
@@ -50,6 +51,7 @@ class SoftmaxAttention(Mixer):
         return (
             weight.new_zeros(slots, places + 1, self.key_value_heads, self.key_dim),
             weight.new_zeros(slots, places + 1, self.key_value_heads, self.head_dim),
+            *self._new_past(slots + 1),
         )
 
     def read_slots(self, memory: LayerState, slots: Tensor, seen: Tensor) -> LayerState:
@@ -60,7 +62,8 @@ class SoftmaxAttention(Mixer):
         positions = seen[:, None] - kept + torch.arange(kept, device=seen.device)  # [S, P]
         filled = (positions >= 0)[..., None, None]
         place = positions % max(1, places)
-        return tuple(part[slots[:, None], place].masked_fill(~filled, 0) for part in memory)
+        own = [part[slots[:, None], place].masked_fill(~filled, 0) for part in memory[:2]]
+        return *own, *(part[slots] for part in memory[2:])
 
     def write_slots_(
         self, memory: LayerState, slots: Tensor, state: LayerState, seen: Tensor
@@ -72,11 +75,14 @@ class SoftmaxAttention(Mixer):
         kept = state[0].shape[1]
         positions = seen[:, None] - kept + torch.arange(kept, device=seen.device)  # [S, P]
         place = (positions % max(1, places)).where(positions >= 0, places)
-        for part, values in zip(memory, state, strict=True):
+        for part, values in zip(memory[:2], state[:2], strict=True):
             part[slots[:, None], place] = values.to(part.dtype)
+        for part, values in zip(memory[2:], state[2:], strict=True):
+            part[slots] = values.to(part.dtype)
 
     def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
-        q, k, v, gate = self._project(x, tokens)
+        x, qkvu, _ = self._qkvu(x, memory[2:], tokens, step=True)
+        q, k, v, gate = self._project(x, qkvu, tokens)
         places = memory[0].shape[1] - 1
         slots = tokens.slots
         rows = torch.arange(len(x), device=x.device) if slots is None else slots.clamp(min=0)
@@ -88,9 +94,9 @@ class SoftmaxAttention(Mixer):
             if self.window is None:
                 stored &= position < places
             place = (position % max(1, places)).where(stored, places)
-            for part, new in zip(memory, (k, v), strict=True):
+            for part, new in zip(memory[:2], (k, v), strict=True):
                 part[rows, place] = new[:, t].to(part.dtype)
-            keys, values = (part if slots is None else part[rows] for part in memory)
+            keys, values = (part if slots is None else part[rows] for part in memory[:2])
             # [S, places]: the distance back to the token in each place
             age = (position[:, None] - torch.arange(places, device=x.device)) % max(1, places)
             bias = torch.zeros_like(age, dtype=torch.float32)[:, None]
@@ -116,15 +122,16 @@ class SoftmaxAttention(Mixer):
     def forward(
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
     ) -> tuple[Tensor, LayerState]:
-        q, k, v, gate = self._project(x, tokens)
-        keys, values = (None, None) if state is None else self._past(state)
+        keys, values, *past = (None, None) if state is None else self._past(state)
+        x, qkvu, last = self._qkvu(x, tuple(past), tokens)
+        q, k, v, gate = self._project(x, qkvu, tokens)
         check_devices("softmax attention", x=x, log_decay=self.log_decay, keys=keys, values=values)
         if self.context is not None:
             mixed, after = self._attend_shared(q, k, v, state, tokens, self.context)
         else:
             attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
             mixed, after = attend(q, k, v, state, tokens)
-        return self._project_out(mixed, gate), after
+        return self._project_out(mixed, gate), (*after, *last)
 
     def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
         mixed = mixed.flatten(-2)
@@ -133,7 +140,8 @@ class SoftmaxAttention(Mixer):
     def _past(self, state: LayerState) -> LayerState:
         heads = self.key_value_heads
         wanted = [[heads, self.key_dim], [heads, self.head_dim]]
-        if [list(part.shape[2:]) for part in state] != wanted:
+        fits = len(state) == (2 if self.convolution is None else 3)
+        if not fits or [list(part.shape[2:]) for part in state[:2]] != wanted:
             raise ValueError(
                 f"the state of a layer is keys [B, P, {heads}, {self.key_dim}] and values "
                 f"[B, P, {heads}, {self.head_dim}]; got {[list(part.shape) for part in state]}"
@@ -266,7 +274,9 @@ class SoftmaxAttention(Mixer):
         for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
             past = None
             if state is not None and seen[n]:
-                past = tuple(part[n : n + 1, max(0, part.shape[1] - seen[n]) :] for part in state)
+                past = tuple(
+                    part[n : n + 1, max(0, part.shape[1] - seen[n]) :] for part in state[:2]
+                )
             # an empty sequence has an empty output
             mixed, after = q[:, start:stop, :, : self.head_dim], past
             if stop > start or past is None:

@@ -1,5 +1,6 @@
 """Rows that are split among processes: softmax attention needs the keys and values of all earlier
-tokens, so each process gathers them. Backward sums each token's gradients over the processes.
+tokens, so each process gathers them, and a short convolution those of a few earlier tokens. Backward
+sums each token's gradients over the processes.
 
 Keys and values take one exchange of [B, R T, G, K + V] numbers each way; a linear layer exchanges a
 state, [B, H, K, V], of each process."""
@@ -75,4 +76,43 @@ _gather_past = define(
     _fake_forward,
     save_for_backward=_save_for_backward,
     differentiate=_differentiate,
+)
+
+
+def previous_end(x: Tensor, length: int, context: Context) -> Tensor:
+    """[B, length, ...]: the last tokens of each row's part x [B, T, ...] that the process before
+    this one holds; zeros on the first.
+
+    T is alike on all processes, and all of them call it. Raises ValueError where T is less."""
+    if x.shape[1] < length:
+        raise ValueError(
+            f"a short convolution reads {length} earlier tokens, so each process must hold as many "
+            f"of a row; got {x.shape[1]}"
+        )
+    return _neighbour(x[:, x.shape[1] - length :], -1, context.rank, context.ranks, context.group)  # type: ignore[no-any-return]
+
+
+def _from_neighbour(x: Tensor, side: int, rank: int, ranks: int, group: str) -> Tensor:
+    """x of the process that stands at this side, -1 or 1; zeros where none does."""
+    everybody = x.new_empty(ranks, *x.shape)
+    all_gather(everybody.view(-1), x.contiguous().view(-1), group=group_of(group))
+    inside = 0 <= rank + side < ranks
+    return everybody[rank + side].clone() if inside else torch.zeros_like(everybody[0])
+
+
+def _save_neighbour(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.side, *ctx.rest = inputs
+
+
+def _differentiate_neighbour(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _neighbour(gradient, -ctx.side, *ctx.rest), None, None, None, None
+
+
+_neighbour = define(
+    "from_neighbour",
+    "(Tensor x, int side, int rank, int ranks, str group) -> Tensor",
+    _from_neighbour,
+    lambda x, *_: x.new_empty(x.shape),
+    save_for_backward=_save_neighbour,
+    differentiate=_differentiate_neighbour,
 )

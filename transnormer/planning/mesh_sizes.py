@@ -82,6 +82,8 @@ def check_mesh(
     mesh = resolve(parallel, world)
     context, tensor = mesh.context, mesh.tensor
     parts = divided_by_tensor(config)
+    if tensor > 1 and (refusal := tensor_refusal(config)):
+        raise ValueError(f"parallel.tensor = {tensor}: {refusal}")
     for name, size in parts.items():
         if size % tensor:
             fits = divisors_text(math.gcd(*parts.values()))
@@ -102,6 +104,15 @@ def check_mesh(
             "a microbatch "
             f"(train.batch_tokens / seq_len / accumulate); {divisors_text(rows)} would"
         )
+
+
+def tensor_refusal(config: ModelConfig) -> str | None:
+    """Why tensor ranks cannot share this model, or None."""
+    if config.convolution == "input":
+        return "model.convolution = input is not cut among tensor ranks; heads is"
+    if config.head_norm and NORMS[config.norm]:
+        return f"model.head_norm with norm = {config.norm} is not cut among tensor ranks"
+    return None
 
 
 def divided_by_tensor(config: ModelConfig) -> dict[str, int]:

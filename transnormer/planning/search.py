@@ -107,6 +107,8 @@ class Job:
                 of = f"the {left} GPUs that are left for it"
         config, tensor, context = self.config, self.tensor or 1, self.context or 1
         parts = divided_by_tensor(config)
+        if tensor > 1 and (refusal := tensor_refusal(config)):
+            raise ValueError(f"--tensor {tensor}: {refusal}")
         for name, size in parts.items():
             if size % tensor:
                 fits = divisors_text(math.gcd(*parts.values()))
