@@ -188,7 +188,12 @@ def saved_bytes(
         # q and k, where they are not just parts of the projection; the softmax's sums
         copied = (layer.position, layer.activation) != ("none", "none")
         wider = layer.key_dim // layer.head_dim
-        mixer += 2 * (inner + keys) * wider * copied + 4 * layer.num_attention_heads
+        mixer += 4 * layer.num_attention_heads
+        if layer.group == 1:
+            mixer += 2 * (inner + keys) * wider * copied
+        else:
+            # keys and values repeated; with copied queries nothing is kept of the projection
+            mixer += 4 * inner + (2 * inner - 2 * keys * layer.parts) * copied
         if layer.gate:
             # what is gated; the gate, apart from q, k and v
             mixer += 2 * inner * (1 if rank else 2)
