@@ -292,7 +292,8 @@ class ModelConfig:
 
     @property
     def linear(self) -> bool:
-        """Whether every layer is linear: the state is [B, H, K, V] a layer, and nothing else."""
+        """Whether every layer is linear: the state is [B, H, K, V] a layer, and what convolutions
+        remember."""
         return all(layer.linear for layer in self.layers)
 
     def state_bytes(self, tokens: int, itemsize: int = 4) -> int:
@@ -303,7 +304,8 @@ class ModelConfig:
     def growth_bytes(self, itemsize: int = 4) -> int:
         """Bytes by which what the model remembers grows with every token, once the windows are
         full."""
-        return sum(layer.state_bytes(1, itemsize) for layer in self.layers if not layer.bounded)
+        growing = [layer for layer in self.layers if not layer.bounded]
+        return sum(layer.state_bytes(1, itemsize) - layer.state_bytes(0) for layer in growing)
 
     def has_position(self, layer: int) -> bool:
         """Whether the mixer of this layer (from 0) turns q and k by position, as LRPE and RoPE

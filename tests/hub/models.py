@@ -28,6 +28,13 @@ KINDS = {
         "layer_types": ["sliding_attention", "linear_attention", "full_attention"],
         "softmax": {"window": 6, "num_key_value_heads": 1},
     },
+    "convolved": {
+        "layer_types": ["sliding_attention", "linear_attention", "full_attention"],
+        "softmax": {"window": 6, "num_key_value_heads": 1},
+        "convolution": "heads",
+        "qk_norm": True,
+        "head_norm": True,
+    },
 }
 TARGETS = {"qkvu_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
 GREEDY = {"do_sample": False, "max_new_tokens": 9}

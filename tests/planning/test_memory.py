@@ -152,6 +152,14 @@ KEPT += [
 ]
 KEPT += [({}, 4)]
 GROUPED = {"layer_types": ["linear_attention", *FULL[1:]], "softmax": {"num_key_value_heads": 2}}
+CONVOLVED = {"convolution": "heads", "position": "rope", "position_layers": "all"}
+KEPT += [
+    (CONVOLVED, 1),
+    (CONVOLVED, 2),
+    ({"convolution": "input"}, 1),
+    ({"convolution": "heads"}, 1),
+]
+KEPT += [({"qk_norm": True}, 1), ({"head_norm": True}, 1), ({**TRANSFORMER, **CONVOLVED}, 1)]
 KEPT += [(GROUPED, n) for n in (1, 2)]
 GATED = {**TRANSFORMER, "gate": True}
 KEPT += [(GATED, n) for n in (1, 2)]

@@ -43,6 +43,13 @@ STACK = {
     "hidden_size": 32,
     "softmax": {"window": 5, "num_key_value_heads": 2, "gate": True},
 }
+CONVOLVED = {
+    "convolution": "heads",
+    "position": "rope",
+    "position_layers": "all",
+    "qk_norm": True,
+    "head_norm": True,
+}
 DECAYED_BASELINE = {**TRANSFORMER, "position": "none", "decay": "alibi"}
 
 
@@ -85,6 +92,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(CP, EVERYTHING, packed=True), Case(CP, compile="aot_eager", recompute=True),
         Case(CP, STACK, recompute=True), Case(CP, STACK, packed=True),
         Case(CP, BASELINE, "bfloat16"), Case(CP, DECAYED_BASELINE),
+        Case(FSDP, CONVOLVED, recompute=True), Case(TP, CONVOLVED, compile="aot_eager"),
+        Case(TP, CONVOLVED, packed=True), Case(FSDP, CONVOLVED, segment=6),
+        Case(CP, CONVOLVED, compile="aot_eager", recompute=True), Case(CP, CONVOLVED, packed=True),
+        Case(CP, {**STACK, "convolution": "input"}, "bfloat16"),
         Case(CP, STACK, compile="aot_eager", recompute=True),
         # inductor drops what a rank has no need of, be it an exchange that others wait for
         Case(CP, {**BASELINE, "num_hidden_layers": 1}, compile="inductor"),

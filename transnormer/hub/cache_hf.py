@@ -2,9 +2,10 @@
 
 transformers has one cache object for each layer. A `LinearAttentionLayer` holds the state of the
 layer, [B, H, K, V], as its first recurrent state; the first of them holds the tokens read, [B], as
-its second. Softmax attention's keys and values are in a `DynamicLayer` or, with a window, in a
-`DynamicSlidingWindowLayer`. A linear layer knows no length, so positions come from the tokens
-read."""
+its second. What a short convolution remembers is the third or, of a softmax layer, one of the later
+states of the first linear layer. Softmax attention's keys and values are in a `DynamicLayer` or,
+with a window, in a `DynamicSlidingWindowLayer`. A linear layer knows no length, so positions come
+from the tokens read."""
 
 from __future__ import annotations
 
@@ -57,18 +58,44 @@ def read_cache(
         return None
     # linear layers are updated in place, which a backward pass must not see
     keep: Callable[[Tensor], Tensor] = torch.clone if torch.is_grad_enabled() else lambda part: part
-    states: list[LayerState] = [
-        (keep(held.recurrent_states[0]),)
-        if layer.linear
-        else (held.keys.transpose(1, 2), held.values.transpose(1, 2))
-        for held, layer in zip(cache.layers, layers, strict=True)
-    ]
+    states: list[LayerState] = []
+    for number, (held, layer) in enumerate(zip(cache.layers, layers, strict=True)):
+        own = (
+            (keep(held.recurrent_states[0]),)
+            if layer.linear
+            else (held.keys.transpose(1, 2), held.values.transpose(1, 2))
+        )
+        if layer.convolved:
+            holder, index = _place_of_convolution(layers, number)
+            own = (*own, keep(cache.layers[holder].recurrent_states[index]))
+        states.append(own)
     if linear:
         return State(states, keep(cache.layers[linear[0]].recurrent_states[1]))
     device = cache.layers[0].keys.device
     if mask is None:
         return State(states, torch.full((rows,), past, device=device))
     return State(states, mask[:, :past].to(device).sum(1))
+
+
+def number_of_states(layers: Sequence[LayerConfig]) -> int:
+    """How many states each linear layer's cache must have room for."""
+    if not any(layer.convolved for layer in layers):
+        return 2
+    return 3 + sum(not layer.linear for layer in layers)
+
+
+def _place_of_convolution(layers: Sequence[LayerConfig], number: int) -> tuple[int, int]:
+    """The layer whose cache holds what the convolution of layer `number` remembers, and the number
+    of its recurrent state there. Raises ValueError where there is no linear layer."""
+    if layers[number].linear:
+        return number, 2
+    first = next((n for n, layer in enumerate(layers) if layer.linear), None)
+    if first is None:
+        raise ValueError(
+            "transformers' cache has no place for the convolutions of softmax layers without a "
+            "linear layer among them; pass use_cache=False, or write with transnormer.generate"
+        )
+    return first, 3 + sum(not layer.linear for layer in layers[:number])
 
 
 def _check_kind(cache: Cache, layers: Sequence[LayerConfig]) -> None:
@@ -92,6 +119,10 @@ def write_cache(cache: Cache, layers: Sequence[LayerConfig], state: State, lengt
     place for."""
     first = True
     for number, (parts, layer) in enumerate(zip(state.layers, layers, strict=True)):
+        if layer.convolved:
+            parts, past = parts[:-1], parts[-1]
+            holder, index = _place_of_convolution(layers, number)
+            cache.update_recurrent_state(past.detach(), holder, state_idx=index)
         if len(parts) != (1 if layer.linear else 2):
             raise ValueError(
                 f"mixer {layer.mixer} keeps {len(parts)} tensors a layer, for which "

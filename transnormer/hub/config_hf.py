@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..config import SHAPE, ModelConfig
 from ..layer_config import SoftmaxSettings, nearest
+from .cache_hf import number_of_states
 
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 # Keys that transformers adds beside its own fields.
@@ -100,9 +101,9 @@ class TransNormerConfig(PreTrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        """How many states a linear layer's cache holds: the recurrent state, and the tokens
-        read."""
-        return 2
+        """How many states a linear layer's cache has room for: the recurrent state, the tokens
+        read, and what short convolutions remember."""
+        return number_of_states(self.own().layers)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, under the names that `__init__` reads."""

@@ -34,9 +34,7 @@ def short_convolution(
     if past is None:
         past = x.new_zeros(rows, taps - 1, channels)
     elif past.shape != (rows, taps - 1, channels):
-        raise ValueError(
-            f"past must be [{rows}, {taps - 1}, {channels}]; got {list(past.shape)}"
-        )
+        raise ValueError(f"past must be [{rows}, {taps - 1}, {channels}]; got {list(past.shape)}")
     past = past.to(x.dtype)
     if cu_seqlens is None:
         row = torch.cat([past, x], dim=1)

@@ -1,6 +1,6 @@
-"""Rows that are split among processes: softmax attention needs the keys and values of all earlier
-tokens, so each process gathers them, and a short convolution those of a few earlier tokens. Backward
-sums each token's gradients over the processes.
+"""Rows that are split among processes: each gathers the keys and values of all earlier tokens for
+softmax attention, and a few earlier tokens for a short convolution. Backward sums each token's
+gradients over the processes.
 
 Keys and values take one exchange of [B, R T, G, K + V] numbers each way; a linear layer exchanges a
 state, [B, H, K, V], of each process."""

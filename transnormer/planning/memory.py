@@ -166,6 +166,7 @@ def saved_bytes(
     Every tensor is bfloat16 except the residual stream, which is float32. A tensor rank keeps its
     own heads and columns, and between the products its own part of the tokens. It keeps the input
     of each projection whole, because it gathers that input. The masks of windows are not counted.
+    What a convolution gives is computed again.
     one_op: the mixer is `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in
     layers without positions."""
     d, inner, f = config.hidden_size, layer.inner_size, config.intermediate_size
@@ -179,7 +180,8 @@ def saved_bytes(
     if layer.linear:
         # q and k through the activation and the position, what the norm reads
         mixer += 2 * inner * (2 * (layer.key_dim // layer.head_dim) + 1)
-        if layer.parts == 4 and not one_op and tensor < layer.num_attention_heads:
+        apart = tensor < layer.num_attention_heads and not config.head_norm
+        if layer.parts == 4 and not one_op and apart:
             mixer += 2 * inner  # the gate, apart from q, k and v; of one head it is not copied
         if tensor > 1:  # ranks exchange the norm's sums: what comes of them is not computed again
             wider = 2 * NORMS[config.norm]  # with gains it is kept in float32

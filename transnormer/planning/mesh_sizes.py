@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import ModelConfig
+from ..layer_config import NORMS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 from ..config import ModelConfig
 from .hardware import GPUS, USABLE, Gpu
 from .memory import Layout, Memory, ParameterShapes, expected_memory, parameter_shapes
-from .mesh_sizes import MeshSizes, check_mesh, divided_by_tensor, divisors_text
+from .mesh_sizes import MeshSizes, check_mesh, divided_by_tensor, divisors_text, tensor_refusal
 from .speed import find_speed
 
 BATCH_TOKENS = 2**22  # of a step, about, where nobody says how many
