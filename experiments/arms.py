@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transnormer.config import ModelConfig
+from transnormer.layer_config import FULL, LINEAR
 from transnormer.train.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -132,7 +133,13 @@ def model_of(arm: str, size: str, vocab_size: int) -> dict[str, Any]:
     fewer = words.pop("fewer", False)
     del words["family"]
     shape = {key: value for key, value in known("sizes", size).items() if key != "recipe"}
+    every = words.pop("softmax_every", 0)
     model = {**shape, **words, "vocab_size": vocab_size}
+    if every:
+        layers = _config(shape).num_hidden_layers
+        every = min(every, layers)
+        types = [FULL if n % every == 0 else LINEAR for n in range(1, 1 + layers)]
+        model["layer_types"] = types
     if fewer:
         return model
     wanted = _config({**shape, "vocab_size": vocab_size}).parameter_count()

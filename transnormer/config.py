@@ -286,7 +286,7 @@ class ModelConfig:
         return dataclasses.replace(layer, convolved=read)
 
     @property
-    def fixed_state(self) -> bool:
+    def bounded(self) -> bool:
         """Whether what the model remembers of a text stops growing, however long the text is."""
         return all(layer.bounded for layer in self.layers)
 

@@ -195,9 +195,9 @@ def test_memory_is_what_the_config_says() -> None:
         assert held == model.config.state_bytes(length)
     grows = model.config.state_bytes(31) - model.config.state_bytes(30)
     assert grows == model.config.growth_bytes() == 2 * 4 * 24
-    assert not model.config.fixed_state
+    assert not model.config.bounded
     bounded = model.config.replace(layer_types=[LINEAR, SLIDING, SLIDING])
-    assert bounded.fixed_state
+    assert bounded.bounded
     assert not bounded.linear
     assert bounded.growth_bytes() == 0
 

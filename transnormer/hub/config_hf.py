@@ -80,9 +80,9 @@ class TransNormerConfig(PreTrainedConfig):
         return ModelConfig(**values, layer_types=self._layer_types)
 
     @property
-    def fixed_state(self) -> bool:
+    def bounded(self) -> bool:
         """As in `ModelConfig`."""
-        return self.own().fixed_state
+        return self.own().bounded
 
     @property
     def layer_types(self) -> list[str]:

@@ -37,7 +37,7 @@ class Slots:
     @classmethod
     def new(cls, model: LanguageModel, slots: int, capacity: int = 0) -> Slots:
         """Empty slots, on the model's device. capacity: it may be 0 where no layer's state grows
-        without end (`ModelConfig.fixed_state`)."""
+        without end (`ModelConfig.bounded`)."""
         layers = [block.mixer.new_slots(slots, capacity) for block in model.blocks()]
         seen = torch.zeros(slots, dtype=torch.int64, device=model.device)
         return cls(layers, seen, capacity)

@@ -1,9 +1,10 @@
 """Lightning Attention's forward and backward, as kernels in Triton: which walks they are made of.
 `lightning_triton` launches them.
 
-Nothing is stored between the passes. Counted in units of one [B, T, H, 128] tensor, the forward
-moves 4 and the backward, one launch of three kinds of programs, 12, of which dk and dv share two
-reads through the cache: 10, as a profiler counts too. (Fusing dk and dv in one program with the
+Nothing is stored between the passes. In units of one [B, T, H, 128] tensor, the forward pass reads
+3 and writes 1. The backward pass is one launch of three kinds of programs, which read 9 and write
+3; two of the reads are shared by dk and dv and come from the cache, so that a profiler counts 10
+units in all. (Fusing dk and dv in one program with the
 whole state was tried, and is no faster; storing chunk states, one [K, V] float32 each, would add 4
 units at C = 64 and 1 at C = 256.) Arithmetic, a token and head: 2 C (K + V) + 4 K V FLOPs forward,
 three times that backward; at C = 64, K = V = 128, three tenths of the time its bytes take on

@@ -1,12 +1,12 @@
 """Segments of time in Lightning Attention's kernels: what walks one segment, and what sums the
 state that each leaves.
 
-Where rows x heads x slices do not fill the GPU, time is cut in segments: a first launch sums the
-state of every segment alone (in backward, of both directions), the walk of a segment starts from
-the decayed sum of those before it. A segment's sum starts where lambda^distance is still above
-float32's smallest number. Packed rows are cut alike, at the same places: a program walks whatever
-sequences, or parts of them, lie in its segment, so the grid depends on T alone and nothing about
-cu_seqlens is read on the host.
+Where rows x heads x slices are too few programs to fill the GPU, time is cut in segments, which run
+at the same time. A first launch sums the state that each segment leaves by itself, in the backward
+pass for both directions. The walk of a segment then begins with the sum of what the segments before
+it left, decayed by the distance. A sum leaves out tokens so far away that float32 holds nothing of
+them. Packed rows are cut at the same places: a program walks whatever sequences, or parts of them,
+lie in its segment. So the grid depends on T alone, and the host reads nothing of cu_seqlens.
 
 The roles left, right and value, the letters and the strides are those of
 `lightning_walk_triton`."""

@@ -125,10 +125,10 @@ def load_chunk(
     REVERSE: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """[C, BLOCK]: tokens of the chunk, columns from `column` on.
+    """[C, BLOCK]: the tokens of a chunk, columns from `column` on.
 
-    Zero beyond the width and beyond the end that the walk leaves by (described: beyond the
-    row's)."""
+    Columns from WIDTH on are zero, and so are tokens beyond the end at which the walk leaves the
+    chunk (where x is DESCRIBED: tokens beyond the end of the row)."""
     first, start, stop = tokens
     if DESCRIBED:
         return x.load([row, first, head, column]).reshape(C, BLOCK)
@@ -224,7 +224,9 @@ def walk(
     REVERSE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     SWISHED: tl.constexpr,  # the output is a gradient of swish(raw), and becomes that of raw
-    STAGES: tl.constexpr,  # of all the loop's loads; None: the launch's, of what products read
+    # How many iterations ahead the loop loads. None: as many as the launch says, and only what
+    # products read.
+    STAGES: tl.constexpr,
 ):
     """Walks tokens start … stop - 1 of one row and head, writes their output, returns the state at
     the far end.

@@ -28,7 +28,7 @@ def backward(
     ids, targets: int64 [B, T] as in `LanguageModel.loss`. segment: tokens of a row held at a time.
     Raises ValueError for softmax attention without a window, whose state is all that was read.
     """
-    if not model.config.fixed_state:
+    if not model.config.bounded:
         raise ValueError(
             "train.segment needs linear attention (model.mixer = gla), or a window, in every "
             "layer: the state of full_attention is all that was read"

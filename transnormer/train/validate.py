@@ -38,7 +38,7 @@ def check_settings(recipe: Recipe, config: ModelConfig, data: TokenData, mesh: M
         raise ValueError(
             f"parallel.tensor = {mesh.tensor} cannot cut adapted maps; with lora it must be 1"
         )
-    if settings.segment and (not config.fixed_state or mesh.context > 1 or resets):
+    if settings.segment and (not config.bounded or mesh.context > 1 or resets):
         raise ValueError(
             f"train.segment = {settings.segment} needs linear attention (model.mixer = gla), "
             "or a window, in every layer, whole rows (parallel.context = 1) and "
