@@ -19,6 +19,7 @@ from .layer_config import (
     CONVOLUTIONS,
     DECAYS,
     FULL,
+    GATED,
     GLUS,
     LAYER_TYPES,
     LINEAR,
@@ -90,7 +91,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     # rows of the learned position table; read by position "ape" alone
     max_position_embeddings: int = 2_048
-    decay: str = "alibi"  # "alibi": the published checkpoints' slopes; "paper": equation 10
+    # "alibi": the published checkpoints' slopes; "paper": equation 10; "gated": each token sets its
+    # own, which begins as that of "alibi"
+    decay: str = "alibi"
     # the factor that weakens the decay from the first layer to the last
     decay_temperature: bool = True
     decay_scale: float = 1.0  # multiplies every log_decay
@@ -202,6 +205,8 @@ class ModelConfig:
         require(fits, "softmax.window", softmax.window, f"null where no layer is {SLIDING}")
 
     def _check_layer(self, layer: LayerConfig) -> None:
+        fits = layer.linear or layer.decay != GATED
+        require(fits, "decay", GATED, "alibi, paper or none where no layer is linear")
         heads, groups = layer.num_attention_heads, layer.num_key_value_heads
         wanted = f"a divisor of the width of all heads, {self.inner_size}"
         require(self.inner_size % heads == 0, "softmax.num_attention_heads", heads, wanted)
@@ -316,8 +321,8 @@ class ModelConfig:
         """Natural logarithm of each head's decay per token in this layer (from 0): H numbers, all
         <= 0.
 
-        "alibi" is what the published checkpoints compute, "paper" is equation 10 with h and l from
-        0."""
+        "alibi" is what the published checkpoints compute, and what "gated" begins with; "paper" is
+        equation 10 with h and l from 0."""
         own, layers = self.layers[layer], self.num_hidden_layers
         heads = own.num_attention_heads
         if own.decay == "none":
@@ -349,6 +354,7 @@ class ModelConfig:
             normed = layer.head_dim if self.head_norm else inner
             total += per_norm * (2 * d + (normed if mixer.norm else 0))
             total += TAPS * layer.convolved
+            total += d * layer.num_attention_heads * (layer.decay == GATED)
             total += (mixer.parameters + layer.position_parameters) * inner
         return total
 

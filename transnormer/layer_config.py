@@ -50,7 +50,8 @@ POSITIONS = {
     "ape": None,
     "none": None,
 }
-DECAYS = ("alibi", "paper", "none")
+GATED = "gated"  # the decay that each token sets for itself, in linear layers alone
+DECAYS = ("alibi", "paper", "none", GATED)
 # What a short causal convolution reads: what the mixer is given, or each head's q, k, v and gate.
 CONVOLUTIONS = ("none", "input", "heads")
 TAPS = 4  # tokens that it reads, the token itself included
@@ -102,7 +103,7 @@ class SoftmaxSettings:
         for name, choices in (
             ("position", positions),
             ("activation", ACTIVATIONS),
-            ("decay", DECAYS),
+            ("decay", [choice for choice in DECAYS if choice != GATED]),
         ):
             if getattr(self, name) is not None:
                 require_choice(f"softmax.{name}", getattr(self, name), choices)

@@ -48,6 +48,11 @@ KINDS += [
     )
 ]
 
+KINDS += [
+    {"mixer": "gla", "position": "rope", "position_layers": "all", "decay": "gated", **more}
+    for more in ({}, {"convolution": "input", "head_norm": True})
+]
+
 STACK = {"layer_types": [LINEAR, SLIDING, FULL], "softmax": {"window": 6}}
 
 
@@ -138,6 +143,7 @@ def test_no_token_sees_a_later_one(kind: dict) -> None:
         {"gate": False},
         {"gate_rank": 5},
         {"qk_norm": True},
+        {"decay": "gated"},
         {"head_norm": True},
         {"convolution": "input"},
         {"convolution": "heads"},

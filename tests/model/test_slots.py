@@ -23,6 +23,7 @@ MODELS = {
     "learned": {"position": "ape", "max_position_embeddings": 64},
     "softmax": {"mixer": "softmax", "position": "rope", "activation": "none"},
     "convolved": {"convolution": "heads", "qk_norm": True, "head_norm": True},
+    "gated decay": {"decay": "gated", "convolution": "heads"},
     "convolved input": {"convolution": "input", "mixer": "softmax", "position": "none"},
 }
 

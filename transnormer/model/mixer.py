@@ -30,6 +30,7 @@ class Mixer(nn.Module, ABC):
         "out_proj": "rows",
         "position": "heads",
         "convolution": "heads",
+        "decay_proj": "columns",
         "norm": "norm",
     }
     context: Context | None = None  # the processes that share a row's tokens

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..layer_config import GATED
+from ..ops.gated_decay import gated_decay_attention, gated_decay_step_
 from ..ops.gla import gated_linear_attention
 from ..ops.lightning import lightning_attention, lightning_step_
-from .layers import NORMS, SimpleRMSNorm, TokenPositions, gated
+from .layers import NORMS, Linear, SimpleRMSNorm, TokenPositions, gated
 from .mixer import LayerState, Mixer
 from .softmax_attention import SoftmaxAttention
 
@@ -29,6 +31,18 @@ class GatedLinearAttention(Mixer):
         self.head_norm = norm(config.head_dim, config.norm_eps) if own else None
         self.eps = config.norm_eps
 
+        self.decay_proj = None
+        if config.layers[layer].decay == GATED:
+            self.decay_proj = Linear(config.hidden_size, self.heads, bias=False)
+
+    def _decays_of(self, x: Tensor) -> Tensor:
+        """[B, T, H]: log_decay of each token, -softplus(x W + b), b such that log_decay is what is
+        left of it where x W is 0."""
+        assert self.decay_proj is not None
+        begin = torch.log(torch.expm1(-self.log_decay).clamp(min=1e-20))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return -F.softplus(self.decay_proj(x).to(wide) + begin)
+
     def new_state(self, rows: int) -> LayerState:
         own = self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim)
         return own, *self._new_past(rows)
@@ -40,6 +54,10 @@ class GatedLinearAttention(Mixer):
         for t in range(x.shape[1]):
             qt, kt, vt = (part[:, t : t + 1] for part in (q, k, v))
             slots = tokens.owners(t)
+            if self.decay_proj is not None:
+                decay = self._decays_of(x[:, t : t + 1])
+                outputs.append(gated_decay_step_(qt, kt, vt, decay, memory[0], slots))
+                continue
             outputs.append(lightning_step_(qt, kt, vt, self.log_decay, memory[0], slots=slots))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self._project_out(mixed, gate)
@@ -78,6 +96,11 @@ class GatedLinearAttention(Mixer):
             )
             return self.out_proj(y), (after, *last)
         q, k, v, gate = self._project(x, qkvu, tokens)
+        if self.decay_proj is not None:
+            mixed, after = gated_decay_attention(
+                q, k, v, self._decays_of(x), before, tokens.cu_seqlens
+            )
+            return self._project_out(mixed, gate), (after, *last)
         mixed, after = lightning_attention(
             q,
             k,
@@ -93,7 +116,7 @@ class GatedLinearAttention(Mixer):
     def _is_one_op(self) -> bool:
         """Whether `gated_linear_attention` computes all that lies between the projections."""
         plain = self.position is None and self.activation is F.silu and self.parts == 4
-        plain &= self.qk_eps is None
+        plain &= self.qk_eps is None and self.decay_proj is None
         return plain and isinstance(self.norm, SimpleRMSNorm) and self.context is None
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..layer_config import NORMS
+from ..layer_config import GATED, NORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,11 @@ def check_mesh(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
                 "fit the model"
             )
+    if context > 1 and config.decay == GATED:
+        raise ValueError(
+            f"parallel.context = {context} needs a decay that is the same for all tokens; with "
+            "model.decay = gated it must be 1"
+        )
     if seq_len % (context * tensor):
         most = divisors_text(seq_len // tensor) if seq_len % tensor == 0 else "none"
         raise ValueError(

@@ -1,0 +1,76 @@
+"""Linear attention with a decay of each token's own: the recurrence, whole, packed, by steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transnormer.ops.gated_decay import gated_decay_attention, gated_decay_step_
+from transnormer.ops.lightning import lightning_attention
+
+
+def drawn(rows: int, length: int) -> tuple[torch.Tensor, ...]:
+    q, k = (torch.randn(rows, length, 2, 5, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(rows, length, 2, 3, dtype=torch.float64)
+    return q, k, v, -(torch.rand(rows, length, 2, dtype=torch.float64) ** 3)
+
+
+def recurrence(q, k, v, log_decay, state):
+    outputs = []
+    for t in range(q.shape[1]):
+        state = log_decay[:, t].exp()[..., None, None] * state
+        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 150])
+def test_chunks_are_the_recurrence(length: int) -> None:
+    inputs = [x.requires_grad_() for x in drawn(2, length)]
+    state = torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    found, wanted = gated_decay_attention(*inputs, state), recurrence(*inputs, state)
+    for part, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(part, other)
+    weights = [torch.randn_like(part) for part in wanted]
+    gradients = (torch.autograd.grad(each, [*inputs, state], weights) for each in (found, wanted))
+    for gradient, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_with_one_decay_for_all_tokens_it_is_lightning_attention() -> None:
+    q, k, v, _ = drawn(2, 100)
+    fixed = torch.tensor([-0.5, -0.01], dtype=torch.float64)
+    found, state = gated_decay_attention(q, k, v, fixed.expand(2, 100, 2))
+    wanted, end = lightning_attention(q, k, v, fixed, return_state=True)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(state, end)
+
+
+def test_packed_sequences_are_each_alone() -> None:
+    inputs, bounds = drawn(1, 90), torch.tensor([0, 70, 70, 90])
+    state = torch.randn(3, 2, 5, 3, dtype=torch.float64)
+    found, after = gated_decay_attention(*inputs, state, bounds)
+    for n, part in enumerate((slice(0, 70), slice(70, 90))):
+        row = 2 * n
+        alone = gated_decay_attention(*(x[:, part] for x in inputs), state[row : row + 1])
+        torch.testing.assert_close(found[:, part], alone[0])
+        torch.testing.assert_close(after[row : row + 1], alone[1])
+    assert torch.equal(after[1], state[1])
+
+
+def test_a_step_moves_the_named_slots_alone() -> None:
+    q, k, v, log_decay = drawn(3, 1)
+    state = torch.randn(4, 2, 5, 3, dtype=torch.float64)
+    before = state.clone()
+    slots = torch.tensor([2, -1, 0])
+    output = gated_decay_step_(q, k, v, log_decay, state, slots)
+    wanted, after = recurrence(q, k, v, log_decay, before[[2, 0, 0]])
+    torch.testing.assert_close(output[[0, 2]], wanted[[0, 2]])
+    torch.testing.assert_close(state[[2, 0]], after[[0, 2]])
+    assert torch.equal(state[[1, 3]], before[[1, 3]])
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    q, k, v, _ = drawn(1, 4)
+    with pytest.raises(ValueError, match=r"log_decay must be \[1, 4, 2\]"):
+        gated_decay_attention(q, k, v, torch.zeros(2))
