@@ -105,21 +105,25 @@ class Skipping(Mixer):
         nn.init.ones_(self.skip)
 
     def new_state(self, rows):
-        return (self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim),)
+        own = self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim)
+        return own, *self._new_past(rows)
 
     def flops_per_token(self, seq_len, chunk):
         return 4.0 * self.heads * self.key_dim * self.head_dim
 
     def forward(self, x, state, tokens):
-        q, k, v, gate = self._project(x, tokens)
+        before, *past = state or (None,)
+        x, qkvu, last = self._qkvu(x, tuple(past), tokens)
+        q, k, v, gate = self._project(x, qkvu, tokens)
         mixed, after = lightning_attention(
-            q, k, v, self.log_decay, state=state and state[0], cu_seqlens=tokens.cu_seqlens,
+            q, k, v, self.log_decay, state=before, cu_seqlens=tokens.cu_seqlens,
             return_state=True, context=self.context,
         )
-        return self._written(mixed, v, gate), (after,)
+        return self._written(mixed, v, gate), (after, *last)
 
     def step_(self, x, memory, tokens):
-        q, k, v, gate = self._project(x, tokens)
+        x, qkvu, _ = self._qkvu(x, memory[1:], tokens, step=True)
+        q, k, v, gate = self._project(x, qkvu, tokens)
         mixed = []
         for t in range(x.shape[1]):
             one = (part[:, t : t + 1] for part in (q, k, v))
@@ -134,8 +138,8 @@ class Skipping(Mixer):
 class Sharp(SoftmaxAttention):
     """Softmax attention whose scores are three times as large."""
 
-    def _project(self, x, tokens):
-        q, k, v, gate = super()._project(x, tokens)
+    def _project(self, x, qkvu, tokens):
+        q, k, v, gate = super()._project(x, qkvu, tokens)
         return 3 * q, k, v, gate
 '''
 
