@@ -2,7 +2,7 @@
 
     python experiments/recall.py associations --arms published hybrid llama-scaled
     python experiments/recall.py copies --widths 64 128 --rates 1e-3 3e-3
-    python experiments/recall.py associations --steps 20 --rows 4   # a try on a laptop
+    python experiments/recall.py associations --steps 20 --rows 4 --out build/recall   # a try
 
 Each run is one arm of tables.toml, one width and one learning rate, on tokens that never repeat. It
 leaves one JSON in --out, and is not run again. Of the rates the best one counts, as for every arm.
@@ -56,15 +56,19 @@ def model_of(arm: str, width: int) -> ModelConfig:
 
 
 def batch(
-    task: str, rows: int, generator: torch.Generator, pairs: int | None = None, length: int = LENGTH
+    task: str,
+    rows: int,
+    generator: torch.Generator,
+    pairs: int | None = None,
+    length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a task. pairs: of associations; None draws one of PAIRS."""
+    """Rows of a task. Of associations, pairs: None draws one of PAIRS; length: None is LENGTH."""
     if task == "copies":
         return recall.copies(rows, COPY, VOCAB, generator)
     if pairs is None:
         drawn = torch.randint(len(PAIRS), (), generator=generator, device=generator.device)
         pairs = PAIRS[int(drawn)]
-    return recall.associations(rows, length, pairs, VOCAB, generator)
+    return recall.associations(rows, length or LENGTH, pairs, VOCAB, generator)
 
 
 def scores(model: LanguageModel, task: str, generator: torch.Generator) -> dict[str, float]:
@@ -109,7 +113,7 @@ def measure(task: str, arm: str, width: int, rate: float, given: argparse.Namesp
         "steps": given.steps,
         "rows": given.rows,
         "parameters": model.parameter_count(),
-        "state_bytes": config.state_bytes(LENGTH, itemsize=2),
+        "state_bytes": config.state_bytes(COPY if task == "copies" else LENGTH, itemsize=2),
         "seconds": round(time.monotonic() - began, 2),
         "accuracy": found,
         "curve": curve,

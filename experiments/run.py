@@ -125,11 +125,11 @@ class Queue:
 
 
 def seconds_of(run: Run, options: argparse.Namespace) -> float:
-    """What a run of this size takes, start and scores included, by the slowest earlier one; 0 if
-    there is none. One that read fewer tokens is taken to have needed as long for each of them."""
+    """What a run of this size takes, start and scores included, by the slowest earlier one, in
+    proportion to the tokens; 0 if there is none."""
     paths = options.out.glob(f"{run.setting.rpartition('-')[0]}-*.json")
     took = [
-        found["seconds"] * max(1.0, run.tokens / found["tokens"]) + found.get("draw_seconds", 0.0)
+        found["seconds"] * run.tokens / found["tokens"] + found.get("draw_seconds", 0.0)
         for found in (json.loads(path.read_text()) for path in paths)
         if (found["side_by_side"], found.get("dtype", "bfloat16"))
         == (options.side_by_side, run.dtype)

@@ -101,16 +101,18 @@ class ModelConfig:
     gate_rank: int | None = None  # None: a full gate projection; r: two thin ones, D -> r -> heads
     activation: str = "swish"  # on q and k
     qk_norm: bool = False  # SimpleRMSNorm over each head of q and k
-    head_norm: bool = False  # the norm over the heads' output is over each head by itself
-    # A short causal convolution of each channel, in every layer: "input" of what the mixer is
-    # given, "heads" of each head's q, k, v and gate. It starts as the identity.
+    # in linear layers: the norm over the heads' output takes each head by itself
+    head_norm: bool = False
+    # A short causal convolution of each channel, in every layer, which starts as the identity.
+    # "heads": of each head's q, k, v and, without gate_rank, gate. "input": of what the mixer is
+    # given, which is then also what gate_rank and a gated decay read.
     convolution: str = "none"
     # "mlp": no gate, two matrices with GELU between them, as in a plain Transformer
     glu: str = "sglu"
     norm: str = "srmsnorm"  # in the blocks, over the heads' output, and before the head
     norm_eps: float = 1e-6
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
-    bias: bool = False  # on every linear map but the head
+    bias: bool = False  # on every linear map but the head and a gated decay's
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = None
@@ -310,7 +312,9 @@ class ModelConfig:
         """Bytes by which what the model remembers grows with every token, once the windows are
         full."""
         growing = [layer for layer in self.layers if not layer.bounded]
-        return sum(layer.state_bytes(1, itemsize) - layer.state_bytes(0) for layer in growing)
+        return sum(
+            layer.state_bytes(1, itemsize) - layer.state_bytes(0, itemsize) for layer in growing
+        )
 
     def has_position(self, layer: int) -> bool:
         """Whether the mixer of this layer (from 0) turns q and k by position, as LRPE and RoPE

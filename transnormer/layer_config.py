@@ -52,7 +52,8 @@ POSITIONS = {
 }
 GATED = "gated"  # the decay that each token sets for itself, in linear layers alone
 DECAYS = ("alibi", "paper", "none", GATED)
-# What a short causal convolution reads: what the mixer is given, or each head's q, k, v and gate.
+# What a short causal convolution reads: what the mixer is given, or each head's q, k, v and gate
+# (not that of gate_rank).
 CONVOLUTIONS = ("none", "input", "heads")
 TAPS = 4  # tokens that it reads, the token itself included
 NORMS = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}  # learned parameters a channel
@@ -198,8 +199,8 @@ class LayerConfig:
     def state_bytes(self, tokens: int, itemsize: int = 4) -> int:
         """Bytes that the layer remembers of a text of so many tokens.
 
-        itemsize: bytes of a number of the keys and values, and of what a convolution reads;
-            linear layers keep float32.
+        itemsize: bytes of one number of the keys, the values and the tokens that a convolution
+            remembers; the [B, H, K, V] of a linear layer is float32 in any case.
         """
         before = itemsize * (TAPS - 1) * self.convolved
         if self.linear:

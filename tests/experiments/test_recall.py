@@ -35,8 +35,6 @@ def test_a_run_leaves_its_answers_once(
     monkeypatch.setattr(recall, "PAIRS", (2, 4))
     words = f"recall.py {task} --arms hybrid-conv --widths 64 --rates 3e-3 --steps 3 --rows 2"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--out", str(tmp_path)])
-    # `batch` has the module's length as its default
-    monkeypatch.setattr(recall.batch, "__defaults__", (None, 32))
     recall.main()
     record = json.loads((tmp_path / f"{task}-hybrid-conv-64-0.003.json").read_text())
     assert record["steps"] == 3

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transnormer import ModelConfig, layer_config
+from transnormer import TRANSFORMER, ModelConfig, layer_config
 from transnormer.model import mixers
 
 from ..lazy import Lazy
 from ..model.test_calls import TWIN, Twin
-from .models import GREEDY, VOCAB, cache_of, draw, padded
+from .models import GREEDY, VOCAB, cache_of, draw, padded, small
 
 hf, transformers = Lazy("transnormer.hub.hf"), Lazy("transformers")
 
@@ -205,3 +205,16 @@ def test_a_mixer_whose_state_has_no_place_in_a_cache_is_refused(monkeypatch) -> 
         ValueError, match=r"mixer twin keeps 2 tensors a layer.*no place; transnormer.generate"
     ):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1)
+
+
+def test_convolutions_without_a_linear_layer_have_no_place_in_a_cache(tmp_path) -> None:
+    own = small(**TRANSFORMER, convolution="heads")
+    own.save_pretrained(tmp_path)
+    model, ids = hf.TransNormerForCausalLM.from_pretrained(tmp_path), draw(2, 6)
+    output = model(ids)
+    torch.testing.assert_close(output.logits, own(ids)[0])
+    assert hf.CACHE not in output
+    with pytest.raises(ValueError, match="no place for the convolutions of softmax layers"):
+        model(ids, use_cache=True)
+    written = model.generate(ids, do_sample=False, max_new_tokens=3, use_cache=False)
+    assert written.shape == (2, 9)

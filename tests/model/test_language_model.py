@@ -123,6 +123,14 @@ def test_every_way_of_reading_gives_the_same(
     same(padded[1, 13:], whole[1, 40:])
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 2_000.0])
+def test_gated_decays_of_any_strength_are_finite(scale: float) -> None:
+    model = small(decay="gated", decay_scale=scale)
+    logits, state = model(torch.randint(29, (1, 100)))
+    assert logits.isfinite().all()
+    assert all(part.isfinite().all() for layer in state.layers for part in layer)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 def test_no_token_sees_a_later_one(kind: dict) -> None:
     model = small(**kind)

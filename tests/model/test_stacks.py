@@ -195,6 +195,9 @@ def test_memory_is_what_the_config_says() -> None:
         assert held == model.config.state_bytes(length)
     grows = model.config.state_bytes(31) - model.config.state_bytes(30)
     assert grows == model.config.growth_bytes() == 2 * 4 * 24
+    assert model.config.growth_bytes(1) * 4 == model.config.growth_bytes()
+    convolved = model.config.replace(convolution="heads")
+    assert convolved.growth_bytes(1) * 4 == model.config.growth_bytes()
     assert not model.config.bounded
     bounded = model.config.replace(layer_types=[LINEAR, SLIDING, SLIDING])
     assert bounded.bounded

@@ -159,7 +159,12 @@ KEPT += [
     ({"convolution": "input"}, 1),
     ({"convolution": "heads"}, 1),
 ]
-KEPT += [({"qk_norm": True}, 1), ({"head_norm": True}, 1), ({**TRANSFORMER, **CONVOLVED}, 1)]
+KEPT += [
+    ({"qk_norm": True}, 1),
+    ({"head_norm": True}, 1),
+    ({"head_norm": True, "norm": "rmsnorm"}, 1),
+    ({**TRANSFORMER, **CONVOLVED}, 1),
+]
 KEPT += [(GROUPED, n) for n in (1, 2)]
 GATED = {**TRANSFORMER, "gate": True}
 KEPT += [(GATED, n) for n in (1, 2)]

@@ -133,6 +133,11 @@ def test_more_of_everything_costs_what_it_must() -> None:
             "--tensor 8",
         ),
         (
+            "--size 10m --gpus 2 --context 2 model.decay=gated",
+            "--context 2 needs a decay that is the same for all tokens, not model.decay=gated",
+            None,
+        ),
+        (
             "--size 10m --gpus 2 --context 2 model.kind=transformer",
             "--context 2 is planned for linear attention alone, model.mixer=gla in every layer",
             "--context 1",

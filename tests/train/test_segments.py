@@ -49,6 +49,20 @@ def test_gradients_are_those_of_the_whole_row(kind: dict, segment: int) -> None:
         assert (found[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
 
 
+def test_a_convolution_may_read_what_is_not_trained() -> None:
+    """Adapters leave the embedding as it is, and a convolution remembers rows of it."""
+    model = LanguageModel(ModelConfig(**SMALL, convolution="input", decay="gated")).double()
+    model.embed_tokens.weight.requires_grad_(False)
+    ids = torch.randint(50, (2, 41))
+    model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").backward()
+    want = gradients(model)
+    segments.backward(model, ids[:, :-1], ids[:, 1:], 7, 1.0)
+    found = gradients(model)
+    assert want.pop("embed_tokens.weight") is None is found["embed_tokens.weight"]
+    for name, gradient in want.items():
+        assert (found[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+
+
 def test_they_are_not_those_of_a_cut_gradient() -> None:
     model = LanguageModel(ModelConfig(**SMALL)).double()
     ids = torch.randint(50, (1, 41))

@@ -21,7 +21,7 @@ from ..model.language_model import LanguageModel
 from .continuations import Request, score_requests
 
 IGNORED = -100  # the target of a token after which nothing is asked
-POWER = 0.01  # queries of associative recall lie at distance n with weight n^(POWER - 1)
+POWER = 0.01  # a query in the n-th place of two tokens after the pairs has weight n^(POWER - 1)
 WORDS = ("apple", "bridge", "candle", "doctor", "engine", "forest", "garden", "harbour")
 
 
@@ -90,8 +90,8 @@ def accuracy(model: LanguageModel, ids: Tensor, targets: Tensor, rows: int = 64)
 class Needle:
     """How often the hidden number was found, at one length and depth.
 
-    length: tokens of the prompt. depth: share of them that stands before the needle. accuracy: the
-    share of `trials` prompts after which the right number is the likeliest of `choices`."""
+    length: tokens of the prompt. depth: share of the text that stands before the needle. accuracy:
+    the share of `trials` prompts after which the right number is the likeliest of `choices`."""
 
     length: int
     depth: float
@@ -115,7 +115,8 @@ def needles(
 
     text: tokens of documents that the model has not been trained on, at least as many as the
     longest prompt. The answers to choose from are numbers of three digits. What a prompt's answers
-    share is read once. Raises ValueError where the text is too short."""
+    share is read once. Raises ValueError where the text is too short, or the model has no
+    tokenizer."""
     draw, tokenizer = random.Random(seed), model.tokenizer
     if tokenizer is None:
         raise ValueError("the model's folder has no tokenizer, so it cannot read text")
@@ -139,7 +140,7 @@ def needles(
             for number in numbers:
                 tokens = np.array([*prompt, *encode(tokenizer, f" {number}")], dtype=np.int64)
                 requests.append(Request(len(requests), tokens, len(prompt)))
-        scores = score_requests(model, requests, batch_tokens=max(4_096, choices))
+        scores = score_requests(model, requests, batch_tokens=4_096)
         likeliest = np.array([score for score, _ in scores]).reshape(trials, choices).argmax(1)
         share = float((likeliest == 0).mean())
         found.append(Needle(length, depth, share, trials, choices))

@@ -2,8 +2,9 @@
 
 transformers has one cache object for each layer. A `LinearAttentionLayer` holds the state of the
 layer, [B, H, K, V], as its first recurrent state; the first of them holds the tokens read, [B], as
-its second. What a short convolution remembers is the third or, of a softmax layer, one of the later
-states of the first linear layer. Softmax attention's keys and values are in a `DynamicLayer` or,
+its second. What the convolution of a linear layer remembers is that layer's third state. A softmax
+layer's cache has no place for it, so the first linear layer holds it, as its fourth state and on.
+Softmax attention's keys and values are in a `DynamicLayer` or,
 with a window, in a `DynamicSlidingWindowLayer`. A linear layer knows no length, so positions come
 from the tokens read."""
 
@@ -67,7 +68,8 @@ def read_cache(
         )
         if layer.convolved:
             holder, index = _place_of_convolution(layers, number)
-            own = (*own, keep(cache.layers[holder].recurrent_states[index]))
+            past_tokens = cache.layers[holder].recurrent_states[index]
+            own = (*own, keep(past_tokens).to(own[0].device))
         states.append(own)
     if linear:
         return State(states, keep(cache.layers[linear[0]].recurrent_states[1]))
@@ -75,6 +77,11 @@ def read_cache(
     if mask is None:
         return State(states, torch.full((rows,), past, device=device))
     return State(states, mask[:, :past].to(device).sum(1))
+
+
+def has_place(layers: Sequence[LayerConfig]) -> bool:
+    """Whether transformers' cache can hold what these layers remember."""
+    return any(layer.linear for layer in layers) or not any(layer.convolved for layer in layers)
 
 
 def number_of_states(layers: Sequence[LayerConfig]) -> int:
@@ -86,15 +93,10 @@ def number_of_states(layers: Sequence[LayerConfig]) -> int:
 
 def _place_of_convolution(layers: Sequence[LayerConfig], number: int) -> tuple[int, int]:
     """The layer whose cache holds what the convolution of layer `number` remembers, and the number
-    of its recurrent state there. Raises ValueError where there is no linear layer."""
+    of its recurrent state there. `has_place` says whether there is one."""
     if layers[number].linear:
         return number, 2
-    first = next((n for n, layer in enumerate(layers) if layer.linear), None)
-    if first is None:
-        raise ValueError(
-            "transformers' cache has no place for the convolutions of softmax layers without a "
-            "linear layer among them; pass use_cache=False, or write with transnormer.generate"
-        )
+    first = next(n for n, layer in enumerate(layers) if layer.linear)
     return first, 3 + sum(not layer.linear for layer in layers[:number])
 
 
@@ -122,7 +124,8 @@ def write_cache(cache: Cache, layers: Sequence[LayerConfig], state: State, lengt
         if layer.convolved:
             parts, past = parts[:-1], parts[-1]
             holder, index = _place_of_convolution(layers, number)
-            cache.update_recurrent_state(past.detach(), holder, state_idx=index)
+            device = state.layers[holder][0].device
+            cache.update_recurrent_state(past.detach().to(device), holder, state_idx=index)
         if len(parts) != (1 if layer.linear else 2):
             raise ValueError(
                 f"mixer {layer.mixer} keeps {len(parts)} tensors a layer, for which "

@@ -32,7 +32,7 @@ from ..model.language_model import LanguageModel
 from ..model.layers import Linear, TokenPositions
 from ..model.mixer import LayerState, Mixer
 from ..ops.loss import linear_cross_entropy
-from .cache_hf import read_cache, write_cache
+from .cache_hf import has_place, read_cache, write_cache
 from .config_hf import TransNormerConfig
 from .rows import Rows, read_rows
 
@@ -243,6 +243,12 @@ class TransNormerForCausalLM(LanguageModel, PreTrainedModel, GenerationMixin):
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not rows.no_cache_from
+            use_cache &= has_place(self.layer_configs)
+        if (use_cache or cache is not None) and not has_place(self.layer_configs):
+            raise ValueError(
+                "transformers' cache has no place for the convolutions of softmax layers without a "
+                "linear layer among them; pass use_cache=False, or write with transnormer.generate"
+            )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if output_hidden_states is None:

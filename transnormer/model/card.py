@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import ModelConfig
 from ..files import write_text
-from ..layer_config import POSITIONS
+from ..layer_config import POSITIONS, TAPS
 
 CARD = "README.md"
 
@@ -93,8 +93,20 @@ def _facts(config: ModelConfig, parameters: int) -> dict[str, str | int]:
         "positions": f"{config.position}{_positioned_layers(config)}",
         "decay": config.decay,
         "norm": config.norm,
+        **_options(config),
         "memory of a text": _memory(config),
     }
+
+
+def _options(config: ModelConfig) -> dict[str, str]:
+    """What the model has that the paper's has not."""
+    found = {}
+    if config.convolution != "none":
+        found["short convolution"] = f"of {TAPS} tokens, {config.convolution}"
+    norms = {"q and k": config.qk_norm, "each head's output": config.head_norm}
+    if over := [what for what, there in norms.items() if there]:
+        found["norms over a head"] = " and ".join(over)
+    return found
 
 
 def _positioned_layers(config: ModelConfig) -> str:

@@ -220,8 +220,8 @@ def rotation(
 
 
 class ShortConvolution(nn.Module):
-    """Each channel plus a little of its last tokens: a causal convolution with weights of its own,
-    which starts as the identity. [B, T, C]."""
+    """Each channel of a token becomes a weighted sum of itself and its values at the TAPS - 1
+    tokens before, with weights of the channel's own. It starts as the identity. [B, T, C]."""
 
     def __init__(self, groups: int, channels: int):
         """C = groups x channels; a tensor rank keeps whole groups."""

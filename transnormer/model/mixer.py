@@ -32,6 +32,7 @@ class Mixer(nn.Module, ABC):
         "convolution": "heads",
         "decay_proj": "columns",
         "norm": "norm",
+        "head_norm": "whole",  # where it has weights, tensor ranks are refused (mesh_sizes.py)
     }
     context: Context | None = None  # the processes that share a row's tokens
 
@@ -159,21 +160,23 @@ class Mixer(nn.Module, ABC):
 
         past: what the convolution remembers, if anything; of a decoding step its memory, which
         moves on in place."""
-        after: list[Tensor] = []
+        last: LayerState = ()
+        if self.convolves_input:
+            x, last = self._convolved(x, past, tokens, step)
+        qkvu = self.qkvu_proj(x)
+        if not self.convolves_input:
+            qkvu, last = self._convolved(qkvu, past, tokens, step)
+        return x, qkvu.unflatten(-1, (self.key_value_heads, self.parts, self.head_dim)), last
 
-        def convolved(vectors: Tensor, here: bool) -> Tensor:
-            if self.convolution is None or not here:
-                return vectors
-            if step:
-                return self.convolution.step_(vectors, past[0], tokens)
-            y, last = self.convolution(vectors, past[0] if past else None, tokens, self.context)
-            after.append(last)
-            return y  # type: ignore[no-any-return]
-
-        x = convolved(x, self.convolves_input)
-        qkvu = convolved(self.qkvu_proj(x), not self.convolves_input)
-        heads = (self.key_value_heads, self.parts, self.head_dim)
-        return x, qkvu.unflatten(-1, heads), tuple(after)
+    def _convolved(
+        self, x: Tensor, past: LayerState, tokens: TokenPositions, step: bool
+    ) -> tuple[Tensor, LayerState]:
+        if self.convolution is None:
+            return x, ()
+        if step:
+            return self.convolution.step_(x, past[0], tokens), ()
+        y, last = self.convolution(x, past[0] if past else None, tokens, self.context)
+        return y, (last,)
 
     def _project(
         self, x: Tensor, qkvu: Tensor, tokens: TokenPositions

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..layer_config import GATED
+from ..ops.decay import STRONGEST
 from ..ops.gated_decay import gated_decay_attention, gated_decay_step_
 from ..ops.gla import gated_linear_attention
 from ..ops.lightning import lightning_attention, lightning_step_
@@ -20,8 +21,7 @@ from .softmax_attention import SoftmaxAttention
 
 class GatedLinearAttention(Mixer):
     """O = Norm(Q (K^T V) with decay) * U, then a projection (paper equation 11). State: ([B, H, K,
-    V] float32,), and
-    what the convolution remembers where there is one."""
+    V] float32,), and last what the convolution remembers where there is one."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
@@ -39,7 +39,8 @@ class GatedLinearAttention(Mixer):
         """[B, T, H]: log_decay of each token, -softplus(x W + b), b such that log_decay is what is
         left of it where x W is 0."""
         assert self.decay_proj is not None
-        begin = torch.log(torch.expm1(-self.log_decay).clamp(min=1e-20))
+        strength = -self.log_decay.clamp(min=STRONGEST)
+        begin = strength + torch.log(-torch.expm1(-strength)).clamp(min=-46.0)
         wide = torch.promote_types(x.dtype, torch.float32)
         return -F.softplus(self.decay_proj(x).to(wide) + begin)
 
@@ -97,6 +98,10 @@ class GatedLinearAttention(Mixer):
             return self.out_proj(y), (after, *last)
         q, k, v, gate = self._project(x, qkvu, tokens)
         if self.decay_proj is not None:
+            if self.context is not None:
+                raise ValueError(
+                    "a gated decay is not to be had where several processes share rows"
+                )
             mixed, after = gated_decay_attention(
                 q, k, v, self._decays_of(x), before, tokens.cu_seqlens
             )

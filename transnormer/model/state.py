@@ -26,7 +26,7 @@ class State:
 
     layers: per layer what its mixer keeps: Gated Linear Attention one [B, H, K, V] in float32,
         whose size does not depend on how much was read; softmax attention all keys and values or,
-        with a window, the last ones.
+        with a window, the last ones; and a short convolution the last tokens that it read.
     seen: [B] int64, the tokens read by each row.
     """
 

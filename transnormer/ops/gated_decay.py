@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decay import STRONGEST
 from .dispatch import check_devices
 from .lightning_torch import CHUNK, first_state, work_dtype
 
@@ -29,8 +30,8 @@ def gated_decay_attention(
 
     q, k: [B, T, H, K]; v: [B, T, H, V]. log_decay: [B, T, H], real numbers up to 0. state: [B or N,
     H, K, V]; None: zeros. cu_seqlens: [N + 1], where the one row holds N sequences; it is read on
-    the host. Products are of v's dtype, sums and states in at least float32. Raises ValueError
-    where shapes do not fit."""
+    the host. Products, and what a chunk adds to the state, are rounded to v's dtype or autocast's;
+    the state is kept in at least float32. Raises ValueError where shapes do not fit."""
     check_devices("gated_decay_attention", q=q, k=k, v=v, log_decay=log_decay, state=state)
     if log_decay.shape != q.shape[:3]:
         raise ValueError(
@@ -86,7 +87,7 @@ def _rows(
         return x.unflatten(1, (-1, chunk))
 
     q, k, v = (chunks(x) for x in (q, k, v))
-    c = chunks(log_decay.to(work)).cumsum(2)
+    c = chunks(log_decay.to(work).clamp(min=STRONGEST)).cumsum(2)
     last = c[:, :, -1]  # [B, chunks, H]
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
     between = (c.unsqueeze(3) - c.unsqueeze(2)).masked_fill(later[:, :, None], -torch.inf)

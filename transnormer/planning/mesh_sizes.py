@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..layer_config import GATED, NORMS
+from ..layer_config import GATED, MIXERS, NORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def check_mesh(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
                 "fit the model"
             )
-    if context > 1 and config.decay == GATED:
+    if context > 1 and has_gated_decay(config):
         raise ValueError(
             f"parallel.context = {context} needs a decay that is the same for all tokens; with "
             "model.decay = gated it must be 1"
@@ -112,11 +112,17 @@ def check_mesh(
         )
 
 
+def has_gated_decay(config: ModelConfig) -> bool:
+    """Whether tokens set the decay of any layer."""
+    return any(layer.decay == GATED for layer in config.layers)
+
+
 def tensor_refusal(config: ModelConfig) -> str | None:
     """Why tensor ranks cannot share this model, or None."""
     if config.convolution == "input":
         return "model.convolution = input is not cut among tensor ranks; heads is"
-    if config.head_norm and NORMS[config.norm]:
+    normed = any(MIXERS[layer.mixer].norm for layer in config.layers)
+    if normed and config.head_norm and NORMS[config.norm]:
         return f"model.head_norm with norm = {config.norm} is not cut among tensor ranks"
     return None
 

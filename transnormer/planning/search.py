@@ -16,7 +16,14 @@ from typing import Any
 from ..config import ModelConfig
 from .hardware import GPUS, USABLE, Gpu
 from .memory import Layout, Memory, ParameterShapes, expected_memory, parameter_shapes
-from .mesh_sizes import MeshSizes, check_mesh, divided_by_tensor, divisors_text, tensor_refusal
+from .mesh_sizes import (
+    MeshSizes,
+    check_mesh,
+    divided_by_tensor,
+    divisors_text,
+    has_gated_decay,
+    tensor_refusal,
+)
 from .speed import find_speed
 
 BATCH_TOKENS = 2**22  # of a step, about, where nobody says how many
@@ -120,6 +127,11 @@ class Job:
                 f"--context {context} is planned for linear attention alone, model.mixer=gla in "
                 "every layer: softmax layers can have it too, but their speed was not measured"
             )
+        if context > 1 and has_gated_decay(config):
+            raise ValueError(
+                f"--context {context} needs a decay that is the same for all tokens, not "
+                "model.decay=gated"
+            )
         if self.seq_len % (context * tensor):
             both = f"--context {context} x --tensor {tensor}" if context > 1 and tensor > 1 else ""
             one = f"--context {context}" if context > 1 else f"--tensor {tensor}"
@@ -161,12 +173,11 @@ class Job:
             if self.tensor is None
             else [self.tensor]
         )
+        shares_rows = self.config.linear and not has_gated_decay(self.config)
         for tensor in tensors:
             left = max(1, self.gpus // tensor)
             cuts = [
-                n
-                for n in _divisors(left)
-                if n == 1 or (self.config.linear and self.seq_len // n >= 1_024)
+                n for n in _divisors(left) if n == 1 or (shares_rows and self.seq_len // n >= 1_024)
             ]
             for context in cuts if self.context is None else [self.context]:
                 copies = (

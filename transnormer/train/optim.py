@@ -22,8 +22,8 @@ def new_optimizer(model: LanguageModel, recipe: Optim) -> torch.optim.Optimizer:
     """The recipe's optimizer of what is trained.
 
     Weight decay is on the weights of linear maps and embeddings alone: not on norms' gains, biases,
-    LRPE's angles. Parameters may be DTensors, if all are. Raises ValueError where 8 bits cannot be
-    had."""
+    LRPE's angles, short convolutions. Parameters may be DTensors, if all are. Raises ValueError
+    where 8 bits cannot be had."""
     maps = [each for each in model.modules() if isinstance(each, (nn.Linear, nn.Embedding))]
     decayed = {id(each.weight) for each in maps}
     inner = _inner_matrices(model) if recipe.name == "muon" else {}

@@ -53,9 +53,13 @@ def backward(
         loss = (
             linear_cross_entropy(x, model.head_weight, targets[:, part], reduction="sum") * weight
         )
-        left = _parts(after.layers) if d_state else []
+        # A part of a state that no trained weight has touched has no gradient.
+        left = list(zip(_parts(after.layers), d_state, strict=True)) if d_state else []
+        left = [(part, d_part) for part, d_part in left if part.requires_grad]
         with torch.autocast(ids.device.type, enabled=False):  # which is for forward passes
-            torch.autograd.backward([loss, *left], [None, *d_state])
+            torch.autograd.backward(
+                [loss, *(part for part, _ in left)], [None, *(d_part for _, d_part in left)]
+            )
         total = total + loss.detach()
         d_state = [] if before is None else [leaf.grad for leaf in _parts(before.layers)]
     return total
