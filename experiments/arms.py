@@ -126,21 +126,24 @@ def settings_of(size: str, dataset: str) -> dict[str, Any]:
     return dict(TABLES["recipe"] | of_size | of_dataset)
 
 
+def words_of(arm: str, layers: int) -> dict[str, Any]:
+    """What an arm changes in the config of a model of so many layers."""
+    words = known("arms", arm)
+    for name in ("family", "fewer"):
+        words.pop(name, None)
+    if every := min(words.pop("softmax_every", 0), layers):
+        types = [FULL if n % every == 0 else LINEAR for n in range(1, 1 + layers)]
+        words["layer_types"] = types
+    return words
+
+
 def model_of(arm: str, size: str, vocab_size: int) -> dict[str, Any]:
     """The [model] table of an arm's recipe, its F chosen so that its parameters are the
     reference's."""
-    words = known("arms", arm)
-    fewer = words.pop("fewer", False)
-    del words["family"]
     shape = {key: value for key, value in known("sizes", size).items() if key != "recipe"}
-    every = words.pop("softmax_every", 0)
+    words = words_of(arm, _config(shape).num_hidden_layers)
     model = {**shape, **words, "vocab_size": vocab_size}
-    if every:
-        layers = _config(shape).num_hidden_layers
-        every = min(every, layers)
-        types = [FULL if n % every == 0 else LINEAR for n in range(1, 1 + layers)]
-        model["layer_types"] = types
-    if fewer:
+    if TABLES["arms"][arm].get("fewer"):
         return model
     wanted = _config({**shape, "vocab_size": vocab_size}).parameter_count()
     step = 8  # tensor cores want rows of 16 bytes

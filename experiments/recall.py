@@ -6,8 +6,7 @@
 
 Each run is one arm of tables.toml, one width and one learning rate, on tokens that never repeat. It
 leaves one JSON in --out, and is not run again. Of the rates the best one counts, as for every arm.
-A model has two layers with heads of 64. An arm's changes that the task has no use for (the scale of
-embeddings, learned positions' number) stay as they are."""
+A model has two layers with heads of 64, and everything else that the arm has in other tables."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ import torch
 from transnormer.config import ModelConfig
 from transnormer.evaluation import recall
 from transnormer.files import write_text
-from transnormer.layer_config import FULL, LINEAR
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.provenance import provenance
 from transnormer.train.optim import learning_rate, new_optimizer
 from transnormer.train.recipe import Optim
 
+LAYERS = 2
 VOCAB = 8_192
 LENGTH = 256  # tokens of a row of associations in training
 PAIRS = (4, 8, 16, 32, 64)
@@ -40,19 +39,14 @@ SCORED_ROWS = 256
 
 
 def model_of(arm: str, width: int) -> ModelConfig:
-    words = arms.known("arms", arm)
-    for name in ("family", "fewer"):
-        words.pop(name, None)
-    if words.pop("softmax_every", 0):
-        words["layer_types"] = [LINEAR, FULL]
     shape = {
         "vocab_size": VOCAB,
         "hidden_size": width,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": max(1, width // 64),
         "intermediate_size": 2 * width,
     }
-    return ModelConfig.from_dict({**shape, **words})
+    return ModelConfig.from_dict({**shape, **arms.words_of(arm, LAYERS)})
 
 
 def batch(
@@ -147,7 +141,8 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, json.dumps(record, indent=1) + "\n")
                 worst = min(record["accuracy"].values())
-                print(f"{path.stem}: worst accuracy {worst:.3f}, {record['seconds']:.0f} s")
+                figures = f"worst accuracy {worst:.3f}, {record['seconds']:.0f} s"
+                print(f"{path.stem}: {figures}", flush=True)
 
 
 if __name__ == "__main__":

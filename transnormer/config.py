@@ -176,6 +176,9 @@ class ModelConfig:
             require(fits, name, value, f"null or an id below vocab_size {self.vocab_size}")
         self._check_layer_types()
         self._check_position_layers()
+        normed = any(MIXERS[layer.mixer].norm for layer in self.layers)
+        wanted = "false where no layer has a norm over its heads"
+        require(normed or not self.head_norm, "head_norm", self.head_norm, wanted)
         for layer in {*self.layers}:
             self._check_layer(layer)
 

@@ -44,13 +44,17 @@ KINDS += [
     for mixer, place, more in itertools.product(
         ("gla", "softmax"),
         ("input", "heads"),
-        ({"position_layers": "all"}, {"qk_norm": True, "head_norm": True, "gate_rank": 3}),
+        ({"position_layers": "all"}, {"qk_norm": True, "gate_rank": 3}),
     )
 ]
 
 KINDS += [
     {"mixer": "gla", "position": "rope", "position_layers": "all", "decay": "gated", **more}
-    for more in ({}, {"convolution": "input", "head_norm": True})
+    for more in ({}, {"convolution": "input", "head_norm": True, "gate_rank": 3})
+]
+KINDS += [
+    {"mixer": "gla", "convolution": place, "qk_norm": True, "head_norm": True, "gate_rank": 3}
+    for place in ("input", "heads")
 ]
 
 STACK = {"layer_types": [LINEAR, SLIDING, FULL], "softmax": {"window": 6}}

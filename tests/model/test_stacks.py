@@ -57,7 +57,7 @@ def drawn(seed: int) -> dict[str, Any]:
         },
         "convolution": draw.choice(("none", "input", "heads")),
         "qk_norm": draw.random() < 0.5,
-        "head_norm": draw.random() < 0.5,
+        "head_norm": draw.random() < 0.5 and LINEAR in types,
     }
 
 
@@ -295,6 +295,7 @@ def test_a_mixed_stack_survives_its_file(tmp_path) -> None:
             "mixer = 'softmax', but must be gla for the linear layers",
         ),
         ({"softmax": {}}, "softmax is set, but no layer is a softmax layer"),
+        ({"mixer": "softmax", "head_norm": True}, "head_norm = True, but must be false where no"),
         (
             {"layer_types": [LINEAR, FULL, FULL], "softmax": {"window": 7}},
             "softmax.window = 7, but must be null where no layer is sliding_attention",

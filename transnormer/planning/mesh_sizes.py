@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..layer_config import GATED, MIXERS, NORMS
+from ..layer_config import GATED, NORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,7 @@ def tensor_refusal(config: ModelConfig) -> str | None:
     """Why tensor ranks cannot share this model, or None."""
     if config.convolution == "input":
         return "model.convolution = input is not cut among tensor ranks; heads is"
-    normed = any(MIXERS[layer.mixer].norm for layer in config.layers)
-    if normed and config.head_norm and NORMS[config.norm]:
+    if config.head_norm and NORMS[config.norm]:
         return f"model.head_norm with norm = {config.norm} is not cut among tensor ranks"
     return None
 
