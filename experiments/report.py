@@ -17,6 +17,7 @@ import arms
 import numpy as np
 import sequences
 from corpus import WIKITEXT
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -116,11 +117,24 @@ def of_table(
             continue
         if name != record["table"] and alone & {name, record["table"]}:
             continue
-        if record["arm"] in entry["arms"] and exploring == bool(entry.get("exploring")):
+        asked = record["arm"] in entry["arms"] and exploring == bool(entry.get("exploring"))
+        if asked and ("grid" in entry or _has_chosen_rate(record)):
             found[record["size"], record["tokens"], record["optimizer"]][record["arm"]].append(
                 record
             )
     return {setting: dict(by_arm) for setting, by_arm in found.items()}
+
+
+def _has_chosen_rate(record: dict[str, Any]) -> bool:
+    """Whether a run has the learning rate that was chosen for its family, and not another one of
+    the grid that it was chosen from. Where none was chosen, every run counts."""
+    family = arms.TABLES["arms"][record["arm"]]["family"]
+    dataset = record.get("dataset", "text")
+    try:
+        chosen = arms.rate(record["size"], record["optimizer"], family, dataset)
+    except ValueError:
+        return True
+    return bool(record["lr"] == chosen)
 
 
 @dataclass(frozen=True)
@@ -190,6 +204,23 @@ def conclusion(name: str, found: dict[str, Verdict]) -> str:
     return " ".join(sentences)
 
 
+def _of_one_seed(name: str, arm: str, by_arm: dict[str, list[dict[str, Any]]], part: str) -> str:
+    """The difference to the arm that is compared with where one seed is all that both have, which
+    tells nothing of chance; otherwise a dash."""
+    reference = other(name, arm)
+    losses = [
+        {r["seed"]: r["scores"][part]["loss"] for r in by_arm.get(each, [])}
+        for each in (arm, reference)
+    ]
+    seeds = losses[0].keys() & losses[1].keys()
+    if arm == reference or len(seeds) != 1:
+        return "–"
+    (seed,) = seeds
+    ours, base = losses[0][seed], losses[1][seed]
+    beside = "" if reference == TABLES[name]["arms"][0] else f" to {reference}"
+    return f"{ours - base:+.3f}{beside} ({100 * (ours - base) / base:+.1f} %), one seed"
+
+
 def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]) -> str:
     """One table of arms, with differences to its first arm or to those that it names, and what
     follows from them."""
@@ -200,7 +231,7 @@ def compare(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
     paper: dict[str, float] = entry.get("paper", {})
     rows = []
     for arm in present:
-        runs, verdict = by_arm[arm], "–"
+        runs, verdict = by_arm[arm], _of_one_seed(name, arm, by_arm, part)
         bits = [r["bits_per_byte"] if text else r["scores"][part]["bits_per_sample"] for r in runs]
         words = [value for r in runs if (value := per_word(r, f"wikitext-{part}")) is not None]
         speed = f"{statistics.median(r['tokens_per_second'] for r in runs) / 1e6:.2f}M"
@@ -302,13 +333,20 @@ def picture(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
         arms.settings_of(size, entry.get("dataset", "text"))["train.seq_len"],
         entry["title"],
     )
-    figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
     curve, place = figure.subplots(1, 2)
-    for arm, runs in by_arm.items():
+    # the best last, so that its line lies above the others
+    ordered = sorted(
+        by_arm, key=lambda arm: -statistics.fmean(r["valid_loss"] for r in by_arm[arm])
+    )
+    colors = colormaps["tab10" if len(ordered) <= 10 else "tab20"]
+    for number, arm in enumerate(ordered):
+        runs, color = by_arm[arm], colors(number)
         losses = np.mean([r["scores"]["valid"]["loss_by_position"] for r in runs], axis=0)
-        place.plot(np.arange(1, len(losses) + 1) * length / len(losses), losses, label=arm)
+        at = np.arange(1, len(losses) + 1) * length / len(losses)
+        place.plot(at, losses, label=arm, color=color)
         points = np.mean([r["valid_curve"] for r in runs], axis=0)
-        curve.plot(points[1:, 0], points[1:, 1], marker="o", markersize=3, label=arm)
+        curve.plot(points[1:, 0], points[1:, 1], marker="o", markersize=3, color=color)
     place.set(
         xlabel="position in the row",
         ylabel="loss (nats a token)",
@@ -319,7 +357,7 @@ def picture(name: str, setting: Setting, by_arm: dict[str, list[dict[str, Any]]]
     curve.set(xlabel="tokens read", ylabel="validation loss (nats a token)", title=title)
     for axes in (curve, place):
         axes.grid(alpha=0.3)
-    place.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     file = f"results-{name}-{size}-{optimizer}.png"
     figure.savefig(DOCS / file)
     return f"![{title}]({file})"

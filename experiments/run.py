@@ -33,6 +33,7 @@ import torch
 from arms import Run
 
 from transnormer.provenance import commit
+from transnormer.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
 # that a run may take from being asked to stop until its checkpoint is on the disk
@@ -125,8 +126,8 @@ class Queue:
 
 
 def seconds_of(run: Run, options: argparse.Namespace) -> float:
-    """What a run of this size takes, start and scores included, by the slowest earlier one, in
-    proportion to the tokens; 0 if there is none."""
+    """What a run of this size takes, or what is left of it, start and scores included, by the
+    slowest earlier one, in proportion to the tokens; 0 if there is none."""
     paths = options.out.glob(f"{run.setting.rpartition('-')[0]}-*.json")
     took = [
         found["seconds"] * run.tokens / found["tokens"] + found.get("draw_seconds", 0.0)
@@ -134,7 +135,14 @@ def seconds_of(run: Run, options: argparse.Namespace) -> float:
         if (found["side_by_side"], found.get("dtype", "bfloat16"))
         == (options.side_by_side, run.dtype)
     ]
-    return max(took) + START_SECONDS if took else 0.0
+    return max(took) * (1 - share_read(run, options)) + START_SECONDS if took else 0.0
+
+
+def share_read(run: Run, options: argparse.Namespace) -> float:
+    """The share of its tokens that a run has read in earlier calls."""
+    metrics = options.work / run.name / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.exists() else []
+    return rows[-1]["tokens"] / run.tokens if rows else 0.0
 
 
 def execute(
@@ -155,12 +163,7 @@ def execute(
             while waiting and (gpu := queue.free()) is not None:
                 run = waiting.pop(0)
                 end = time.monotonic() + seconds_of(run, options)
-                if (
-                    options.last
-                    and run not in begun
-                    and until is not None
-                    and end > until - SAVE_SECONDS
-                ):
+                if options.last and until is not None and end > until - SAVE_SECONDS:
                     left += 1
                 else:
                     queue.start(run, gpu)
@@ -202,8 +205,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--last",
         action="store_true",
-        help="begin only runs that will end before --until, because this machine's disk is lost "
-        "then; "
+        help="begin and go on with only those runs that will end before --until, because this "
+        "machine's disk is lost then; "
         "a run is always begun where none like it has been timed yet",
     )
     parser.add_argument("--commit", help="of this code, where it has no git with it")

@@ -3,6 +3,7 @@ run whole."""
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import io
 import itertools
@@ -37,6 +38,20 @@ import run as bench  # noqa: E402
 import sequences  # noqa: E402
 
 VOCABULARY = 16_384
+
+
+def test_the_time_of_a_run_that_was_stopped_is_that_of_what_is_left(tmp_path: Path) -> None:
+    run = arms.Run("T4", "published", 11, "toy", 1_000_000, "adamw", 3e-3)
+    options = argparse.Namespace(out=tmp_path / "out", work=tmp_path / "work", side_by_side=1)
+    options.out.mkdir()
+    assert bench.seconds_of(run, options) == 0
+    timed = {"seconds": 100.0, "tokens": 500_000, "side_by_side": 1}
+    (options.out / "toy-500k-adamw-0.003-lrpe-11.json").write_text(json.dumps(timed))
+    assert bench.seconds_of(run, options) == 200 + bench.START_SECONDS
+    (options.work / run.name).mkdir(parents=True)
+    line = {"step": 3, "tokens": 750_000, "loss": 3.0}
+    (options.work / run.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert bench.seconds_of(run, options) == 50 + bench.START_SECONDS
 
 
 @pytest.mark.parametrize(
