@@ -19,7 +19,6 @@ from .layer_config import (
     CONVOLUTIONS,
     DECAYS,
     FULL,
-    GATED,
     GLUS,
     LAYER_TYPES,
     LINEAR,
@@ -92,7 +91,7 @@ class ModelConfig:
     # rows of the learned position table; read by position "ape" alone
     max_position_embeddings: int = 2_048
     # "alibi": the published checkpoints' slopes; "paper": equation 10; "gated": each token sets its
-    # own, which begins as that of "alibi"
+    # own, which begins as that of "alibi"; "delta": and replaces what its key recalls
     decay: str = "alibi"
     # the factor that weakens the decay from the first layer to the last
     decay_temperature: bool = True
@@ -105,14 +104,14 @@ class ModelConfig:
     head_norm: bool = False
     # A short causal convolution of each channel, in every layer, which starts as the identity.
     # "heads": of each head's q, k, v and, without gate_rank, gate. "input": of what the mixer is
-    # given, which is then also what gate_rank and a gated decay read.
+    # given, which is then also what gate_rank and a token's own decay read.
     convolution: str = "none"
     # "mlp": no gate, two matrices with GELU between them, as in a plain Transformer
     glu: str = "sglu"
     norm: str = "srmsnorm"  # in the blocks, over the heads' output, and before the head
     norm_eps: float = 1e-6
     embed_scale: bool = False  # multiply embeddings by sqrt(hidden_size)
-    bias: bool = False  # on every linear map but the head and a gated decay's
+    bias: bool = False  # on every linear map but the head and a token's own decay
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = None
@@ -210,8 +209,8 @@ class ModelConfig:
         require(fits, "softmax.window", softmax.window, f"null where no layer is {SLIDING}")
 
     def _check_layer(self, layer: LayerConfig) -> None:
-        fits = layer.linear or layer.decay != GATED
-        require(fits, "decay", GATED, "alibi, paper or none where no layer is linear")
+        fits = layer.linear or not layer.set_by_token
+        require(fits, "decay", layer.decay, "alibi, paper or none where no layer is linear")
         heads, groups = layer.num_attention_heads, layer.num_key_value_heads
         wanted = f"a divisor of the width of all heads, {self.inner_size}"
         require(self.inner_size % heads == 0, "softmax.num_attention_heads", heads, wanted)
@@ -328,8 +327,8 @@ class ModelConfig:
         """Natural logarithm of each head's decay per token in this layer (from 0): H numbers, all
         <= 0.
 
-        "alibi" is what the published checkpoints compute, and what "gated" begins with; "paper" is
-        equation 10 with h and l from 0."""
+        "alibi" is what the published checkpoints compute, and what "gated" and "delta" begin with;
+        "paper" is equation 10 with h and l from 0."""
         own, layers = self.layers[layer], self.num_hidden_layers
         heads = own.num_attention_heads
         if own.decay == "none":
@@ -361,7 +360,7 @@ class ModelConfig:
             normed = layer.head_dim if self.head_norm else inner
             total += per_norm * (2 * d + (normed if mixer.norm else 0))
             total += TAPS * layer.convolved
-            total += d * layer.num_attention_heads * (layer.decay == GATED)
+            total += d * layer.num_attention_heads * layer.set_by_token
             total += (mixer.parameters + layer.position_parameters) * inner
         return total
 

@@ -50,8 +50,10 @@ POSITIONS = {
     "ape": None,
     "none": None,
 }
-GATED = "gated"  # the decay that each token sets for itself, in linear layers alone
-DECAYS = ("alibi", "paper", "none", GATED)
+# The decays that each token sets for itself, in linear layers alone, and how many numbers it sets
+# for each head: its decay, and with "delta" how much of what its key recalls is replaced.
+BY_TOKEN = {"gated": 1, "delta": 2}
+DECAYS = ("alibi", "paper", "none", *BY_TOKEN)
 # What a short causal convolution reads: what the mixer is given, or each head's q, k, v and gate
 # (not that of gate_rank).
 CONVOLUTIONS = ("none", "input", "heads")
@@ -104,7 +106,7 @@ class SoftmaxSettings:
         for name, choices in (
             ("position", positions),
             ("activation", ACTIVATIONS),
-            ("decay", [choice for choice in DECAYS if choice != GATED]),
+            ("decay", [choice for choice in DECAYS if choice not in BY_TOKEN]),
         ):
             if getattr(self, name) is not None:
                 require_choice(f"softmax.{name}", getattr(self, name), choices)
@@ -174,6 +176,11 @@ class LayerConfig:
         """Learned numbers of the position for each channel of the heads."""
         facts = POSITIONS[self.position]
         return facts.parameters if facts else 0
+
+    @property
+    def set_by_token(self) -> int:
+        """How many numbers of its recurrence each token sets for each head."""
+        return BY_TOKEN.get(self.decay, 0)
 
     @property
     def parts(self) -> int:

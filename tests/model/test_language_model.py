@@ -49,8 +49,12 @@ KINDS += [
 ]
 
 KINDS += [
-    {"mixer": "gla", "position": "rope", "position_layers": "all", "decay": "gated", **more}
-    for more in ({}, {"convolution": "input", "head_norm": True, "gate_rank": 3})
+    {"mixer": "gla", "position": "rope", "position_layers": "all", "decay": decay, **more}
+    for decay, more in (
+        ("gated", {}),
+        ("gated", {"convolution": "input", "head_norm": True, "gate_rank": 3}),
+        ("delta", {"convolution": "heads"}),
+    )
 ]
 KINDS += [
     {"mixer": "gla", "convolution": place, "qk_norm": True, "head_norm": True, "gate_rank": 3}
@@ -127,9 +131,10 @@ def test_every_way_of_reading_gives_the_same(
     same(padded[1, 13:], whole[1, 40:])
 
 
+@pytest.mark.parametrize("decay", ["gated", "delta"])
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 2_000.0])
-def test_gated_decays_of_any_strength_are_finite(scale: float) -> None:
-    model = small(decay="gated", decay_scale=scale)
+def test_decays_that_tokens_set_are_finite(decay: str, scale: float) -> None:
+    model = small(decay=decay, decay_scale=scale)
     logits, state = model(torch.randint(29, (1, 100)))
     assert logits.isfinite().all()
     assert all(part.isfinite().all() for layer in state.layers for part in layer)
@@ -156,6 +161,7 @@ def test_no_token_sees_a_later_one(kind: dict) -> None:
         {"gate_rank": 5},
         {"qk_norm": True},
         {"decay": "gated"},
+        {"decay": "delta"},
         {"head_norm": True},
         {"convolution": "input"},
         {"convolution": "heads"},

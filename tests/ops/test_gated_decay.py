@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from transnormer.ops.gated_decay import gated_decay_attention, gated_decay_step_
 from transnormer.ops.lightning import lightning_attention
@@ -15,20 +19,33 @@ def drawn(rows: int, length: int) -> tuple[torch.Tensor, ...]:
     return q, k, v, -(torch.rand(rows, length, 2, dtype=torch.float64) ** 3)
 
 
-def recurrence(q, k, v, log_decay, state):
+def replacing(rows: int, length: int) -> tuple[torch.Tensor, ...]:
+    """The same for the delta rule: keys of length 1, and what each token replaces."""
+    q, k, v, log_decay = drawn(rows, length)
+    return q, F.normalize(k, dim=-1), v, log_decay, torch.rand_like(log_decay)
+
+
+def recurrence(q, k, v, log_decay, state, replaced=None):
     outputs = []
     for t in range(q.shape[1]):
         state = log_decay[:, t].exp()[..., None, None] * state
-        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        value = v[:, t]
+        if replaced is not None:
+            recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
+            value = replaced[:, t, :, None] * (value - recalled)
+        state = state + k[:, t, :, :, None] * value[:, :, None, :]
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
     return torch.stack(outputs, 1), state
 
 
+@pytest.mark.parametrize("draw", [drawn, replacing])
 @pytest.mark.parametrize("length", [1, 5, 64, 150])
-def test_chunks_are_the_recurrence(length: int) -> None:
-    inputs = [x.requires_grad_() for x in drawn(2, length)]
+def test_chunks_are_the_recurrence(length: int, draw: Callable[..., Any]) -> None:
+    inputs = [x.requires_grad_() for x in draw(2, length)]
     state = torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
-    found, wanted = gated_decay_attention(*inputs, state), recurrence(*inputs, state)
+    q, k, v, log_decay, *replaced = inputs
+    found = gated_decay_attention(q, k, v, log_decay, state, None, *replaced)
+    wanted = recurrence(q, k, v, log_decay, state, *replaced)
     for part, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(part, other)
     weights = [torch.randn_like(part) for part in wanted]
@@ -47,24 +64,27 @@ def test_with_one_decay_for_all_tokens_it_is_lightning_attention() -> None:
 
 
 def test_packed_sequences_are_each_alone() -> None:
-    inputs, bounds = drawn(1, 90), torch.tensor([0, 70, 70, 90])
+    inputs, bounds = replacing(1, 90), torch.tensor([0, 70, 70, 90])
     state = torch.randn(3, 2, 5, 3, dtype=torch.float64)
-    found, after = gated_decay_attention(*inputs, state, bounds)
+    *inputs, replaced = inputs
+    found, after = gated_decay_attention(*inputs, state, bounds, replaced)
     for n, part in enumerate((slice(0, 70), slice(70, 90))):
         row = 2 * n
-        alone = gated_decay_attention(*(x[:, part] for x in inputs), state[row : row + 1])
+        own = [x[:, part] for x in inputs]
+        alone = gated_decay_attention(*own, state[row : row + 1], None, replaced[:, part])
         torch.testing.assert_close(found[:, part], alone[0])
         torch.testing.assert_close(after[row : row + 1], alone[1])
     assert torch.equal(after[1], state[1])
 
 
-def test_a_step_moves_the_named_slots_alone() -> None:
-    q, k, v, log_decay = drawn(3, 1)
+@pytest.mark.parametrize("draw", [drawn, replacing])
+def test_a_step_moves_the_named_slots_alone(draw: Callable[..., Any]) -> None:
+    q, k, v, log_decay, *replaced = draw(3, 1)
     state = torch.randn(4, 2, 5, 3, dtype=torch.float64)
     before = state.clone()
     slots = torch.tensor([2, -1, 0])
-    output = gated_decay_step_(q, k, v, log_decay, state, slots)
-    wanted, after = recurrence(q, k, v, log_decay, before[[2, 0, 0]])
+    output = gated_decay_step_(q, k, v, log_decay, state, slots, *replaced)
+    wanted, after = recurrence(q, k, v, log_decay, before[[2, 0, 0]], *replaced)
     torch.testing.assert_close(output[[0, 2]], wanted[[0, 2]])
     torch.testing.assert_close(state[[2, 0]], after[[0, 2]])
     assert torch.equal(state[[1, 3]], before[[1, 3]])
@@ -74,3 +94,5 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     q, k, v, _ = drawn(1, 4)
     with pytest.raises(ValueError, match=r"log_decay must be \[1, 4, 2\]"):
         gated_decay_attention(q, k, v, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"replaced must be \[1, 4, 2\]"):
+        gated_decay_attention(q, k, v, torch.zeros(1, 4, 2), replaced=torch.zeros(4, 2))

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..layer_config import GATED
 from ..ops.decay import STRONGEST
 from ..ops.gated_decay import gated_decay_attention, gated_decay_step_
 from ..ops.gla import gated_linear_attention
@@ -31,18 +30,22 @@ class GatedLinearAttention(Mixer):
         self.head_norm = norm(config.head_dim, config.norm_eps) if own else None
         self.eps = config.norm_eps
 
-        self.decay_proj = None
-        if config.layers[layer].decay == GATED:
-            self.decay_proj = Linear(config.hidden_size, self.heads, bias=False)
+        # Its rows are grouped by head, so that a slice for one tensor rank holds whole heads.
+        self.decay_proj, self.set_by_token = None, config.layers[layer].set_by_token
+        if self.set_by_token:
+            self.decay_proj = Linear(config.hidden_size, self.heads * self.set_by_token, bias=False)
 
-    def _decays_of(self, x: Tensor) -> Tensor:
-        """[B, T, H]: log_decay of each token, -softplus(x W + b), b such that log_decay is what is
-        left of it where x W is 0."""
+    def _set_by(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What each token sets, [B, T, H] each: its log_decay, -softplus(x W + b), b such that
+        log_decay is what is left of it where x W is 0; and where the delta rule wants it, the part
+        that it replaces."""
         assert self.decay_proj is not None
         strength = -self.log_decay.clamp(min=STRONGEST)
         begin = strength + torch.log(-torch.expm1(-strength)).clamp(min=-46.0)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return -F.softplus(self.decay_proj(x).to(wide) + begin)
+        own = self.decay_proj(x).to(wide).unflatten(-1, (self.heads, self.set_by_token))
+        replaced = own[..., 1].sigmoid() if self.set_by_token > 1 else None
+        return -F.softplus(own[..., 0] + begin), replaced
 
     def new_state(self, rows: int) -> LayerState:
         own = self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim)
@@ -51,17 +54,26 @@ class GatedLinearAttention(Mixer):
     def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
         x, qkvu, _ = self._qkvu(x, memory[1:], tokens, step=True)
         q, k, v, gate = self._project(x, qkvu, tokens)
+        q, k = self._to_length_1(q, k)
         outputs = []
         for t in range(x.shape[1]):
             qt, kt, vt = (part[:, t : t + 1] for part in (q, k, v))
             slots = tokens.owners(t)
             if self.decay_proj is not None:
-                decay = self._decays_of(x[:, t : t + 1])
-                outputs.append(gated_decay_step_(qt, kt, vt, decay, memory[0], slots))
+                decay, replaced = self._set_by(x[:, t : t + 1])
+                outputs.append(gated_decay_step_(qt, kt, vt, decay, memory[0], slots, replaced))
                 continue
             outputs.append(lightning_step_(qt, kt, vt, self.log_decay, memory[0], slots=slots))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self._project_out(mixed, gate)
+
+    def _to_length_1(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the delta rule takes them."""
+        if self.set_by_token < 2:
+            return q, k
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k = (F.normalize(x.to(wide), dim=-1).to(x.dtype) for x in (q, k))
+        return q, k
 
     def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """mixed: [B, T, H, V]."""
@@ -100,10 +112,12 @@ class GatedLinearAttention(Mixer):
         if self.decay_proj is not None:
             if self.context is not None:
                 raise ValueError(
-                    "a gated decay is not to be had where several processes share rows"
+                    "decays that tokens set are not to be had where several processes share rows"
                 )
+            q, k = self._to_length_1(q, k)
+            decay, replaced = self._set_by(x)
             mixed, after = gated_decay_attention(
-                q, k, v, self._decays_of(x), before, tokens.cu_seqlens
+                q, k, v, decay, before, tokens.cu_seqlens, replaced
             )
             return self._project_out(mixed, gate), (after, *last)
         mixed, after = lightning_attention(

@@ -3,7 +3,15 @@
     S_t = exp(a_t) S_(t-1) + k_t^T v_t,    o_t = q_t S_t,    a_t <= 0 for each head and token
 
 In chunks of C tokens, with c the running sum of a inside the chunk: a token reads the tokens of its
-chunk with weight exp(c_i - c_j), and the state before the chunk with weight exp(c_i)."""
+chunk with weight exp(c_i - c_j), and the state before the chunk with weight exp(c_i).
+
+By the delta rule (Schlag et al. 2021, Yang et al. 2024) a token does not add its value to what the
+state holds for its key, but replaces a part b_t of that, 0 <= b_t <= 1, where keys have length 1:
+
+    S_t = exp(a_t) S_(t-1) + k_t^T u_t,    u_t = b_t (v_t - k_t exp(a_t) S_(t-1))
+
+The u of a chunk solve a triangular system: u_i = b_i (v_i - exp(c_i) k_i S - sum over j < i of
+exp(c_i - c_j) (k_i . k_j) u_j), where S is the state before the chunk."""
 
 from __future__ import annotations
 
@@ -25,40 +33,54 @@ def gated_decay_attention(
     log_decay: Tensor,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    replaced: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [B, T, H, V], the state after the last token [B or N, H, K, V]).
 
     q, k: [B, T, H, K]; v: [B, T, H, V]. log_decay: [B, T, H], real numbers up to 0. state: [B or N,
     H, K, V]; None: zeros. cu_seqlens: [N + 1], where the one row holds N sequences; it is read on
-    the host. Products, and what a chunk adds to the state, are rounded to v's dtype or autocast's;
-    the state is kept in at least float32. Raises ValueError where shapes do not fit."""
+    the host. replaced: [B, T, H], b of the delta rule, from 0 to 1, with keys of length 1; None:
+    values are added. Products, and what a chunk adds to the state, are rounded to v's dtype or
+    autocast's; the state is kept in at least float32. Raises ValueError where shapes do not fit."""
     check_devices("gated_decay_attention", q=q, k=k, v=v, log_decay=log_decay, state=state)
-    if log_decay.shape != q.shape[:3]:
-        raise ValueError(
-            f"log_decay must be {list(q.shape[:3])}, one number a token and head; got "
-            f"{list(log_decay.shape)}"
-        )
+    for name, given in (("log_decay", log_decay), ("replaced", replaced)):
+        if given is not None and given.shape != q.shape[:3]:
+            raise ValueError(
+                f"{name} must be {list(q.shape[:3])}, one number a token and head; got "
+                f"{list(given.shape)}"
+            )
     if cu_seqlens is None:
-        return _rows(q, k, v, log_decay, state)
+        return _rows(q, k, v, log_decay, replaced, state)
     outputs, states = [], []
     for n, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         part = slice(start, stop)
         before = None if state is None else state[n : n + 1]
-        output, after = _rows(q[:, part], k[:, part], v[:, part], log_decay[:, part], before)
+        own = None if replaced is None else replaced[:, part]
+        output, after = _rows(q[:, part], k[:, part], v[:, part], log_decay[:, part], own, before)
         outputs.append(output)
         states.append(after)
     return torch.cat(outputs, dim=1), torch.cat(states)
 
 
 def gated_decay_step_(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    slots: Tensor | None,
+    replaced: Tensor | None = None,
 ) -> Tensor:
     """One token of each row, [S, 1, H, ...]: the state [N, H, K, V] of its slot moves on in place.
 
-    slots: int64 [S], -1 for a row whose slot is none; None: row i is slot i."""
+    slots: int64 [S], -1 for a row whose slot is none; None: row i is slot i. replaced: [S, 1, H],
+    as `gated_decay_attention` takes it."""
     before = state if slots is None else state[slots.clamp(min=0)]
-    kv = k[:, 0].to(state.dtype).unsqueeze(-1) * v[:, 0].to(state.dtype).unsqueeze(-2)
-    after = before * log_decay[:, 0].to(state.dtype).exp()[..., None, None] + kv
+    before = before * log_decay[:, 0].to(state.dtype).exp()[..., None, None]
+    key, value = k[:, 0].to(state.dtype).unsqueeze(-2), v[:, 0].to(state.dtype).unsqueeze(-2)
+    if replaced is not None:
+        value = (value - key @ before) * replaced[:, 0].to(state.dtype)[..., None, None]
+    after = before + key.transpose(-1, -2) * value
     output = (q[:, 0].to(state.dtype).unsqueeze(-2) @ after).transpose(1, 2).to(v.dtype)
     if slots is None:
         state.copy_(after)
@@ -72,36 +94,72 @@ def gated_decay_step_(
 
 
 def _rows(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    replaced: Tensor | None,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Of rows that hold one sequence each."""
     work, length = work_dtype(q), q.shape[1]
     s = first_state(q, v, state, work)
     if not length:
         return v, s
-    chunk = min(CHUNK, length)
+    chunk = min(CHUNK, 1 << (length - 1).bit_length())  # a power of two
     padding = -length % chunk
 
-    def chunks(x: Tensor) -> Tensor:  # [B, chunks, C, H, ...]; a padded token adds nothing
+    def chunks(x: Tensor) -> Tensor:  # [B, chunks, H, C, ...]; a padded token adds nothing
         x = F.pad(x, (*(0, 0) * (x.dim() - 2), 0, padding))
-        return x.unflatten(1, (-1, chunk))
+        return x.unflatten(1, (-1, chunk)).transpose(2, 3)
 
     q, k, v = (chunks(x) for x in (q, k, v))
-    c = chunks(log_decay.to(work).clamp(min=STRONGEST)).cumsum(2)
-    last = c[:, :, -1]  # [B, chunks, H]
+    c = chunks(log_decay.to(work).clamp(min=STRONGEST)).cumsum(-1)
+    last, faded = c[..., -1:], c.exp().unsqueeze(-1)  # [B, chunks, H, 1] and [..., C, 1]
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
-    between = (c.unsqueeze(3) - c.unsqueeze(2)).masked_fill(later[:, :, None], -torch.inf)
-    scores = torch.einsum("bnihk,bnjhk->bnijh", q, k) * between.exp()
-    inside = torch.einsum("bnijh,bnjhv->bnihv", scores.to(v.dtype), v)
-    weighted = k * (last.unsqueeze(2) - c).exp().unsqueeze(-1).to(k.dtype)
-    sums = torch.einsum("bnjhk,bnjhv->bnhkv", weighted, v).to(work)
-    through, before = last.exp()[..., None, None], []
-    for n in range(sums.shape[1]):
+    between = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+    recalled = None
+    if replaced is not None:
+        v, recalled = _replacing(k, v, between, faded, chunks(replaced.to(work)))
+    weighted = (k * (last - c).exp().unsqueeze(-1).to(k.dtype)).transpose(-1, -2)
+    through, before, written = last.exp().unsqueeze(-1), [], []
+    for n in range(q.shape[1]):
         before.append(s)
-        s = s * through[:, n] + sums[:, n]
-    earlier = torch.einsum(
-        "bnihk,bnhkv->bnihv",
-        q * c.exp().unsqueeze(-1).to(q.dtype),
-        torch.stack(before, dim=1).to(q.dtype),
-    )
-    return (inside + earlier).flatten(1, 2)[:, :length], s
+        u = v[:, n] if recalled is None else v[:, n] - (recalled[:, n] @ s.to(v.dtype))
+        written.append(u)
+        s = s * through[:, n] + (weighted[:, n] @ u).to(work)
+    scores = (q @ k.transpose(-1, -2)) * between
+    inside = scores.to(v.dtype) @ torch.stack(written, dim=1)
+    earlier = (q * faded.to(q.dtype)) @ torch.stack(before, dim=1).to(q.dtype)
+    return (inside + earlier).transpose(2, 3).flatten(1, 2)[:, :length], s
+
+
+def _replacing(
+    k: Tensor, v: Tensor, between: Tensor, faded: Tensor, replaced: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(values [..., C, V], keys [..., C, K]): u of the delta rule is values - keys S, where S is
+    the state before the chunk.
+
+    between: exp(c_i - c_j) [..., C, C]; faded: exp(c_i) [..., C, 1]; replaced: b [..., C]. The
+    triangular system is solved in at least float32."""
+    b = replaced.unsqueeze(-1)
+    with torch.autocast(k.device.type, enabled=False):
+        wide = k.to(replaced.dtype)
+        matrix = (b * (wide @ wide.transpose(-1, -2)) * between).tril(-1)
+        solved = _unit_inverse(matrix) * b.transpose(-1, -2)
+    return solved.to(v.dtype) @ v, (solved * faded.transpose(-1, -2)).to(k.dtype) @ k
+
+
+def _unit_inverse(below: Tensor) -> Tensor:
+    """The inverse of I + below, where below [..., C, C] is zero but under its diagonal and C is a
+    power of two: from blocks of one number on, two blocks become one twice as large."""
+    count, size = below.shape[-1], 1
+    inverse = below.new_ones(*below.shape[:-2], count, 1, 1)  # [..., blocks, size, size]
+    while size < count:
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        pairs = below.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))
+        between = pairs[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        left = torch.cat([first, -(second @ between @ first)], dim=-2)
+        inverse = torch.cat([left, F.pad(second, (0, 0, size, 0))], dim=-1)
+        size *= 2
+    return inverse.squeeze(-3)

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from ..config import ModelConfig
-from ..layer_config import GATED, GLUS, NORMS, LayerConfig
+from ..layer_config import GLUS, NORMS, LayerConfig
 from ..model.language_model import LanguageModel
 from ..ops.loss import CUDA_SLICE_BYTES
 from .mesh_sizes import MeshSizes
@@ -168,7 +168,7 @@ def saved_bytes(
     of each projection whole, because it gathers that input. The masks of windows are not counted.
     What a convolution gives is computed again.
     one_op: the mixer is `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in
-    layers without positions, `qk_norm`, `head_norm` or a gated decay."""
+    layers without positions, `qk_norm`, `head_norm` or a token's own decay."""
     d, inner, f = config.hidden_size, layer.inner_size, config.intermediate_size
     keys = layer.num_key_value_heads * layer.head_dim
     rank = layer.gate_rank or 0
@@ -305,7 +305,7 @@ def kept_bytes(config: ModelConfig, layout: Layout, rows: int, seq_len: int) -> 
             config,
             layer,
             tensor,
-            one_op=plain and (layer.position, layer.decay == GATED) == ("none", False),
+            one_op=plain and (layer.position, layer.set_by_token) == ("none", 0),
         )
         for layer in {*config.layers}
     }

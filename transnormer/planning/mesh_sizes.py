@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..layer_config import GATED, NORMS
+from ..layer_config import NORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +92,10 @@ def check_mesh(
                 f"parallel.tensor = {tensor} does not divide model.{name} = {size}; {fits} would "
                 "fit the model"
             )
-    if context > 1 and has_gated_decay(config):
+    if context > 1 and decays_by_token(config):
         raise ValueError(
             f"parallel.context = {context} needs a decay that is the same for all tokens; with "
-            "model.decay = gated it must be 1"
+            f"model.decay = {config.decay} it must be 1"
         )
     if seq_len % (context * tensor):
         most = divisors_text(seq_len // tensor) if seq_len % tensor == 0 else "none"
@@ -112,9 +112,9 @@ def check_mesh(
         )
 
 
-def has_gated_decay(config: ModelConfig) -> bool:
+def decays_by_token(config: ModelConfig) -> bool:
     """Whether tokens set the decay of any layer."""
-    return any(layer.decay == GATED for layer in config.layers)
+    return any(layer.set_by_token for layer in config.layers)
 
 
 def tensor_refusal(config: ModelConfig) -> str | None:

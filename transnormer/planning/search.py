@@ -19,9 +19,9 @@ from .memory import Layout, Memory, ParameterShapes, expected_memory, parameter_
 from .mesh_sizes import (
     MeshSizes,
     check_mesh,
+    decays_by_token,
     divided_by_tensor,
     divisors_text,
-    has_gated_decay,
     tensor_refusal,
 )
 from .speed import find_speed
@@ -127,10 +127,10 @@ class Job:
                 f"--context {context} is planned for linear attention alone, model.mixer=gla in "
                 "every layer: softmax layers can have it too, but their speed was not measured"
             )
-        if context > 1 and has_gated_decay(config):
+        if context > 1 and decays_by_token(config):
             raise ValueError(
                 f"--context {context} needs a decay that is the same for all tokens, not "
-                "model.decay=gated"
+                f"model.decay={config.decay}"
             )
         if self.seq_len % (context * tensor):
             both = f"--context {context} x --tensor {tensor}" if context > 1 and tensor > 1 else ""
@@ -173,7 +173,7 @@ class Job:
             if self.tensor is None
             else [self.tensor]
         )
-        shares_rows = self.config.linear and not has_gated_decay(self.config)
+        shares_rows = self.config.linear and not decays_by_token(self.config)
         for tensor in tensors:
             left = max(1, self.gpus // tensor)
             cuts = [

@@ -7,7 +7,6 @@ from functools import cache
 import numpy as np
 
 from ..config import ModelConfig
-from ..layer_config import GATED
 from .hardware import (
     COPY_SHARE,
     EXPOSED,
@@ -32,8 +31,10 @@ def passes_share(config: ModelConfig) -> float:
     for layer in config.layers:
         if layer.window is not None:
             raise ValueError(f"no run with {layer.type} layers was measured: plans know no windows")
-        if layer.decay == GATED:
-            raise ValueError("no run with model.decay = gated was measured: plans know none")
+        if layer.set_by_token:
+            raise ValueError(
+                f"no run with model.decay = {layer.decay} was measured: plans know none"
+            )
         if layer.mixer not in PASSES_SHARE:
             raise ValueError(
                 f"no run with model.mixer = {layer.mixer} was measured: plans know "

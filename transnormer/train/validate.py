@@ -17,7 +17,7 @@ from ..data.shards import TokenData
 from ..data.tokenizer import SMALLEST, load_tokenizer
 from ..model.language_model import LanguageModel
 from ..planning.memory import Layout, least_memory
-from ..planning.mesh_sizes import check_mesh, has_gated_decay
+from ..planning.mesh_sizes import check_mesh, decays_by_token
 from ..run_folder import RECIPE
 from . import lora
 from .mesh import Mesh
@@ -48,10 +48,10 @@ def check_settings(recipe: Recipe, config: ModelConfig, data: TokenData, mesh: M
         raise ValueError(
             f"parallel.tensor = {mesh.tensor} does not divide train.segment = {settings.segment}"
         )
-    if settings.compile and resets and has_gated_decay(config):
+    if settings.compile and resets and decays_by_token(config):
         raise ValueError(
-            "train.compile = true cannot take rows of several texts where model.decay = gated; "
-            "write false"
+            "train.compile = true cannot take rows of several texts where model.decay = "
+            f"{config.decay}; write false"
         )
     if settings.graph and resets:
         raise ValueError(
