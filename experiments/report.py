@@ -15,6 +15,7 @@ from typing import Any
 
 import arms
 import numpy as np
+import recall_report
 import sequences
 from corpus import WIKITEXT
 from matplotlib import colormaps
@@ -518,6 +519,7 @@ def main() -> None:
                 ),
             ]
             text += [sources(by_arm)]
+    text += recall_report.sections(RESULTS / "recall", DOCS)
     write_text(DOCS / "results.md", "\n\n".join(text) + "\n")
 
 

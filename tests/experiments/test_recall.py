@@ -11,6 +11,7 @@ import pytest
 from .test_experiments import arms  # which puts experiments/ on the path
 
 import recall  # isort: skip
+import recall_report  # isort: skip
 
 
 @pytest.mark.parametrize("arm", arms.TABLES["tables"]["search"]["arms"])
@@ -45,3 +46,17 @@ def test_a_run_leaves_its_answers_once(
     assert "worst accuracy" in capsys.readouterr().out
     recall.main()
     assert not capsys.readouterr().out
+    (title, says, picture, table, source) = recall_report.sections(tmp_path, tmp_path)
+    assert title.startswith("## Recall: ")
+    assert "The Transformer has not been asked" in says
+    assert picture == f"![{title[3:]}](results-recall-{task}.png)"
+    assert len(table.splitlines()) == 3
+    assert table.count(" wide: ") == (2 if task == "copies" else 3)
+    assert "1 runs" in source
+
+
+def test_of_several_rates_the_best_counts() -> None:
+    runs = [{"accuracy": {"4 pairs, 9 tokens": share}} for share in (0.2, 0.9, 0.5)]
+    assert recall_report.best(runs) is runs[1]
+    record = {"accuracy": {f"{n} pairs, {t} tokens": 1.0 for t in (9, 99) for n in (4, 8)}}
+    assert recall_report.asked(record) == ["8 pairs, 9 tokens", "8 pairs, 99 tokens"]
