@@ -487,11 +487,13 @@ def _size(layers: int, width: int, heads: int, glu: int, vocab: int = 64_000) ->
 
 
 # Rows 385m to 65b are the paper's (their parameter counts agree with it at vocabulary 50,272). No
-# integer F gives the paper's count for 175b: F = 32,768 is our choice. 10m, 45m and 160m are ours,
+# integer F gives the paper's count for 175b: F = 32,768 is our choice. Rows 5m to 160m are ours,
 # for experiments.
 UNSCALED = ("3b", "7b")  # sizes whose released checkpoints do not scale the embedding
 SIZES: dict[str, dict[str, Any]] = {
+    "5m": _size(5, 256, 4, 704, 4_096),
     "10m": _size(6, 320, 5, 880, 4_096),
+    "20m": _size(8, 384, 6, 1_056, 8_192),
     "45m": _size(10, 512, 8, 1_408, 16_384),
     "160m": _size(16, 768, 12, 2_304, 32_768),
     "385m": _size(24, 1_024, 8, 2_816),
