@@ -41,7 +41,7 @@ VOCABULARY = 16_384
 
 @pytest.mark.parametrize(
     ("size", "vocabulary"),
-    [("toy", VOCABULARY), ("10m", VOCABULARY), ("10m", 257), ("45m", VOCABULARY)],
+    [(size, VOCABULARY) for size in ("toy", "5m", "10m", "20m", "45m")] + [("10m", 257)],
 )
 def test_all_arms_have_the_parameters_of_the_reference(size: str, vocabulary: int) -> None:
     def count(arm: str) -> int:
