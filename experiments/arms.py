@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def known(kind: str, name: str) -> dict[str, Any]:
 
 def runs(
     table: str,
-    size: str,
+    size: str | None = None,
     *,
     arms: list[str] | None = None,
     seeds: int | None = None,
@@ -81,22 +82,29 @@ def runs(
 ) -> Iterator[Run]:
     """The runs of a table, seed by seed, so that a table that is cut short has whole seeds.
 
-    Raises ValueError for a name that the file does not know, or an arm whose family has no learning
-    rate yet."""
+    Without a size they have those of the table or, where it names none, 10m. Raises ValueError for
+    a name that the file does not know, or an arm whose family has no learning rate yet."""
     entry = known("tables", table)
     chosen, dataset = arms or entry["arms"], entry.get("dataset", "text")
-    length = tokens or number(entry["tokens"])
+    lengths = entry["tokens"] if isinstance(entry["tokens"], list) else [entry["tokens"]]
     for arm in chosen:
         known("arms", arm)
     first = 0 if entry.get("exploring") else CONFIRMING_SEED
-    for seed in range(first, first + (seeds or entry["seeds"])):
-        for optimizer in optimizers or entry.get("optimizers", ["adamw"]):
-            for arm in chosen:
-                family = TABLES["arms"][arm]["family"]
-                grid = entry["grid"].get(optimizer, {}).get(family, []) if "grid" in entry else None
-                for lr in [rate(size, optimizer, family, dataset)] if grid is None else grid:
-                    for dtype in entry.get("dtypes", ["bfloat16"]):
-                        yield Run(table, arm, seed, size, length, optimizer, lr, dataset, dtype)
+    for seed, optimizer, of_size, length, arm in itertools.product(
+        range(first, first + (seeds or entry["seeds"])),
+        optimizers or entry.get("optimizers", ["adamw"]),
+        [size] if size else entry.get("sizes", ["10m"]),
+        [tokens] if tokens else map(number, lengths),
+        chosen,
+    ):
+        family = TABLES["arms"][arm]["family"]
+        if "grid" in entry:
+            found = entry["grid"].get(optimizer, {}).get(family, [])
+        else:
+            tuned = entry.get("rates_of", {}).get(of_size, of_size)
+            found = [rate(tuned, optimizer, family, dataset)]
+        for lr, dtype in itertools.product(found, entry.get("dtypes", ["bfloat16"])):
+            yield Run(table, arm, seed, of_size, length, optimizer, lr, dataset, dtype)
 
 
 def rate(size: str, optimizer: str, family: str, dataset: str = "text") -> float:

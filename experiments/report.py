@@ -16,13 +16,16 @@ from typing import Any
 import arms
 import numpy as np
 import recall_report
+import scaling
 import sequences
 from corpus import WIKITEXT
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from paired import Difference, holm, paired
 
 from transnormer.files import write_text
+from transnormer.planning.scaling import read_fits
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -51,42 +54,6 @@ Arms are described in `experiments/tables.toml`; all have the parameters of `pub
 %, by the width of the GLU, except those called *fewer*. What was decided before the runs, and what
 went wrong, is in [experiments/LOG.md](../experiments/LOG.md).
 """
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of one arm to the reference, over paired seeds: mean, half the width of its 95 % interval, p
-    before correction."""
-
-    mean: float
-    half: float
-    p: float
-    pairs: int
-
-
-def paired(ours: dict[int, float], reference: dict[int, float]) -> Difference | None:
-    """The difference ours - reference over the seeds that both have; None with fewer than two."""
-    seeds = sorted(ours.keys() & reference.keys())
-    if len(seeds) < 2:
-        return None
-    from scipy import stats  # half a second, which only this function needs
-
-    differences = [ours[seed] - reference[seed] for seed in seeds]
-    mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(seeds))
-    half = float(stats.t.ppf(0.975, len(seeds) - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)) if error else float(mean == 0)
-    return Difference(mean, half, p, len(seeds))
-
-
-def holm(values: list[float]) -> list[float]:
-    """p values corrected for being several: each times the number of those not smaller, never
-    falling."""
-    corrected, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(sorted(range(len(values)), key=lambda one: values[one])):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        corrected[place] = largest
-    return corrected
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -123,7 +90,13 @@ def of_table(
             found[record["size"], record["tokens"], record["optimizer"]][record["arm"]].append(
                 record
             )
-    return {setting: dict(by_arm) for setting, by_arm in found.items()}
+    # A table has no use for a setting in which only tables of several sizes have runs.
+    several = {other for other, table in TABLES.items() if "sizes" in table}
+    return {
+        setting: dict(by_arm)
+        for setting, by_arm in found.items()
+        if any(r["table"] not in several for runs in by_arm.values() for r in runs)
+    }
 
 
 def _has_chosen_rate(record: dict[str, Any]) -> bool:
@@ -473,12 +446,24 @@ def sources(by_arm: dict[str, list[dict[str, Any]]]) -> str:
     )
 
 
+def fitted(title: str) -> list[str]:
+    """The fits that experiments/scaling.py has written, where it has, and a picture of them."""
+    if (fits := read_fits()) is None:
+        return []
+    table = markdown(*scaling.rows(fits))
+    says = textwrap.fill(scaling.explained(fits), 120, break_on_hyphens=False)
+    return [f"## {title}", scaling.picture(fits, DOCS), table, says]
+
+
 def main() -> None:
     results = [
         json.loads(path.read_text()) | {"path": path} for path in sorted(RESULTS.glob("*.json"))
     ]
     text = [INTRODUCTION]
     for name, entry in TABLES.items():
+        if name == scaling.TABLE:
+            text += fitted(entry["title"])
+            continue
         by_setting = of_table(name, results)
         if "dtypes" in entry:
             for setting, by_arm in sorted(by_setting.items()):
@@ -498,11 +483,6 @@ def main() -> None:
             }
             diverged = {arm: len(all_by_arm[arm]) - len(runs) for arm, runs in by_arm.items()}
             by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
-            if name == "spread":  # one rate an arm, the table's own
-                by_arm = {
-                    arm: [r for r in runs if r["lr"] == arms.rate(size, optimizer, r["family"])]
-                    for arm, runs in by_arm.items()
-                }
             seeds = [len(runs) for runs in by_arm.values() if runs]
             if len(seeds) < 2 or (name == "spread" and max(seeds) < 2):
                 continue

@@ -4,6 +4,7 @@ after a kill.
     python experiments/run.py T4 --size 10m --tokens 5M --dry   # which runs, and which are there
     python experiments/run.py T4 --size 10m --tokens 5M         # a smaller table, on a laptop
     python experiments/run.py rates spread ladder --size 45m --side-by-side 2 --until 540
+    python experiments/run.py scaling --side-by-side 3          # all sizes and budgets of the table
 
 The corpus comes from experiments/corpus.py. What is not language comes from
 experiments/sequences.py and lies in the corpus as its folders digits and speech, which need no text
@@ -184,7 +185,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, help="how many; by default the table's")
     parser.add_argument(
-        "--size", default="10m", help=f"{', '.join(arms.TABLES['sizes'])}; by default 10m"
+        "--size", help=f"{', '.join(arms.TABLES['sizes'])}; by default the table's, or 10m"
     )
     parser.add_argument("--tokens", type=arms.number, help="a run, e.g. 5M; by default the table's")
     parser.add_argument("--optimizers", nargs="+", help="adamw, muon; by default the table's")

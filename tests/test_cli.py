@@ -274,7 +274,7 @@ def test_what_went_wrong_is_one_line(work: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Zürich\n".encode("latin-1"))
     assert "did you mean" in refused("train", "small.toml", "optim.lrr=1", folder=work)
     assert "no such recipe" in refused("train", "nothing.toml", folder=work)
-    assert "neither a folder nor a size (10m," in refused("info", "2b")
+    assert "neither a folder nor a size (5m," in refused("info", "2b")
     assert "no such folder" in refused("generate", "--model", "nowhere")
     assert "neither a run" in refused("generate", "--model", tmp_path)
     assert "no tokenizer" in refused("generate", "--model", PUBLISHED, "--prompt", "x")

@@ -137,6 +137,11 @@ def test_help_needs_no_torch() -> None:
     assert "torch" not in loaded
 
 
+def test_predicting_a_loss_needs_the_standard_library_alone() -> None:
+    (loaded,) = _loaded("from transnormer.planning import scaling")
+    assert loaded & {*HEAVY, "torch", "numpy", "scipy"} == set()
+
+
 def test_the_public_names_are_there() -> None:
     for name in transnormer.__all__:
         assert getattr(transnormer, name) is not None

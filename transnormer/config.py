@@ -8,16 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .layer_config import (
-    ACTIVATIONS,
-    CONVOLUTIONS,
-    DECAYS,
+    CHOICES,
     FULL,
     GLUS,
     LAYER_TYPES,
@@ -30,6 +27,7 @@ from .layer_config import (
     WINDOW,
     LayerConfig,
     SoftmaxSettings,
+    alibi_slopes,
     is_int,
     nearest,
     require,
@@ -139,7 +137,7 @@ class ModelConfig:
             self.head_dim,
             "an integer, 0 or more",
         )
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             require_choice(name, getattr(self, name), choices)
         for name in _SWITCHES:
             require(isinstance(value := getattr(self, name), bool), name, value, "true or false")
@@ -337,7 +335,7 @@ class ModelConfig:
             slopes = [8 * h / heads for h in range(heads)]
             temperature = 1 - layer / layers
         else:
-            slopes = _alibi_slopes(heads)
+            slopes = alibi_slopes(heads)
             temperature = 1 - layer / (layers - 1) + 1e-5 if layers > 1 else 1.0
         factor = self.decay_scale * (temperature if self.decay_temperature else 1.0)
         return [-slope * factor for slope in slopes]
@@ -452,16 +450,6 @@ _SWITCHES = (
     "bias",
     "tie_word_embeddings",
 )
-_CHOICES: dict[str, Collection[str]] = {
-    "mixer": MIXERS,
-    "position": POSITIONS,
-    "decay": DECAYS,
-    "activation": ACTIVATIONS,
-    "convolution": CONVOLUTIONS,
-    "glu": GLUS,
-    "norm": NORMS,
-}
-
 # The softmax baseline (LLaMA style): the same model in other words.
 TRANSFORMER: dict[str, Any] = {
     "mixer": "softmax",
@@ -486,11 +474,13 @@ def _size(layers: int, width: int, heads: int, glu: int, vocab: int = 64_000) ->
 
 
 # Rows 385m to 65b are the paper's (their parameter counts agree with it at vocabulary 50,272). No
-# integer F gives the paper's count for 175b: F = 32,768 is our choice. 10m, 45m and 160m are ours,
+# integer F gives the paper's count for 175b: F = 32,768 is our choice. Rows 5m to 160m are ours,
 # for experiments.
 UNSCALED = ("3b", "7b")  # sizes whose released checkpoints do not scale the embedding
 SIZES: dict[str, dict[str, Any]] = {
+    "5m": _size(5, 256, 4, 704, 4_096),
     "10m": _size(6, 320, 5, 880, 4_096),
+    "20m": _size(8, 384, 6, 1_056, 8_192),
     "45m": _size(10, 512, 8, 1_408, 16_384),
     "160m": _size(16, 768, 12, 2_304, 32_768),
     "385m": _size(24, 1_024, 8, 2_816),
@@ -501,18 +491,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "65b": _size(72, 8_192, 64, 22_016),
     "175b": _size(88, 12_288, 96, 32_768),
 }
-
-
-def _alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 (h + 1) / H) for a power of two; otherwise those of the power of two below it, followed
-    by every second one of the power of two above it (ALiBi's rule, and the published
-    checkpoints')."""
-
-    def geometric(n: int) -> list[float]:
-        return [2 ** (-8 * (h + 1) / n) for h in range(n)]
-
-    below = 2 ** (heads.bit_length() - 1)
-    return geometric(below) + geometric(2 * below)[0::2][: heads - below]
 
 
 def _check_keys(values: dict[str, Any]) -> None:

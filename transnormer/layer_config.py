@@ -73,6 +73,16 @@ ACTIVATIONS = (
     "sine",
     "exp",
 )
+# The settings of a model that are one of several words.
+CHOICES: dict[str, Collection[str]] = {
+    "mixer": MIXERS,
+    "position": POSITIONS,
+    "decay": DECAYS,
+    "activation": ACTIVATIONS,
+    "convolution": CONVOLUTIONS,
+    "glu": GLUS,
+    "norm": NORMS,
+}
 # Hugging Face's names for kinds of layers, and whether what such a layer remembers of a text stops
 # growing. Linear layers use `ModelConfig.mixer`, whose state has one size.
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
@@ -241,3 +251,15 @@ def nearest(word: object, words: Collection[str], prefix: str = "") -> str:
         if prefix
         else ""
     )
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(-8 (h + 1) / H) for a power of two; otherwise those of the power of two below it, followed
+    by every second one of the power of two above it (ALiBi's rule, and the published
+    checkpoints')."""
+
+    def geometric(n: int) -> list[float]:
+        return [2 ** (-8 * (h + 1) / n) for h in range(n)]
+
+    below = 2 ** (heads.bit_length() - 1)
+    return geometric(below) + geometric(2 * below)[0::2][: heads - below]

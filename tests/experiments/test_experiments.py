@@ -56,7 +56,7 @@ def test_the_time_of_a_run_that_was_stopped_is_that_of_what_is_left(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("size", "vocabulary"),
-    [("toy", VOCABULARY), ("10m", VOCABULARY), ("10m", 257), ("45m", VOCABULARY)],
+    [(size, VOCABULARY) for size in ("toy", "5m", "10m", "20m", "45m")] + [("10m", 257)],
 )
 def test_all_arms_have_the_parameters_of_the_reference(size: str, vocabulary: int) -> None:
     def count(arm: str) -> int:

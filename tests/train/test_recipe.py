@@ -243,7 +243,7 @@ def test_a_setting_is_given_once(recipe_file: Path, overrides: list[str]) -> Non
         ),
         ("trian.steps=1", r"unknown key trian; did you mean train\?"),
         ("model.hiden_size=3", r"unknown key model\.hiden_size; did you mean model\.hidden_size\?"),
-        ("model.size=7B", r"model\.size = '7B', but must be one of 10m, .*did you mean 7b\?"),
+        ("model.size=7B", r"model\.size = '7B', but must be one of 5m, .*did you mean 7b\?"),
         ("train.steps=many", r"train\.steps = 'many', but must be a whole number"),
         ("train.steps=1.5", r"train\.steps = 1\.5, but must be a whole number"),
         ("train.recompute=1", r"train\.recompute = 1, but must be true or false"),

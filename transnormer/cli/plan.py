@@ -105,9 +105,11 @@ def _show_tensor_sizes(
 def _show_plans(job: Job, as_json: bool) -> None:
     """Find the best plans of a job, check their shares, and print them."""
     import json
+    import textwrap
 
     from rich.console import Console
 
+    from ..planning import scaling
     from ..planning.check import as_settings, check_plan, record, table
 
     with Console(stderr=True).status("looking for meshes") as status:
@@ -134,6 +136,8 @@ def _show_plans(job: Job, as_json: bool) -> None:
             "Speeds are those of GPUs that wait for no host: under tensor and context with "
             "train.graph = true."
         )
+    if (fits := scaling.read_fits()) is not None:
+        print(textwrap.fill(scaling.described(job.config, job.tokens, fits), 100))
     print("The best as settings of `transnormer train`:", *as_settings(job, plans[0]))
 
 

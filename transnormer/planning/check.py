@@ -18,6 +18,7 @@ from ..layer_config import LayerConfig
 from ..model.language_model import LanguageModel
 from ..train.mesh import Mesh, make_mesh
 from ..train.parallelize import parallelize
+from . import scaling
 from .memory import Layout, Memory, block_kinds, one_of_each
 from .search import Job, Plan, saving
 
@@ -166,7 +167,9 @@ def compared(models: dict[str, list[Plan]]) -> Table:
 
 
 def record(job: Job, plans: list[Plan]) -> dict[str, Any]:
-    """For --json: everything in bytes, seconds' rates and days."""
+    """For --json: everything in bytes, seconds' rates, days and nats."""
+    fits = scaling.read_fits()
+    found = scaling.predict_model(job.config, job.tokens, fits) if fits else None
     return {
         "model": job.config.to_dict(),
         "parameters": job.config.parameter_count(),
@@ -175,6 +178,7 @@ def record(job: Job, plans: list[Plan]) -> dict[str, Any]:
         "tokens": job.tokens,
         "seq_len": job.seq_len,
         "batch_tokens": job.rows * job.seq_len,
+        "predicted_loss": dataclasses.asdict(found) if found else None,
         "plans": [
             {
                 **dataclasses.asdict(plan),
