@@ -51,11 +51,8 @@ def short_convolution(
         raise ValueError(f"past must be [{rows}, {taps - 1}, {channels}]; got {list(past.shape)}")
     if cu_seqlens is not None and positions is not None:
         raise ValueError("positions and cu_seqlens both say where sequences begin: give one")
-    if positions is not None and positions.shape not in {
-        x.shape[:2],
-        (1, x.shape[1]),
-        x.shape[1:2],
-    }:
+    length = x.shape[1]
+    if positions is not None and positions.shape not in (x.shape[:2], (1, length), (length,)):
         raise ValueError(f"positions must be [B or 1, T] of x; got {list(positions.shape)}")
     past = None if past is None else past.to(x.dtype)
     refusal = _triton_refusal(x, weight, past, named=backend == "triton")
@@ -68,7 +65,6 @@ def short_convolution(
     if cu_seqlens is not None:
         return _packed(x, weight, past, cu_seqlens)
     row = torch.cat([past, x], dim=1)
-    length = x.shape[1]
     earlier = [row[:, taps - 1 - j :][:, :length] for j in range(taps)]
     if positions is not None:
         earlier = [x * (positions >= j)[..., None] for j, x in enumerate(earlier)]
