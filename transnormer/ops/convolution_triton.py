@@ -5,13 +5,14 @@ With the J taps w of each channel, and x_s for s before a sequence's first token
     y_t = sum over j of w_j x_(t - j)
     dx_s = sum over j of w_j dy_(s + j)        dw_j = sum over s of x_s dy_(s + j)
 
-where only pairs of one sequence count, and `last`, the J - 1 tokens at its end, passes its own
-gradient on to them. Backward reads x once and dy J times at places one token apart, so that one
-more read of it would be needed for no other gradient; what is read again comes from L1 and L2.
-Counted in units of one [B, T, C] tensor of the device's memory, forward moves 2 and backward 3. The
-gradient of `past` is that of J - 1 tokens before the first, so the same kernel computes it, in a
-second launch. Each program sums dw over its own tokens in float32, and torch sums the programs, in
-one order: repeats are bit-equal."""
+where only pairs of one sequence count, and the J - 1 tokens at its end also have the gradient of
+`last`. Both sums of the backward pass pair a token x_s with the same J later ones of dy, so x is
+read once. A program reads dy J times, each time one token further on, and the forward kernel reads
+x so; but the first time alone comes from the device's memory, the others from the caches. Counted
+in units of one [B, T, C] tensor of that memory, forward moves 2 and backward 3. The gradient of
+`past` is that of J - 1 tokens before the first, so the same kernel computes it in a second launch.
+Each program sums dw over its own tokens in float32, and torch sums the programs in one order:
+repeats are bit-equal."""
 
 # mypy: allow-untyped-defs
 
@@ -30,8 +31,8 @@ from .register import define, define_backward, differentiable, direct
 # (tokens, channels, warps) of a program. 64 channels of two bytes are one line of 128 bytes, which
 # eight threads read 16 bytes each. A thread has 16 numbers: compiled for Hopper that takes 56 and
 # 78 registers, so that nine and three programs share a multiprocessor and hide each other's waiting
-# for memory; 32 numbers would take more than 150 in the backward pass. More tokens are read twice
-# the smaller a block of them is, and in the backward pass more sums for the taps are written.
+# for memory; 32 numbers would take more than 150 in the backward pass. Blocks of fewer tokens would
+# read more of them twice and, in the backward pass, write more sums for the taps.
 FORWARD = (32, 64, 4)
 BACKWARD = (64, 64, 8)
 STEP = 256  # channels of a program; few, because a step has few rows
@@ -249,10 +250,9 @@ def _kinds(*tensors: Tensor | None) -> tuple[tuple[torch.dtype, bool] | None, ..
 
 
 def _tile(options: tuple[int, int, int], tokens: int, channels: int) -> tuple[int, int, int]:
-    """The tile, no larger than the next powers of two of what there is."""
-    block_t, block_c, warps = options
-    padded = (triton.next_power_of_2(max(1, n)) for n in (tokens, channels))
-    return min(block_t, next(padded)), min(block_c, max(16, next(padded))), warps
+    """The tile, no larger than the next powers of two of the tokens and channels there are."""
+    most = (triton.next_power_of_2(max(1, number)) for number in (tokens, channels))
+    return *map(min, options, most), options[2]
 
 
 class _Call:
