@@ -89,6 +89,10 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         short_convolution_step_(x, weight, x)
     with pytest.raises(ValueError, match=r"memory must be \[slots, 3, 5\]; got \[2, 1, 5\]"):
         short_convolution_step_(x[:, :1], weight, x[:, :1])
+    with pytest.raises(ValueError, match="2 rows have no slot each in a memory of 1"):
+        short_convolution_step_(x[:, :1], weight, x[:1])
+    with pytest.raises(ValueError, match=r"slots must be \[2\], one a row; got \[3\]"):
+        short_convolution_step_(x[:, :1], weight, x, bounds.repeat(2)[:3])
     with pytest.raises(ValueError, match="short_convolution_step_ has no gradient"):
         short_convolution_step_(x[:, :1], weight, x)
 

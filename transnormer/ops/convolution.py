@@ -96,6 +96,10 @@ def short_convolution_step_(
         raise ValueError(
             f"memory must be [slots, {taps - 1}, {channels}]; got {list(memory.shape)}"
         )
+    if slots is None and len(memory) < len(x):
+        raise ValueError(f"{len(x)} rows have no slot each in a memory of {len(memory)}")
+    if slots is not None and slots.shape != x.shape[:1]:
+        raise ValueError(f"slots must be [{len(x)}], one a row; got {list(slots.shape)}")
     if torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, memory)):
         raise ValueError(
             "short_convolution_step_ has no gradient: call it under torch.no_grad(), or "
