@@ -29,10 +29,10 @@ from .launch_triton import launch
 from .register import define, define_backward, differentiable, direct
 
 # (tokens, channels, warps) of a program. 64 channels of two bytes are one line of 128 bytes, which
-# eight threads read 16 bytes each. A thread has 16 numbers: compiled for Hopper that takes 60 and
-# 80 registers, so that eight and three programs share a multiprocessor and hide each other's waiting
-# for memory; 32 numbers would take more than 150 in the backward pass. Blocks of fewer tokens would
-# read more of them twice and, in the backward pass, write more sums for the taps.
+# eight threads read 16 bytes each. A thread has 16 numbers. Compiled for Hopper that takes about 60
+# and 80 registers, so that eight and three programs share a multiprocessor, and each runs while the
+# others wait for memory; 32 numbers would take more than 150 in the backward pass. Blocks of fewer
+# tokens would read more of them twice and, in the backward pass, write more sums for the taps.
 FORWARD = (32, 64, 4)
 BACKWARD = (64, 64, 8)
 STEP = 256  # channels of a program; few, because a step has few rows
