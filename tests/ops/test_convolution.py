@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transnormer.ops.convolution import short_convolution
+from transnormer.ops.convolution import short_convolution, short_convolution_step_
 
 
 def drawn(rows: int, length: int, channels: int = 5, taps: int = 4) -> tuple[torch.Tensor, ...]:
@@ -78,3 +78,32 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         short_convolution(x, weight, x[:1])
     with pytest.raises(ValueError, match="all tensors must be on one device"):
         short_convolution(x, weight.to("meta"))
+    with pytest.raises(ValueError, match=r"positions must be \[B or 1, T\] of x; got \[2\]"):
+        short_convolution(x, weight, positions=torch.arange(2))
+    bounds = torch.tensor([0, 3])
+    with pytest.raises(ValueError, match="packed sequences stand in one row; got 2 rows"):
+        short_convolution(x, weight, cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="give one"):
+        short_convolution(x[:1], weight, cu_seqlens=bounds, positions=torch.arange(3))
+    with pytest.raises(ValueError, match=r"x must be \[S, 1, 5\]; got \[2, 3, 5\]"):
+        short_convolution_step_(x, weight, x)
+    with pytest.raises(ValueError, match=r"memory must be \[slots, 3, 5\]; got \[2, 1, 5\]"):
+        short_convolution_step_(x[:, :1], weight, x[:, :1])
+    with pytest.raises(ValueError, match="2 rows have no slot each in a memory of 1"):
+        short_convolution_step_(x[:, :1], weight, x[:1])
+    with pytest.raises(ValueError, match=r"slots must be \[2\], one a row; got \[3\]"):
+        short_convolution_step_(x[:, :1], weight, x, bounds.repeat(2)[:3])
+    with pytest.raises(ValueError, match="short_convolution_step_ has no gradient"):
+        short_convolution_step_(x[:, :1], weight, x)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_steps_in_place_are_the_whole(taps: int) -> None:
+    x, weight = (part.detach() for part in drawn(2, 7, taps=taps))
+    whole, last = short_convolution(x, weight)
+    memory = torch.zeros(4, taps - 1, 5, dtype=torch.float64)
+    slots = torch.tensor([2, -1])  # the second row has none
+    steps = [short_convolution_step_(x[:, t : t + 1], weight, memory, slots) for t in range(7)]
+    torch.testing.assert_close(torch.cat(steps, dim=1)[0], whole[0])
+    assert torch.equal(memory[2], last[0])
+    assert not memory[:2].any()

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transnormer.config import TRANSFORMER, ModelConfig
 from transnormer.model.language_model import LanguageModel, init_weights
 from transnormer.model.layers import TokenPositions, rotation
-from transnormer.ops import gla, lightning, loss, lrpe, norm
+from transnormer.ops import convolution, gla, lightning, loss, lrpe, norm
 from transnormer.planning import hardware, memory, speed
 from transnormer.planning.check import held, pretended, weight_bytes
 from transnormer.planning.hardware import GPUS
@@ -173,10 +173,17 @@ KEPT += [({**GROUPED, "softmax": {"num_key_value_heads": 2, "gate": True}}, 1)]
 
 
 @pytest.mark.parametrize(("words", "tensor"), KEPT, ids=lambda value: str(value)[:30])
-def test_what_a_block_keeps(words: dict[str, Any], tensor: int) -> None:
+def test_what_a_block_keeps(
+    words: dict[str, Any], tensor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ModelConfig.from_dict(TINY).replace(hidden_size=64, intermediate_size=176, **words)
     layer, rows, length = (0 if words.get("position_layers") == "all" else 1), 4, 200
     kept: dict[int, int] = {}
+    if config.convolution != "none":
+        # as on a GPU, it is a kernel; what that computes does not matter here
+        kernels = pytest.importorskip("transnormer.ops.convolution_triton")
+        monkeypatch.setattr(convolution, "choose", lambda *_: "triton")
+        monkeypatch.setattr(kernels, "launch", lambda *_, **__: None)
 
     def pack(x: Tensor) -> Tensor:
         part = held(x)
@@ -247,7 +254,7 @@ def trace(
 
     As on a GPU: kernels where Triton has them, logits of a slice in bfloat16, AdamW's state. As
     compiled: no cache of weights that autocast has cast."""
-    for module in (gla, lightning, lrpe, norm):
+    for module in (convolution, gla, lightning, lrpe, norm):
         patch.setattr(module, "choose", lambda *_: "triton")
     patch.setattr(loss, "SLICE_ELEMENTS", loss.CUDA_SLICE_BYTES // 2)
     for name in ("_softmax_loss_", "_add_product"):

@@ -24,7 +24,7 @@ from torch import Tensor
 from transnormer.config import ModelConfig
 from transnormer.data.loader import Batch
 from transnormer.model.language_model import LanguageModel, init_weights
-from transnormer.ops import dispatch, lightning, loss, lrpe, norm
+from transnormer.ops import convolution, dispatch, lightning, loss, lrpe, norm
 from transnormer.planning import memory
 from transnormer.planning.mesh_sizes import Parallel
 from transnormer.train import segments
@@ -147,7 +147,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 def _with_kernels(case: Case) -> dict[str, Any]:
     with faster_interpreter(), pytest.MonkeyPatch.context() as patch:
-        for module in (lightning, loss, lrpe, norm):
+        for module in (convolution, lightning, loss, lrpe, norm):
             patch.setattr(
                 module, "triton_refusal", lambda *x, named: dispatch.triton_refusal(*x, named=True)
             )

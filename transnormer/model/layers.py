@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..layer_config import TAPS, LayerConfig
 from ..ops.context import Context
-from ..ops.convolution import short_convolution
+from ..ops.convolution import short_convolution, short_convolution_step_
 from ..ops.gather import previous_end
 from ..ops.lrpe import angles, lrpe, swish_lrpe
 from ..ops.norm import add_rms_norm, simple_rms_norm
@@ -258,14 +258,11 @@ class ShortConvolution(nn.Module):
     def step_(self, x: Tensor, memory: Tensor, tokens: TokenPositions) -> Tensor:
         """As the mixer's `step_`; memory: [slots + 1, TAPS - 1, C], the last tokens of each
         slot, and a place for those of rows without one."""
-        weight, outputs = local(self.weight).flatten(0, 1), []
-        for t in range(x.shape[1]):
-            owners = tokens.owners(t)
-            if owners is None:
-                owners = torch.arange(len(x), device=x.device)
-            y, last = short_convolution(x[:, t : t + 1], weight, memory[owners])
-            memory[owners] = last.to(memory.dtype)
-            outputs.append(y)
+        weight = local(self.weight).flatten(0, 1)
+        outputs = [
+            short_convolution_step_(x[:, t : t + 1], weight, memory, tokens.owners(t))
+            for t in range(x.shape[1])
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 

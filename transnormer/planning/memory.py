@@ -166,7 +166,7 @@ def saved_bytes(
     Every tensor is bfloat16 except the residual stream, which is float32. A tensor rank keeps its
     own heads and columns, and between the products its own part of the tokens. It keeps the input
     of each projection whole, because it gathers that input. The masks of windows are not counted.
-    What a convolution gives is computed again.
+    A convolution keeps what it read, beside what it gave.
     one_op: the mixer is `ops.gla.gated_linear_attention`, as it is on one GPU and under FSDP in
     layers without positions, `qk_norm`, `head_norm` or a token's own decay."""
     d, inner, f = config.hidden_size, layer.inner_size, config.intermediate_size
@@ -175,8 +175,8 @@ def saved_bytes(
     whole = 2 * (2 * d) + 2 * rank  # what the mixer's and the GLU's projections read
     # the block's input in float32, the mixer's output: their sum is computed again
     stream = 4 * d + 2 * d
-    # projected q, k, v, u; what the last projection reads
-    mixer = 2 * keys * layer.parts + 2 * inner
+    # projected q, k, v, u; what the last projection reads; what a convolution reads
+    mixer = 2 * keys * layer.parts + 2 * inner + 2 * layer.convolved
     if layer.linear:
         # q and k through the activation and the position, what the norm reads
         mixer += 2 * inner * (2 * (layer.key_dim // layer.head_dim) + 1)
