@@ -1,267 +1,224 @@
-"""Generation: what is drawn, what stops it, and that the state is all there is."""
+"""The engine: whoever shares it, each text is what a plain loop over whole passes writes."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-import transnormer
-from transnormer import LanguageModel, ModelConfig
+from tests.model.test_language_model import small
+from transnormer import Engine, LanguageModel, RequestSettings
 from transnormer.data.tokenizer import load_tokenizer
-from transnormer.inference import engine
-from transnormer.inference.engine import PIECE, Session, generate_text
-from transnormer.inference.sampling import NOT_FINITE, Sampling, SamplingBatch, _uniform, sample
+from transnormer.inference.engine import Handle, Result
+from transnormer.inference.sampling import Sampling, SamplingBatch, sample
+from transnormer.inference.scheduler import Request
+from transnormer.inference.text import Decoder
 
-GREEDY = Sampling(temperature=0)
+VOCAB, CAPACITY, END = 300, 96, 0
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+MODELS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "convolved": {"convolution": "heads", "qk_norm": True, "head_norm": True},
+    "gated decay": {"decay": "gated", "convolution": "input"},
+    "softmax": {"mixer": "softmax", "position": "rope"},
+    "windows": {
+        "num_attention_heads": 4,
+        "layer_types": [LINEAR, SLIDING, LINEAR],
+        "softmax": {"window": 5, "position": "rope", "num_key_value_heads": 2},
+        "convolution": "heads",
+    },
+    "hybrid": {
+        "num_attention_heads": 4,
+        "layer_types": [SLIDING, LINEAR, FULL],
+        "softmax": {"window": 16, "position": "none", "decay": "alibi"},
+        "position": "ape",
+        "max_position_embeddings": CAPACITY,
+    },
+}
 
 
 @pytest.fixture(scope="module")
-def model(prepared) -> LanguageModel:
+def models(prepared: Path) -> dict[str, LanguageModel]:
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        initializer_range=0.3,
+    found = {name: small(vocab_size=VOCAB, **changes) for name, changes in MODELS.items()}
+    for model in found.values():
+        model.tokenizer = load_tokenizer(prepared)
+    return found
+
+
+class Poisoned(Engine):
+    """An engine whose slots hold NaN from the time when they are free."""
+
+    def __init__(self, model: LanguageModel, **options: Any):
+        super().__init__(model, **{"capacity": CAPACITY, **options})
+        self._slots.poison_(range(len(self._slots.seen)))
+
+    def _finish(self, request: Request, reason: str) -> None:
+        slot = request.slot
+        super()._finish(request, reason)
+        if slot is not None:
+            self._slots.poison_([slot])
+
+
+@torch.inference_mode()
+def alone(
+    model: LanguageModel, prompt: list[int], settings: RequestSettings, written: list[int] = ()
+) -> Result:
+    """What the request comes to by itself: one forward pass over the whole text for each token.
+    written: tokens that are given, not drawn."""
+    draw = Sampling(
+        **{
+            name: getattr(settings, name)
+            for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+        }
     )
-    model = LanguageModel(config).eval()
-    model.tokenizer = load_tokenizer(prepared)
-    return model
+    batch = SamplingBatch.of([draw], torch.device("cpu"))
+    tokens, logprobs = [], []
+    ends = (END,) if settings.stop_ids is None else settings.stop_ids
+    stop = (settings.stop,) if isinstance(settings.stop, str) else settings.stop
+    text, reason = "".join(Decoder(model.tokenizer, prompt).stream([])), "length"
+    while len(tokens) < settings.max_tokens:
+        ids = [*prompt, *tokens]
+        logits = model(torch.tensor([ids]))[0][0, -1].clone()
+        scores = logits.log_softmax(-1)
+        for token in {*ids}:
+            penalty = settings.repetition_penalty
+            logits[token] *= 1 / penalty if logits[token] > 0 else penalty
+        for token, value in settings.bias.items():
+            logits[token] += max(value, -1e9)  # which has no probability either
+        token = int(sample(logits[None], batch, torch.tensor([len(tokens)])))
+        token = written[len(tokens)] if len(tokens) < len(written) else token
+        tokens.append(token)
+        logprobs.append(float(scores[token]))
+        if token in ends:
+            reason = "stop"
+            break
+        text = "".join(Decoder(model.tokenizer, prompt).stream(tokens))
+        if found := [(text.index(one) + len(one), text.index(one)) for one in stop if one in text]:
+            text, reason = text[: min(found)[1]], "stop"
+            break
+    return Result(0, text, tokens, reason, logprobs if settings.logprobs else None)
 
 
-def test_greedy_text_is_what_the_whole_forward_says(model: LanguageModel) -> None:
-    session = Session(model)
-    ids = model.tokenizer.encode("First Citizen:\nSpeak").ids
-    session.read(ids[:3])
-    session.read(ids[3:])
-    written = list(session.write(30, GREEDY))
-    for token in written:
-        logits, _ = model(torch.tensor([ids]))
-        assert token == int(logits[0, -1].argmax())
-        ids.append(token)
+def check(found: Result, wanted: Result) -> None:
+    assert found.tokens == wanted.tokens
+    assert (found.text, found.finish_reason) == (wanted.text, wanted.finish_reason)
+    assert found.error is None
+    assert (found.logprobs is None) == (wanted.logprobs is None)
+    if found.logprobs is not None:
+        assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-8)
 
 
-def test_writing_goes_on_where_it_stopped_and_forks_do_not_meet(model: LanguageModel) -> None:
-    session = Session(model)
-    session.read([5, 6, 7])
-    whole = list(session.write(20, GREEDY))
-    session = Session(model)
-    session.read([5, 6, 7])
-    first = list(itertools.islice(session.write(20, GREEDY), 8))
-    fork = session.fork()
-    assert list(itertools.islice(fork.write(20, GREEDY), 3)) == whole[8:11]
-    fork.read([9])
-    list(fork.write(5, GREEDY))
-    assert first + list(session.write(12, GREEDY)) == whole
+def drawn_settings(draw: random.Random) -> RequestSettings:
+    return RequestSettings(
+        max_tokens=draw.choice((0, 1, 4, 9, 14)),
+        temperature=draw.choice((0, 0.7, 1, 2)),
+        top_k=draw.choice((0, 0, 5, 60)),
+        top_p=draw.choice((1, 0.95, 0.6)),
+        min_p=draw.choice((0, 0, 0.05)),
+        repetition_penalty=draw.choice((1, 1, 1.3)),
+        bias={draw.randrange(VOCAB): draw.choice((3.0, -5.0, float("-inf")))}
+        if draw.random() < 0.2
+        else {},
+        seed=draw.randrange(2**63),
+        stop=draw.choice(((), (), "e", ("th", "ou"))),
+        stop_ids=draw.choice((None, None, range(0, VOCAB, 15))),
+        logprobs=draw.random() < 0.4,
+        keep=draw.random() < 0.4,
+    )
 
 
-def test_a_long_prompt_is_read_in_pieces(model: LanguageModel) -> None:
-    ids = torch.randint(300, (PIECE + 100,)).tolist()
-    session = Session(model)
-    session.read(ids)
-    logits, _ = model(torch.tensor([ids]))
-    assert next(session.write(1, GREEDY)) == int(logits[0, -1].argmax())
-    assert session.state.seen.tolist() == [PIECE + 100]
+def drawn_prompt(draw: random.Random, most: int) -> list[int]:
+    return [draw.randrange(1, VOCAB) for _ in range(draw.choice((1, 2, draw.randint(1, most))))]
 
 
-def test_seeds_repeat_and_differ(model: LanguageModel) -> None:
-    def text(seed: int) -> str:
-        return "".join(generate_text(model, "O ", max_tokens=40, sampling=Sampling(seed=seed)))
-
-    assert text(1) == text(1) != text(2)
-
-
-def test_the_pieces_are_the_text(model: LanguageModel) -> None:
-    for seed in range(2):
-        session, sampling = Session(model), Sampling(seed=seed, temperature=2.0)
-        session.read(model.tokenizer.encode("When").ids)
-        ids = list(session.write(50, sampling))
-        text = "".join(generate_text(model, "When", max_tokens=50, sampling=sampling))
-        assert text == model.tokenizer.decode(ids)
+class Asked(NamedTuple):
+    handle: Handle
+    prompt: list[int]
+    settings: RequestSettings
+    written: list[int]
 
 
-def test_stop_strings_end_the_text_before_them(model: LanguageModel) -> None:
-    options = {"max_tokens": 120, "sampling": Sampling(seed=6, temperature=1.5)}
-    text = "".join(generate_text(model, "When", **options))
-    for start, length in ((10, 1), (20, 7), (40, 15)):
-        stop = text[start : start + length]
-        cut = "".join(generate_text(model, "When", stop=["never there", stop], **options))
-        assert cut == text[: text.index(stop)]
-    assert "".join(generate_text(model, "When", stop=["\x00never"], **options)) == text
-
-
-def test_the_end_of_text_ends_it(model: LanguageModel) -> None:
-    session = Session(model)
-    session.read([5])
-    first = next(session.write(1, GREEDY))
-    session = Session(model)
-    session.read([5])
-    assert list(session.write(10, GREEDY, end=first)) == []
-    session.read([8])  # the end was read too
-    assert session.state.seen.tolist() == [3]
-
-
-def test_memory_of_a_token_does_not_grow(model: LanguageModel) -> None:
-    session, sizes = Session(model), []
-    session.read([5])
-    for _ in session.write(600, Sampling(seed=1)):
-        sizes.append(session.state.nbytes)
-    assert len(set(sizes)) == 1
-    assert session.state.seen.item() == 600
-
-
-def test_filters_keep_the_likeliest() -> None:
-    logits = torch.log(torch.tensor([[0.1, 0.5, 0.25, 0.15]]))
-
-    def drawn(**options) -> set[int]:
-        return {*draws(logits, 400, **options).tolist()}
-
-    assert drawn(temperature=0) == {1}
-    assert drawn(temperature=1, top_k=2, top_p=1) == {1, 2}
-    assert drawn(temperature=1, top_p=0.5) == {1}
-    assert drawn(temperature=1, top_p=0.6) == {1, 2}
-    assert drawn(temperature=1, top_p=0.76) == {1, 2, 3}
-    assert drawn(temperature=1, top_p=1) == {0, 1, 2, 3}
-    assert drawn(temperature=1e-3, top_p=1) == {1}
-    for options in ({"top_p": 1}, {"top_p": 1, "top_k": 4}):
-        counts = draws(logits, 4_000, temperature=1, **options).bincount(minlength=4)
-        assert (counts / 4_000 - logits.exp()[0]).abs().max() < 0.04
-
-
-def draws(logits: torch.Tensor, count: int, **options) -> torch.Tensor:
-    """So many draws in a row from one row's logits, each as the row of a batch."""
-    samplings = SamplingBatch.of([Sampling(**{"seed": 0, **options})] * count, logits.device)
-    return sample(logits.expand(count, -1), samplings, torch.arange(count))
-
-
-def test_each_row_is_drawn_as_if_it_were_alone() -> None:
-    logits = 3 * torch.randn(6, 500)
-    settings = [
-        Sampling(seed=1),
-        Sampling(temperature=0),
-        Sampling(seed=2, top_k=3, temperature=2.0),
-        Sampling(seed=1, top_p=0.4, temperature=5.0),
-        Sampling(seed=9, temperature=1.0, top_p=1),
-        Sampling(seed=2**63 - 1, top_k=400, temperature=3.0),
+def run_mixture(model: LanguageModel, seed: int, folder: Path) -> int:
+    """Requests that come at random moments, are forked, saved and resumed, or cancelled. Returns
+    how many there were, after each was compared with itself alone."""
+    draw = random.Random(seed)
+    engines = [
+        Poisoned(model, slots=draw.choice((1, 2, 3, 5)), piece=draw.choice((1, 3, 8, 64)))
+        for _ in range(2)
     ]
-    for number in torch.randint(10_000, (20,)):
-        alone = [
-            sample(logits[row : row + 1], SamplingBatch.of([one], logits.device), number[None])
-            for row, one in enumerate(settings)
-        ]
-        order = torch.randperm(6).tolist()
-        together = SamplingBatch.of([settings[row] for row in order], logits.device)
-        found = sample(logits[order], together, number.expand(6))
-        assert found.tolist() == [int(alone[row]) for row in order]
+    asked: list[tuple[Engine, Asked]] = []
+    left = draw.randint(3, 7)
+    while left:
+        engine, action = draw.choice(engines), draw.random()
+        mine = [one for owner, one in asked if owner is engine]
+        mine = [one for one in mine if one.handle.finish_reason is None or one.settings.keep]
+        if action < 0.15 or (action < 0.3 and not mine):
+            prompt, settings = drawn_prompt(draw, 40), drawn_settings(draw)
+            asked.append((engine, Asked(engine.submit(prompt, settings), prompt, settings, [])))
+            left -= 1
+        elif action < 0.3:
+            one = draw.choice(mine)
+            asked.append(resumed(engine, engines, one, draw, folder / f"{len(asked)}.safetensors"))
+            left -= 1
+        elif action < 0.33 and mine:
+            draw.choice(mine).handle.cancel()
+        else:
+            engine.step()
+    for engine in engines:
+        while engine.step():
+            pass
+        assert engine.stats().used == engine.stats().waiting == 0
+    for _, one in asked:
+        found, wanted = one.handle.result(), alone(model, *one[1:])
+        if found.finish_reason == "cancelled":
+            assert found.tokens == wanted.tokens[: len(found.tokens)]
+        else:
+            check(found, wanted)
+    return len(asked)
 
 
-def test_numbers_drawn_are_uniform_and_those_of_neighbouring_seeds_unrelated() -> None:
-    seeds, numbers = torch.arange(300)[:, None], torch.arange(300)
-    drawn = _uniform(*torch.broadcast_tensors(seeds, numbers))
-    assert drawn.dtype == torch.float64
-    assert 0 <= drawn.min() < 1e-4
-    assert 1 - 1e-4 < drawn.max() < 1
-    counts = (drawn * 100).long().flatten().bincount(minlength=100)
-    assert ((counts - 900) ** 2 / 900).sum() < 150  # chi-square of 99 degrees: p > 0.0007
-    wave = drawn - 0.5
-    for first, second in (
-        (wave[1:], wave[:-1]), (wave[:, 1:], wave[:, :-1]), (wave[1:, :-1], wave[:-1, 1:])
-    ):  # fmt: skip
-        assert (first * second).mean().abs() * 12 < 4 / 300
+def resumed(
+    engine: Engine, engines: list[Engine], one: Asked, draw: random.Random, path: Path
+) -> tuple[Engine, Asked]:
+    """A fork of a request, or the same from a file, perhaps in another engine: a copy of it, or
+    with more of a prompt and settings of its own."""
+    written = one.handle.tokens
+    if copied := draw.random() < 0.5:
+        settings, more = one.settings, []
+        if one.handle.finish_reason is None and draw.random() < 0.5:
+            settings = dataclasses.replace(settings, seed=draw.randrange(2**63))
+    else:
+        settings, more = drawn_settings(draw), drawn_prompt(draw, 8)
+        settings = dataclasses.replace(settings, max_tokens=min(settings.max_tokens, 9))
+    whole = [*one.prompt, *written, *more]
+    if len(whole) + settings.max_tokens > CAPACITY:
+        copied, settings, more = True, one.settings, []
+    if draw.random() < 0.5:
+        handle = engine.fork(one.handle, more, settings)
+    else:
+        engine.save_state(one.handle, path)
+        engine = draw.choice(engines)
+        handle = engine.load_state(path, more, settings)
+    if copied:
+        return engine, Asked(handle, one.prompt, settings, written)
+    return engine, Asked(handle, whole, settings, [])
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused_however_tokens_are_drawn(
-    wrong: float, temperature: float
+@pytest.mark.parametrize("name", MODELS)
+def test_whoever_shares_the_engine_each_text_is_as_if_alone(
+    name: str, models: dict[str, LanguageModel], tmp_path: Path
 ) -> None:
-    logits = torch.tensor([[0.0, wrong, 1.0]])
-    good = torch.tensor([[0.0, 9.0, 1.0]])
-    samplings = SamplingBatch.of([Sampling(temperature=temperature)] * 2, logits.device)
-    found = sample(torch.cat([logits, good]), samplings, torch.zeros(2, dtype=torch.int64))
-    assert found.tolist() == [NOT_FINITE, 1]
+    for seed in range(6):
+        assert run_mixture(models[name], seed, tmp_path) >= 3
 
 
-def test_a_read_that_is_interrupted_goes_on_where_it_stopped(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "PIECE", 8)
-    ids = torch.randint(300, (21,)).tolist()
-    told: list[tuple[int, int]] = []
-
-    def interrupt(done: int, total: int) -> None:
-        told.append((done, total))
-        if len(told) == 1:
-            raise KeyboardInterrupt
-
-    session, whole = Session(model), Session(model)
-    with pytest.raises(KeyboardInterrupt):
-        session.read(ids, interrupt)
-    session.read([7], interrupt)
-    whole.read([*ids, 7])
-    assert told == [(8, 21), (8, 14), (14, 14)]
-    assert list(session.write(5, GREEDY)) == list(whole.write(5, GREEDY))
-
-
-@pytest.mark.parametrize("kind", [{}, {"mixer": "softmax", "position": "rope"}], ids=str)
-def test_writing_that_is_interrupted_anywhere_goes_on_where_it_stopped(
-    kind: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also in the middle of a step, when some layers have moved on already."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, initializer_range=0.3, **kind,
-    )  # fmt: skip
-    model = LanguageModel(config).double().eval()
-    monkeypatch.setattr(engine, "LEAST_CAPACITY", 4)  # so that memory is enlarged on the way
-    session, whole = Session(model), Session(model)
-    for one in (session, whole):
-        one.read([3, 4])
-    wanted = list(whole.write(30, GREEDY))
-    step, calls, found = model.layers[1].step_, [], []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) % 4 == 0:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(model.layers[1], "step_", interrupted)
-    while len(found) < 30:
-        try:
-            for token in session.write(30 - len(found), GREEDY):
-                found.append(token)
-        except KeyboardInterrupt:
-            continue
-    assert found == wanted
-    session.read([])
-    whole.read([])
-    assert session.state.seen.tolist() == whole.state.seen.tolist() == [32]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}],
-)
-def test_sampling_that_makes_no_sense_is_refused(bad: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} = "):
-        Sampling(**bad)
-
-
-def test_what_cannot_be_generated_says_why(model: LanguageModel) -> None:
-    with pytest.raises(ValueError, match="outside the model's vocabulary of 300"):
-        Session(model).read([300])
-    with pytest.raises(ValueError, match="nothing was read yet"):
-        next(Session(model).write(1))
-    bare = LanguageModel(model.config)
-    with pytest.raises(ValueError, match="no tokenizer"):
-        transnormer.generate(bare, "hello")
-    with pytest.raises(ValueError, match="max_tokens = -3, but must be 0 or more"):
-        transnormer.generate(model, "hello", max_tokens=-3)
-    with pytest.raises(ValueError, match="stop: an empty string"):
-        transnormer.generate(model, "hello", stop="")
+@pytest.mark.proof
+@pytest.mark.parametrize("name", MODELS)
+def test_two_hundred_mixtures(name: str, models: dict[str, LanguageModel], tmp_path: Path) -> None:
+    for seed in range(1_000, 1_200):
+        run_mixture(models[name], seed, tmp_path)
