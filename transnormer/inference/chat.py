@@ -16,8 +16,8 @@ from ..data.chat import Messages, conversations
 from ..data.tokenizer import encode
 from ..files import write_text
 from ..model.language_model import LanguageModel
-from .engine import Progress, Session, end_token
 from .sampling import Sampling
+from .session import Progress, Session, end_token
 from .text import Decoder, check_stop, until_stop
 
 if TYPE_CHECKING:
