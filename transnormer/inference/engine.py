@@ -392,7 +392,7 @@ class Engine:
         """End a request; its slot is free."""
         if not request.settings.keep or reason == "error":
             request.state = None
-        elif request.slot is not None and request.state is None:
+        elif request.slot is not None and request.state is None and request.read:
             request.state = self._slots.read(self.model, [request.slot])
         request.finish_reason = reason
         self._scheduler.remove(request)
