@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.model.test_language_model import small
-from transnormer import Engine, LanguageModel, RequestSettings
+from transnormer import Engine, LanguageModel, RequestSettings, State
 from transnormer.data.tokenizer import load_tokenizer
 from transnormer.inference.engine import Handle, Result
 from transnormer.inference.sampling import Sampling, SamplingBatch, sample
@@ -213,7 +213,7 @@ def resumed(
 def test_whoever_shares_the_engine_each_text_is_as_if_alone(
     name: str, models: dict[str, LanguageModel], tmp_path: Path
 ) -> None:
-    for seed in range(6):
+    for seed in range(5):
         assert run_mixture(models[name], seed, tmp_path) >= 3
 
 
@@ -222,3 +222,263 @@ def test_whoever_shares_the_engine_each_text_is_as_if_alone(
 def test_two_hundred_mixtures(name: str, models: dict[str, LanguageModel], tmp_path: Path) -> None:
     for seed in range(1_000, 1_200):
         run_mixture(models[name], seed, tmp_path)
+
+
+GREEDY = RequestSettings(temperature=0, max_tokens=6, stop_ids=())
+# What went wrong in other engines, each as a test (the mixtures above find most of it, too).
+
+
+def test_a_state_is_taken_at_its_own_token_while_prompts_are_read_together(
+    models: dict[str, LanguageModel],
+) -> None:
+    """Pieces are cut from each prompt's own first token, whoever is read in the same pass."""
+    model, draw = models["convolved"], random.Random(0)
+    prompts = [drawn_prompt(draw, 30) for _ in range(6)]
+    engine = Poisoned(model, slots=12, piece=16)
+    handles = [engine.submit(prompt, GREEDY) for prompt in prompts]
+    forks = []
+    while engine.step():
+        forks += [(n, engine.fork(handles[n])) for n in range(6)] if len(forks) < 18 else []
+    for n, handle in [*enumerate(handles), *forks]:
+        check(handle.result(), alone(model, prompts[n], GREEDY))
+
+
+@pytest.mark.parametrize("name", ["published", "windows"])
+def test_a_slot_keeps_nothing_of_the_text_before(
+    name: str, models: dict[str, LanguageModel]
+) -> None:
+    model, engine = models[name], Poisoned(models[name], slots=1)
+    only_read = dataclasses.replace(GREEDY, max_tokens=0, keep=True)
+    for prompt in ([5], [7, 8, 9], [6], [5]):
+        (found,) = engine.generate([prompt], GREEDY)
+        check(found, alone(model, prompt, GREEDY))
+        kept = engine.submit(prompt, only_read)
+        assert kept.result().tokens == []
+        check(engine.fork(kept, settings=GREEDY).result(), alone(model, prompt, GREEDY))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["convolved", "hybrid"])
+def test_rows_that_fill_up_a_step_write_nothing(
+    name: str, models: dict[str, LanguageModel]
+) -> None:
+    engine = Poisoned(models[name], slots=8)
+    handles = [engine.submit([1, 2, n + 3], GREEDY) for n in range(5)]  # padded to 8 rows
+    while engine.step():
+        for layer in engine._slots.layers:
+            assert all(part[5:8].isnan().all() for part in layer)
+        assert not engine._slots.seen[5:].any()
+    for n, handle in enumerate(handles):
+        check(handle.result(), alone(models[name], [1, 2, n + 3], GREEDY))
+
+
+def test_what_follows_a_shared_prompt_reads_it_once(models: dict[str, LanguageModel]) -> None:
+    model, engine = models["published"], Poisoned(models["published"], slots=4)
+    prompt = [*range(1, 50)]
+    shared = engine.submit(prompt, RequestSettings(max_tokens=0, keep=True))
+    shared.result()
+    assert engine.stats().tokens_read == 48
+    forks = [engine.fork(shared, [60 + n], GREEDY) for n in range(4)]
+    for n, fork in enumerate(forks):
+        check(fork.result(), alone(model, [*prompt, 60 + n], GREEDY))
+    stats = engine.stats()
+    assert stats.tokens_read == 48 + 4
+    assert stats.tokens_written == 24
+    assert stats.state_bytes > engine._slots.nbytes
+    del shared, forks, fork
+    assert engine.stats().state_bytes == engine._slots.nbytes
+
+
+def test_no_state_is_allocated_for_a_step(models: dict[str, LanguageModel]) -> None:
+    engine = Engine(models["hybrid"], slots=3, capacity=CAPACITY)
+    held = [part.data_ptr() for layer in engine._slots.layers for part in layer]
+    size = engine.stats().state_bytes
+    for n in range(5):
+        engine.submit([n + 1], dataclasses.replace(GREEDY, max_tokens=3 + n))
+    while engine.step():
+        assert engine.stats().state_bytes == size
+        assert [part.data_ptr() for layer in engine._slots.layers for part in layer] == held
+
+
+def test_states_are_wide_where_weights_are_narrow() -> None:
+    model = small(torch.bfloat16, vocab_size=VOCAB)
+    engine = Engine(model, slots=2)
+    assert {part.dtype for layer in engine._slots.layers for part in layer} == {torch.float32}
+    (found,) = engine.generate([[3, 4, 5]], GREEDY)
+    assert len(found.tokens) == 6
+
+
+def test_logprobs_are_those_of_the_loss(models: dict[str, LanguageModel]) -> None:
+    """Also of tokens that were drawn hot, penalised and biased."""
+    model, prompt = models["windows"], [4, 5, 6]
+    settings = RequestSettings(
+        max_tokens=12, seed=1, temperature=2, repetition_penalty=2, bias={7: 3.0}, logprobs=True
+    )
+    (found,) = Engine(model, slots=2).generate([prompt], settings)
+    ids = torch.tensor([[*prompt, *found.tokens]])
+    with torch.no_grad():
+        loss = model.loss(ids[:, :-1], ids[:, 1:], reduction="none").flatten()
+    assert found.logprobs == pytest.approx((-loss[2:]).tolist(), abs=1e-9)
+
+
+def test_logits_that_are_not_finite_end_one_request_alone(
+    models: dict[str, LanguageModel],
+) -> None:
+    model, engine = models["published"], Engine(models["published"], slots=3)
+    settings = dataclasses.replace(GREEDY, max_tokens=9, keep=True)
+    handles = [engine.submit([n + 1, 2], settings) for n in range(3)]
+    engine.step()
+    engine._slots.poison_([handles[1]._request.slot])
+    for n in (0, 2):
+        check(handles[n].result(), alone(model, [n + 1, 2], settings))
+    found = handles[1].result()
+    assert (found.finish_reason, len(found.tokens)) == ("error", 1)
+    assert "logits are not finite" in found.error
+    with pytest.raises(ValueError, match="logits are not finite"):
+        list(handles[1])
+    with pytest.raises(ValueError, match="has ended, and its state was not kept"):
+        engine.fork(handles[1], [5])
+    (again,) = engine.generate([[2, 2]], settings)
+    check(again, alone(model, [2, 2], settings))
+
+
+def test_a_long_prompt_stops_no_text_that_is_written(models: dict[str, LanguageModel]) -> None:
+    model, engine = models["published"], Poisoned(models["published"], slots=2, piece=8)
+    short = engine.submit([5], dataclasses.replace(GREEDY, max_tokens=20))
+    engine.step()
+    long = engine.submit([*range(1, 82)], GREEDY)
+    for step in range(1, 11):
+        before = engine.stats().tokens_read
+        engine.step()
+        assert len(short.tokens) == step + 1
+        assert engine.stats().tokens_read - before == 8
+    assert len(long.tokens) == 1
+    check(long.result(), alone(model, [*range(1, 82)], GREEDY))
+
+
+@pytest.mark.parametrize("name", ["convolved", "softmax"])
+def test_a_step_that_is_interrupted_anywhere_loses_nothing(
+    name: str, models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = models[name], []
+    settings = RequestSettings(max_tokens=8, seed=3, repetition_penalty=1.2, stop_ids=())
+    block, put_ = model.layers[1].step_, Engine._join
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return (block if len(arguments) == 3 else put_)(*arguments)
+
+    engine = Poisoned(model, slots=2, piece=4)
+    handles = [engine.submit([n + 1, 5, 6, 7, 8, 9], settings) for n in range(4)]
+    monkeypatch.setattr(model.layers[1], "step_", interrupted)
+    monkeypatch.setattr(Poisoned, "_join", lambda self, request: interrupted(self, request))
+    while any(handle.finish_reason is None for handle in handles):
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            continue
+    monkeypatch.undo()
+    for n, handle in enumerate(handles):
+        check(handle.result(), alone(model, [n + 1, 5, 6, 7, 8, 9], settings))
+
+
+def test_a_file_goes_on_in_the_same_model_alone(
+    models: dict[str, LanguageModel], tmp_path: Path
+) -> None:
+    path, settings = tmp_path / "request.safetensors", RequestSettings(seed=5, max_tokens=30)
+    model, engine = models["windows"], Engine(models["windows"])
+    handle = engine.submit("O brother, ", settings)
+    while len(handle.tokens) < 9:
+        engine.step()
+    engine.save_state(handle, path)
+    assert Engine(model).load_state(path, settings=settings).result().text == handle.result().text
+    with pytest.raises(ValueError, match=r"request.safetensors: saved with another model, or with"):
+        Engine(models["published"]).load_state(path)
+    other = small(vocab_size=VOCAB, **MODELS["windows"])
+    other.load_state_dict(model.state_dict())
+    Engine(other).load_state(path)
+    other.head_weight.data[5, 3] += 1e-9
+    with pytest.raises(ValueError, match="another model, or with other weights"):
+        Engine(other).load_state(path)
+    State.new(model).save(path)
+    with pytest.raises(ValueError, match="not a request that an engine saved"):
+        engine.load_state(path)
+    path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match="truncated, damaged or not a safetensors file"):
+        engine.load_state(path)
+
+
+def test_text_comes_in_pieces_from_whichever_handle_is_asked(
+    models: dict[str, LanguageModel],
+) -> None:
+    model, engine = models["published"], Engine(models["published"], slots=2)
+    settings = [
+        RequestSettings(seed=n, temperature=1.5, max_tokens=40, stop=stop, stop_ids=())
+        for n, stop in enumerate(((), (), "e", ["th", "a"]))
+    ]
+    handles = [engine.submit("First Citizen", each, id=f"n{n}") for n, each in enumerate(settings)]
+    pieces = [[*handle] for handle in (handles[2], *handles)][1:]
+    ids = model.tokenizer.encode("First Citizen").ids
+    for handle, said, each in zip(handles, pieces, settings, strict=True):
+        assert "".join(said) == handle.text == handle.result().text
+        assert all(said)
+        check(handle.result(), alone(model, ids, each))
+    assert [handle.id for handle in handles] == ["n0", "n1", "n2", "n3"]
+    assert len([*engine.submit("First Citizen", settings[0])]) > 5
+    results = engine.generate(["First Citizen"] * 4, settings)
+    assert [found.text for found in results] == [handle.text for handle in handles]
+    assert [found.id for found in results] == [6, 7, 8, 9]
+
+
+def test_an_empty_prompt_begins_a_text(models: dict[str, LanguageModel]) -> None:
+    model, told = models["published"], []
+    found = Engine(model).generate(["", [END]], GREEDY, lambda *done: told.append(done))
+    assert found[0].tokens == found[1].tokens == alone(model, [END], GREEDY).tokens
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_what_cannot_be_done_is_refused_at_once(models: dict[str, LanguageModel]) -> None:
+    model, growing = models["published"], models["hybrid"]
+    engine, bare = Engine(model, slots=1), small(vocab_size=VOCAB)
+    for call, message in (
+        (lambda: Engine(model, slots=0), "slots = 0, but must be 1 or more"),
+        (lambda: Engine(model, piece=0), "piece = 0, but must be 1 or more"),
+        (lambda: Engine(growing), "keeps keys and values of the whole text.*needs a capacity"),
+        (
+            lambda: Engine(growing, capacity=20).submit([1] * 15, GREEDY),
+            "15 tokens of prompt and 6 to write do not fit the 20 that a text",
+        ),
+        (lambda: Engine(growing, capacity=500).submit([1] * 95, GREEDY), "the 96 that a text"),
+        (lambda: engine.submit([5, VOCAB]), "prompt: token 300 is outside the vocabulary of 300"),
+        (lambda: engine.submit([-1]), "prompt: token -1 is outside"),
+        (lambda: engine.submit([1], RequestSettings(bias={300: 1})), "bias: token 300"),
+        (lambda: engine.submit([1], RequestSettings(stop_ids=[400])), "stop_ids: token 400"),
+        (lambda: Engine(bare).submit("text"), "no tokenizer"),
+        (lambda: Engine(bare).submit([1], RequestSettings(stop="x")), "no tokenizer"),
+        (lambda: Engine(bare).submit([]), "the prompt is empty, and the model has no end-of-text"),
+        (lambda: engine.generate([[1]], []), "0 settings were given for 1 prompts"),
+        (lambda: RequestSettings(max_tokens=-1), "max_tokens = -1, but must be 0 or more"),
+        (lambda: RequestSettings(stop=["a", ""]), "stop: an empty string"),
+        (lambda: RequestSettings(bias={3: float("nan")}), "bias of token 3 = nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError):
+        engine.submit([1.5])
+    with pytest.raises(ValueError, match="prompt: token 300"):
+        engine.generate([[1], [2], [300]])
+    assert (engine.stats().waiting, engine.stats().used) == (0, 0)
+    ended = engine.submit([1], GREEDY)
+    ended.result()
+    with pytest.raises(ValueError, match="request 3 has ended, and its state was not kept"):
+        engine.fork(ended, [1])
+    running = engine.submit([1], dataclasses.replace(GREEDY, keep=True))
+    running.result()
+    with pytest.raises(ValueError, match="already longer than these settings would write"):
+        engine.fork(running, settings=dataclasses.replace(GREEDY, max_tokens=2))
+    running = engine.submit([1], GREEDY)
+    engine.step()
+    with pytest.raises(ValueError, match="logprobs: those of the tokens written so far"):
+        engine.fork(running, settings=dataclasses.replace(GREEDY, logprobs=True))

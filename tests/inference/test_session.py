@@ -127,6 +127,8 @@ def test_filters_keep_the_likeliest() -> None:
     assert drawn(temperature=1, top_p=0.76) == {1, 2, 3}
     assert drawn(temperature=1, top_p=1) == {0, 1, 2, 3}
     assert drawn(temperature=1e-3, top_p=1) == {1}
+    assert drawn(temperature=1, top_p=1, min_p=0.4) == {1, 2}
+    assert drawn(temperature=0.5, top_p=1, min_p=0.2) == {1, 2}  # after temperature: 0.25 and 0.09
     for options in ({"top_p": 1}, {"top_p": 1, "top_k": 4}):
         counts = draws(logits, 4_000, temperature=1, **options).bincount(minlength=4)
         assert (counts / 4_000 - logits.exp()[0]).abs().max() < 0.04
@@ -248,7 +250,16 @@ def test_writing_that_is_interrupted_anywhere_goes_on_where_it_stopped(
 
 @pytest.mark.parametrize(
     "bad",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}],
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 2},
+        {"min_p": -0.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_sampling_that_makes_no_sense_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(bad))} = "):
@@ -260,6 +271,8 @@ def test_what_cannot_be_generated_says_why(model: LanguageModel) -> None:
         Session(model).read([300])
     with pytest.raises(ValueError, match="nothing was read yet"):
         next(Session(model).write(1))
+    with pytest.raises(ValueError, match=r"repetition_penalty and bias need a transnormer.Engine"):
+        next(Session(model).write(1, Sampling(bias={3: 1.0})))
     bare = LanguageModel(model.config)
     with pytest.raises(ValueError, match="no tokenizer"):
         transnormer.generate(bare, "hello")
