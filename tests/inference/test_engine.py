@@ -257,6 +257,16 @@ def test_a_slot_keeps_nothing_of_the_text_before(
         check(engine.fork(kept, settings=GREEDY).result(), alone(model, prompt, GREEDY))
 
 
+def test_how_a_text_is_drawn_leaves_its_slot_with_it(models: dict[str, LanguageModel]) -> None:
+    """Also where a row beside it is biased and penalised."""
+    model, engine = models["published"], Poisoned(models["published"], slots=2)
+    plain = dataclasses.replace(GREEDY, max_tokens=3)
+    other = dataclasses.replace(plain, bias={9: 90.0, 8: 60.0}, repetition_penalty=3)
+    asked = [([4], other), ([5, 6], other), ([6, 9], plain), ([7], other), ([8], plain)]
+    for result, one in zip(engine.generate(*zip(*asked, strict=True)), asked, strict=True):
+        check(result, alone(model, *one))
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["convolved", "hybrid"])
 def test_rows_that_fill_up_a_step_write_nothing(
