@@ -241,6 +241,16 @@ def test_a_state_is_taken_at_its_own_token_while_prompts_are_read_together(
         forks += [(n, engine.fork(handles[n])) for n in range(6)] if len(forks) < 18 else []
     for n, handle in [*enumerate(handles), *forks]:
         check(handle.result(), alone(model, prompts[n], GREEDY))
+    kept = engine.submit(prompts[0], dataclasses.replace(GREEDY, keep=True))
+    kept.result()
+    long = engine.fork(kept, [*range(1, 40)], GREEDY)
+    start, last = kept._request.read, len(long._request.ids) - 1
+    stops = []
+    while pieces := engine._scheduler.next_pieces():
+        stops += [stop for _, stop in pieces]
+        engine.step()
+    assert start % 16
+    assert stops == [*range(start + 16 - start % 16, last, 16), last]
 
 
 @pytest.mark.parametrize("name", ["published", "windows"])
