@@ -26,8 +26,9 @@ import transnormer
 from transnormer.__main__ import interrupt
 from transnormer.cli import app, main
 from transnormer.data.chat import DEFAULT, Template
-from transnormer.inference.engine import Engine, Session
+from transnormer.inference.engine import Engine
 from transnormer.inference.sampling import Sampling
+from transnormer.inference.session import Session
 from transnormer.train.recipe import Recipe
 
 from .conftest import PATIENCE, PUBLISHED, REPOSITORY

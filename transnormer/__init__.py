@@ -80,8 +80,8 @@ def generate(
 ) -> Iterator[str]:
     """The text that continues a prompt, piece by piece. See `inference.session` for texts that
     go on, and `Engine` for many at a time."""
-    from .inference.engine import generate_text
     from .inference.sampling import Sampling
+    from .inference.session import generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return generate_text(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)

@@ -18,8 +18,8 @@ from transnormer.data.tokenizer import load_tokenizer
 from transnormer.inference import sampling
 from transnormer.inference import session as session_module
 from transnormer.inference.chat import Conversation, talk
-from transnormer.inference.engine import generate_text
 from transnormer.inference.sampling import Sampling
+from transnormer.inference.session import generate_text
 
 
 @pytest.fixture(scope="module")

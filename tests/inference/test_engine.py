@@ -13,9 +13,9 @@ import torch
 from tests.model.test_language_model import small
 from transnormer import Engine, LanguageModel, RequestSettings, State
 from transnormer.data.tokenizer import load_tokenizer
-from transnormer.inference.engine import Handle, Result
+from transnormer.inference.engine import Handle
 from transnormer.inference.sampling import Sampling, SamplingBatch, sample
-from transnormer.inference.scheduler import Request
+from transnormer.inference.scheduler import Request, Result
 from transnormer.inference.text import Decoder
 
 VOCAB, CAPACITY, END = 300, 96, 0
@@ -70,12 +70,8 @@ def alone(
 ) -> Result:
     """What the request comes to by itself: one forward pass over the whole text for each token.
     written: tokens that are given, not drawn."""
-    draw = Sampling(
-        **{
-            name: getattr(settings, name)
-            for name in ("temperature", "top_k", "top_p", "min_p", "seed")
-        }
-    )
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    draw = Sampling(**{name: getattr(settings, name) for name in names})
     batch = SamplingBatch.of([draw], torch.device("cpu"))
     tokens, logprobs = [], []
     ends = (END,) if settings.stop_ids is None else settings.stop_ids

@@ -11,8 +11,8 @@ import transnormer
 from transnormer import LanguageModel, ModelConfig
 from transnormer.data.tokenizer import load_tokenizer
 from transnormer.inference import session as session_module
-from transnormer.inference.engine import PIECE, Session, generate_text
 from transnormer.inference.sampling import NOT_FINITE, Sampling, SamplingBatch, _uniform, sample
+from transnormer.inference.session import PIECE, Session, generate_text
 
 GREEDY = Sampling(temperature=0)
 

@@ -117,7 +117,7 @@ def _write_one(
 
     from ..data.documents import require_unicode
     from ..inference.chat import Conversation, reading_bar
-    from ..inference.engine import generate_text
+    from ..inference.session import generate_text
 
     if chat and not prompt:
         raise ValueError("--chat needs a --prompt, which is what the user says")

@@ -155,7 +155,7 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Per (context, settings): the text that follows, up to a stop string."""
-        asked = [self._writing(*request.args) for request in requests]
+        asked = [self._asked(*request.args) for request in requests]
         prompts, settings = zip(*asked, strict=True)
         longest = max(len(ids) + each.max_tokens for ids, each in asked)
         state = self.model.config.state_bytes(longest, self.model.head_weight.element_size())
@@ -166,9 +166,9 @@ class HarnessLM(TemplateLM):
             raise ValueError(error)
         return [result.text for result in results]
 
-    def _writing(self, context: str, settings: dict[str, Any]) -> tuple[list[int], RequestSettings]:
+    def _asked(self, context: str, given: dict[str, Any]) -> tuple[list[int], RequestSettings]:
         """The tokens to go on from, and how, as a task of the harness says it."""
-        settings = normalize_gen_kwargs(settings, NEW_TOKENS)
+        settings = normalize_gen_kwargs(given, NEW_TOKENS)
         stop, max_tokens = settings.pop("until", None) or (), settings.pop("max_gen_toks")
         drawn = settings.pop("do_sample", False)
         wanted = RequestSettings(
@@ -180,9 +180,8 @@ class HarnessLM(TemplateLM):
             stop=stop,
         )
         if unknown := settings.keys() - {"temperature"}:
-            raise ValueError(
-                f"a task sets {', '.join(sorted(unknown))} for generation, which is not known here"
-            )
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"a task sets {names} for generation, which is not known here")
         ids = self.tok_encode(context) or [self.prefix_token_id]
         if self.max_length is not None:
             if max_tokens >= self.max_length:

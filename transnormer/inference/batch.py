@@ -11,9 +11,9 @@ from ..data.documents import json_objects, require_unicode
 from ..data.tokenizer import encode
 from ..files import check_can_write, write_text
 from ..model.language_model import LanguageModel
-from .engine import NO_TOKENIZER, Engine, Result
-from .scheduler import RequestSettings
-from .session import Progress
+from .engine import Engine
+from .scheduler import RequestSettings, Result
+from .session import NO_TOKENIZER, Progress
 
 # What a line may set beside its prompt and its id, and the types of the values.
 FIELDS: dict[str, tuple[type, ...]] = {

@@ -18,12 +18,11 @@ from ..formats.fingerprint import weights_hash
 from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from ..model.state import State
-from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, Sampling, SlotSampling, StepKind, sample
-from .scheduler import Request, RequestSettings, Scheduler
-from .session import PIECE, Progress, Session, end_token
-from .text import Decoder, check_stop, until_stop
-
-NO_TOKENIZER = "the model's folder has no tokenizer, so it cannot read or write text"
+from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SlotSampling, StepKind, sample
+from .scheduler import Request, RequestSettings, Result, Scheduler
+from .session import NO_TOKENIZER, PIECE, Progress, end_token
+from .session import Session as Session  # as before there was a module for it
+from .session import generate_text as generate_text
 
 
 @torch.inference_mode()
@@ -47,24 +46,6 @@ def decode_(
         logprobs = (picked - wide.logsumexp(-1)).double()
     sampling.drew_(rows, tokens)
     return torch.stack([tokens.double(), logprobs])
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a request.
-
-    text: what was written, without the prompt and up to a stop string; empty without a tokenizer.
-    tokens: all that were written, with those of the stop string or the token that ended the text.
-    finish_reason: "stop", "length", "cancelled" or "error", which `error` explains.
-    logprobs: the log-probability of each token in nats, where the settings ask for it, else None.
-    """
-
-    id: str | int
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    logprobs: list[float] | None = None
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,12 +106,9 @@ class Handle:
 
     def result(self) -> Result:
         """What came of the request, once it has ended; until then this drives the engine."""
-        request = self._request
-        while request.finish_reason is None:
+        while self.finish_reason is None:
             self._engine.step()
-        logprobs = [*request.logprobs] if request.settings.logprobs else None
-        reason, error = request.finish_reason, request.error
-        return Result(request.id, self.text, self.tokens, reason, logprobs, error)
+        return self._request.result()
 
     def cancel(self) -> None:
         """End the request as it is. Nothing happens where it has ended."""
@@ -473,36 +451,3 @@ class Engine:
         if self.model.tokenizer is None:
             raise ValueError(NO_TOKENIZER)
         return encode(self.model.tokenizer, prompt)
-
-
-def generate_text(
-    model: LanguageModel,
-    prompt: str,
-    *,
-    max_tokens: int = 256,
-    sampling: Sampling | None = None,
-    stop: str | Sequence[str] = (),
-    session: Session | None = None,
-    progress: Progress | None = None,
-) -> Iterator[str]:
-    """The text that continues a prompt, piece by piece, without the prompt.
-
-    An empty prompt starts a new text. stop: strings at which the text ends; they are not given.
-    session: to go on with; a new one by default. progress: see `Session.read`.
-    Raises ValueError at once where the model has no tokenizer, max_tokens is negative or a stop
-    string is empty.
-    """
-    if model.tokenizer is None:
-        raise ValueError(NO_TOKENIZER)
-    stop = check_stop(stop)
-    session, end = session or Session(model), end_token(model)
-    ids = encode(model.tokenizer, prompt)
-    if not ids and session.state is None and end is not None:
-        ids = [end]
-    tokens = session.write(max_tokens, sampling, end)
-
-    def pieces() -> Iterator[str]:
-        session.read(ids, progress)
-        yield from until_stop(Decoder(model.tokenizer, ids).stream(tokens), stop)
-
-    return pieces()

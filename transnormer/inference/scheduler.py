@@ -45,6 +45,24 @@ class RequestSettings(Sampling):
         check_stop(self.stop)
 
 
+@dataclass(frozen=True)
+class Result:
+    """What came of a request.
+
+    text: what was written, without the prompt and up to a stop string; empty without a tokenizer.
+    tokens: all that were written, with those of the stop string or the token that ended the text.
+    finish_reason: "stop", "length", "cancelled" or "error", which `error` explains.
+    logprobs: the log-probability of each token in nats, where the settings ask for it, else None.
+    """
+
+    id: str | int
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    logprobs: list[float] | None = None
+    error: str | None = None
+
+
 @dataclass(eq=False)
 class Request:
     """One text that is read and written.
@@ -121,6 +139,13 @@ class Request:
             self.text += self._until.step(self._decoder.end()) + self._until.end()
             self._whole = True
         return self.text
+
+    def result(self) -> Result:
+        """What came of it, once it has ended."""
+        assert self.finish_reason is not None
+        logprobs = [*self.logprobs] if self.settings.logprobs else None
+        tokens = self.ids[self.first :]
+        return Result(self.id, self.decode(), tokens, self.finish_reason, logprobs, self.error)
 
 
 class Scheduler:

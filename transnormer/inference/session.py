@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..data.tokenizer import end_of_text_id
+from ..data.tokenizer import encode, end_of_text_id
 from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from ..model.state import State
 from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, Sampling, SamplingBatch, sample
+from .text import Decoder, check_stop, until_stop
 
 PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
 # The least capacity of a session's slot, in tokens. A full slot is replaced by one twice as large.
 LEAST_CAPACITY = 256
+
+NO_TOKENIZER = "the model's folder has no tokenizer, so it cannot read or write text"
 
 Progress = Callable[[int, int], None]  # (tokens read, tokens to read in all)
 
@@ -129,3 +132,36 @@ def end_token(model: LanguageModel) -> int | None:
     if model.config.eos_token_id is not None or model.tokenizer is None:
         return model.config.eos_token_id
     return end_of_text_id(model.tokenizer)
+
+
+def generate_text(
+    model: LanguageModel,
+    prompt: str,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: str | Sequence[str] = (),
+    session: Session | None = None,
+    progress: Progress | None = None,
+) -> Iterator[str]:
+    """The text that continues a prompt, piece by piece, without the prompt.
+
+    An empty prompt starts a new text. stop: strings at which the text ends; they are not given.
+    session: to go on with; a new one by default. progress: see `Session.read`.
+    Raises ValueError at once where the model has no tokenizer, max_tokens is negative or a stop
+    string is empty.
+    """
+    if model.tokenizer is None:
+        raise ValueError(NO_TOKENIZER)
+    stop = check_stop(stop)
+    session, end = session or Session(model), end_token(model)
+    ids = encode(model.tokenizer, prompt)
+    if not ids and session.state is None and end is not None:
+        ids = [end]
+    tokens = session.write(max_tokens, sampling, end)
+
+    def pieces() -> Iterator[str]:
+        session.read(ids, progress)
+        yield from until_stop(Decoder(model.tokenizer, ids).stream(tokens), stop)
+
+    return pieces()
