@@ -54,6 +54,7 @@ except ImportError as error:
 
 BATCH_TOKENS = 8_192
 TEXTS = 512  # to encode at a time: the library keeps some 100 bytes a character
+SLOTS = 256  # texts written at a time at most, because the logits of all are held
 NEW_TOKENS = 256  # where a task does not say how many to write; the harness' own number, as is
 SEED = 1234  # which draws the examples of prompts
 RESAMPLES = 1_000  # for the standard error of a metric without a formula: LAMBADA's perplexity
@@ -155,11 +156,14 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Per (context, settings): the text that follows, up to a stop string."""
-        asked = [self._asked(*request.args) for request in requests]
-        prompts, settings = zip(*asked, strict=True)
-        longest = max(len(ids) + each.max_tokens for ids, each in asked)
+        if not requests:
+            return []
+        prompts, settings = zip(*(self._asked(*request.args) for request in requests), strict=True)
+        longest = max(
+            len(ids) + each.max_tokens for ids, each in zip(prompts, settings, strict=True)
+        )
         state = self.model.config.state_bytes(longest, self.model.head_weight.element_size())
-        slots = max(1, min(len(asked), STATE_BYTES // state))
+        slots = max(1, min(len(requests), SLOTS, STATE_BYTES // state))
         engine = Engine(self.model, slots=slots, capacity=longest, piece=self.batch_tokens)
         results = engine.generate(prompts, settings, self.progress)
         if error := next((result.error for result in results if result.error), None):
@@ -179,16 +183,13 @@ class HarnessLM(TemplateLM):
             seed=SEED,
             stop=stop,
         )
-        if unknown := settings.keys() - {"temperature"}:
-            names = ", ".join(sorted(unknown))
-            raise ValueError(f"a task sets {names} for generation, which is not known here")
+        if unknown := ", ".join(sorted(settings.keys() - {"temperature"})):
+            raise ValueError(f"a task sets {unknown} for generation, which is not known here")
         ids = self.tok_encode(context) or [self.prefix_token_id]
-        if self.max_length is not None:
-            if max_tokens >= self.max_length:
-                raise ValueError(
-                    f"max_length {self.max_length} leaves no prompt before {max_tokens} new tokens"
-                )
-            ids = ids[max_tokens - self.max_length :]
+        if (most := self.max_length) is not None:
+            if max_tokens >= most:
+                raise ValueError(f"max_length {most} leaves no prompt before {max_tokens} new ones")
+            ids = ids[max_tokens - most :]
         return ids, wanted
 
     def _loglikelihood_tokens(
