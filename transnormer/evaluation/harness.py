@@ -158,14 +158,12 @@ class HarnessLM(TemplateLM):
         """Per (context, settings): the text that follows, up to a stop string."""
         if not requests:
             return []
-        prompts, settings = zip(*(self._asked(*request.args) for request in requests), strict=True)
-        longest = max(
-            len(ids) + each.max_tokens for ids, each in zip(prompts, settings, strict=True)
-        )
+        asked = [self._asked(*request.args) for request in requests]
+        longest = max(len(ids) + each.max_tokens for ids, each in asked)
         state = self.model.config.state_bytes(longest, self.model.head_weight.element_size())
         slots = max(1, min(len(requests), SLOTS, STATE_BYTES // state))
         engine = Engine(self.model, slots=slots, capacity=longest, piece=self.batch_tokens)
-        results = engine.generate(prompts, settings, self.progress)
+        results = engine.generate(*zip(*asked, strict=True), self.progress)
         if error := next((result.error for result in results if result.error), None):
             raise ValueError(error)
         return [result.text for result in results]
