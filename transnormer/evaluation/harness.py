@@ -163,7 +163,7 @@ class HarnessLM(TemplateLM):
         state = self.model.config.state_bytes(longest, self.model.head_weight.element_size())
         slots = max(1, min(len(requests), SLOTS, STATE_BYTES // state))
         engine = Engine(self.model, slots=slots, capacity=longest, piece=self.batch_tokens)
-        results = engine.generate(*zip(*asked, strict=True), self.progress)
+        results = engine.generate([ids for ids, _ in asked], [s for _, s in asked], self.progress)
         if error := next((result.error for result in results if result.error), None):
             raise ValueError(error)
         return [result.text for result in results]
