@@ -44,7 +44,7 @@ def decode_(
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         picked = wide.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
         logprobs = (picked - wide.logsumexp(-1)).double()
-    sampling.drew_(rows, tokens)
+    sampling.drew_(rows, tokens, kind)
     return torch.stack([tokens.double(), logprobs])
 
 
@@ -329,8 +329,9 @@ class Engine:
     def _join(self, request: Request) -> None:
         """Put a request whose prompt was read into its slot."""
         assert request.slot is not None
-        if request.written >= request.settings.max_tokens:
-            self._finish(request, "length")
+        ended = request.finish_reason  # already, where a step was interrupted at its end
+        if ended or request.written >= request.settings.max_tokens:
+            self._finish(request, ended or "length")
             return
         if request.state is None:
             self._slots.zero_([request.slot])
@@ -441,6 +442,8 @@ class Engine:
         self._requests.add(request)
         if request.finish_reason is None:
             self._scheduler.add(request)
+        elif not request.settings.keep:
+            request.state = None
         return Handle(self, request)
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:

@@ -168,12 +168,12 @@ class SlotSampling:
             temperature, top_k[:, None], top_p, min_p, seed, kind.draws, penalty, held, bias
         )
 
-    def drew_(self, rows: Tensor, tokens: Tensor) -> None:
+    def drew_(self, rows: Tensor, tokens: Tensor, kind: StepKind) -> None:
         """Remember the tokens [S] that these slots drew. NOT_FINITE stands for token 0."""
         tokens = tokens.clamp(min=0)
         self.last[rows] = tokens
         self.number[rows] += 1
-        if self.held is not None:
+        if kind.penalises and self.held is not None:
             self.held[rows, tokens] = True
 
 
