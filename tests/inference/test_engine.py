@@ -103,8 +103,11 @@ def alone(
 
 def check(found: Result, wanted: Result) -> None:
     assert found.tokens == wanted.tokens
-    assert (found.text, found.finish_reason) == (wanted.text, wanted.finish_reason)
-    assert found.error is None
+    assert (found.text, found.finish_reason, found.error) == (
+        wanted.text,
+        wanted.finish_reason,
+        None,
+    )
     assert (found.logprobs is None) == (wanted.logprobs is None)
     if found.logprobs is not None:
         assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-8)
@@ -474,15 +477,15 @@ def test_what_cannot_be_done_is_refused_at_once(models: dict[str, LanguageModel]
         (lambda: Engine(bare).submit("text"), "no tokenizer"),
         (lambda: Engine(bare).submit([1], RequestSettings(stop="x")), "no tokenizer"),
         (lambda: Engine(bare).submit([]), "the prompt is empty, and the model has no end-of-text"),
+        (lambda: engine.submit([1.5]), "'float' object cannot be interpreted as an integer"),
+        (lambda: engine.generate("text"), "prompts must be a list; got the single 'text'"),
         (lambda: engine.generate([[1]], []), "0 settings were given for 1 prompts"),
         (lambda: RequestSettings(max_tokens=-1), "max_tokens = -1, but must be 0 or more"),
         (lambda: RequestSettings(stop=["a", ""]), "stop: an empty string"),
         (lambda: RequestSettings(bias={3: float("nan")}), "bias of token 3 = nan"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             call()
-    with pytest.raises(TypeError):
-        engine.submit([1.5])
     with pytest.raises(ValueError, match="prompt: token 300"):
         engine.generate([[1], [2], [300]])
     assert (engine.stats().waiting, engine.stats().used) == (0, 0)
@@ -496,5 +499,7 @@ def test_what_cannot_be_done_is_refused_at_once(models: dict[str, LanguageModel]
         engine.fork(running, settings=dataclasses.replace(GREEDY, max_tokens=2))
     running = engine.submit([1], GREEDY)
     engine.step()
+    with pytest.raises(ValueError, match="request 6 is another engine's"):
+        Engine(model).fork(running)
     with pytest.raises(ValueError, match="logprobs: those of the tokens written so far"):
         engine.fork(running, settings=dataclasses.replace(GREEDY, logprobs=True))

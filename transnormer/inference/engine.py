@@ -134,11 +134,10 @@ class Engine:
     def __init__(
         self, model: LanguageModel, *, slots: int = 16, capacity: int = 0, piece: int = PIECE
     ):
-        for name, value, least in (("slots", slots, 1), ("capacity", capacity, 0)):
+        given = (("slots", slots, 1), ("capacity", capacity, 0), ("piece", piece, 1))
+        for name, value, least in given:
             if value < least:
                 raise ValueError(f"{name} = {value}, but must be {least} or more")
-        if piece < 1:
-            raise ValueError(f"piece = {piece}, but must be 1 or more")
         config = model.config
         if not (config.bounded or capacity):
             raise ValueError(
@@ -185,6 +184,8 @@ class Engine:
         settings: for all, or one for each. progress: called with (texts done, texts in all), each
             text after those before it.
         Raises ValueError as `submit` does, before anything is read."""
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a list; got the single {prompts!r}")
         if isinstance(settings, Sequence):
             each = [*settings]
         else:
@@ -224,7 +225,7 @@ class Engine:
             request.ids,
             request.first,
             request.logprobs,
-            self._state_of(request),
+            self._state_of(handle),
             prompt,
             settings or request.settings,
             id,
@@ -237,7 +238,7 @@ class Engine:
         Raises ValueError where it has ended and did not `keep` its state; OSError naming the file.
         """
         request = handle._request
-        state = self._state_of(request) or State.new(self.model)
+        state = self._state_of(handle) or State.new(self.model)
         beside = {"tokens": torch.tensor(request.ids)}
         if request.logprobs:
             beside["logprobs"] = torch.tensor(request.logprobs, dtype=torch.float64)
@@ -377,8 +378,14 @@ class Engine:
         self._scheduler.remove(request)
         self._rows = None
 
-    def _state_of(self, request: Request) -> State | None:
-        """The state after `request.read` tokens; None: nothing was read."""
+    def _state_of(self, handle: Handle) -> State | None:
+        """The state after the tokens that a request has read; None: it has read none."""
+        request = handle._request
+        if handle._engine is not self:
+            raise ValueError(
+                f"request {request.id} is another engine's; save_state there and load_state here "
+                "carry it over"
+            )
         if request.slot is not None:
             return self._slots.read(self.model, [request.slot])
         if request.finish_reason is not None and request.state is None and request.read:
