@@ -31,7 +31,7 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    bias: Mapping[int, float] = field(default_factory=dict)
+    bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
 
     def __post_init__(self) -> None:
