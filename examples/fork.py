@@ -8,25 +8,21 @@ import tempfile
 from pathlib import Path
 
 import transnormer
-from transnormer.inference.engine import Session, generate_text
-from transnormer.inference.sampling import Sampling
+from transnormer import Engine, RequestSettings
 
 model = transnormer.load(sys.argv[1])
-reader = Session(model)
-reader.read(model.tokenizer.encode("First Citizen:\nBefore we proceed any further, hear me").ids)
+engine = Engine(model, slots=2)
+only_read = RequestSettings(max_tokens=0, keep=True)
+prompt = engine.submit("First Citizen:\nBefore we proceed any further, hear me", only_read)
+prompt.result()
 
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "prompt.safetensors"
-    reader.state.save(file)
-    print(
-        f"the prompt's state takes {file.stat().st_size:,} bytes, and would after a million tokens"
-    )
+    engine.save_state(prompt, file)
+    print(f"the prompt and its state take {file.stat().st_size:,} bytes")
     for seed in (1, 2):
-        session = Session(model, transnormer.State.load(file, model))
-        sampling = Sampling(seed=seed)
+        settings = RequestSettings(max_tokens=60, seed=seed)
         print(f"--- {seed}")
-        print(
-            "".join(
-                generate_text(model, " speak.\n", max_tokens=60, sampling=sampling, session=session)
-            )
-        )
+        for piece in Engine(model).load_state(file, " speak.\n", settings):
+            print(piece, end="", flush=True)
+        print()

@@ -314,8 +314,8 @@ def _writing() -> None:
 
     import transnormer
     from transnormer import LanguageModel
-    from transnormer.inference.engine import Session
     from transnormer.inference.sampling import Sampling
+    from transnormer.inference.session import Session
 
     trained = transnormer.load("runs/added")
     torch.manual_seed(0)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import SIZES, TRANSFORMER, ModelConfig
+    from .inference.engine import Engine
+    from .inference.scheduler import RequestSettings
     from .model.language_model import LanguageModel
     from .model.state import State
     from .ops import lightning_attention, linear_cross_entropy, simple_rms_norm
@@ -16,8 +18,10 @@ __version__ = "0.1.0"
 __all__ = [
     "SIZES",
     "TRANSFORMER",
+    "Engine",
     "LanguageModel",
     "ModelConfig",
+    "RequestSettings",
     "State",
     "generate",
     "lightning_attention",
@@ -31,7 +35,9 @@ __all__ = [
 _HOMES = {
     "SIZES": "config",
     "TRANSFORMER": "config",
+    "Engine": "inference.engine",
     "ModelConfig": "config",
+    "RequestSettings": "inference.scheduler",
     "LanguageModel": "model.language_model",
     "State": "model.state",
     "lightning_attention": "ops",
@@ -72,10 +78,10 @@ def generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """The text that continues a prompt, piece by piece. See `inference.engine` for sessions that go
-    on."""
-    from .inference.engine import generate_text
+    """The text that continues a prompt, piece by piece. See `inference.session` for texts that
+    go on, and `Engine` for many at a time."""
     from .inference.sampling import Sampling
+    from .inference.session import generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return generate_text(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop)

@@ -6,8 +6,8 @@ import torch
 
 from transnormer import LanguageModel, ModelConfig
 from transnormer.config import TRANSFORMER
-from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
+from transnormer.inference.session import Session
 
 from ..lazy import Lazy
 

@@ -15,10 +15,11 @@ import torch
 from transnormer import LanguageModel, ModelConfig
 from transnormer.data.chat import DEFAULT, Template, conversations
 from transnormer.data.tokenizer import load_tokenizer
-from transnormer.inference import engine, sampling
+from transnormer.inference import sampling
+from transnormer.inference import session as session_module
 from transnormer.inference.chat import Conversation, talk
-from transnormer.inference.engine import generate_text
 from transnormer.inference.sampling import Sampling
+from transnormer.inference.session import generate_text
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_a_line_that_goes_wrong_is_taken_back(start, say, monkeypatch) -> None:
         raise ValueError("the model's logits are not finite")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "sample", broken)
+        patch.setattr(session_module, "sample", broken)
         _, error = say(conversation, b"two\n")
     assert "error: the model's logits are not finite" in error
     assert (users(conversation), seen(conversation)) == (["one"], before)
@@ -251,7 +252,7 @@ def test_ctrl_c_ends_the_answer_alone(start, say, monkeypatch) -> None:
             signal.raise_signal(signal.SIGINT)
         return drawn[-1]
 
-    monkeypatch.setattr(engine, "sample", sample)
+    monkeypatch.setattr(session_module, "sample", sample)
     before = signal.getsignal(signal.SIGINT)
     say(conversation, b"one\ntwo\n")
     assert users(conversation) == ["one", "two"]

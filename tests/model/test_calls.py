@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transnormer import TRANSFORMER, LanguageModel, ModelConfig, State, layer_config
-from transnormer.inference.engine import Session
+from transnormer.inference.session import Session
 from transnormer.model import layers, mixers
 from transnormer.model.card import model_card
 from transnormer.model.softmax_attention import SoftmaxAttention

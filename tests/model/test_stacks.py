@@ -14,8 +14,8 @@ from torch import Tensor
 
 from transnormer import SIZES, TRANSFORMER, LanguageModel, ModelConfig, State
 from transnormer.cli.info import _say_model
-from transnormer.inference.engine import Session
 from transnormer.inference.sampling import Sampling
+from transnormer.inference.session import Session
 from transnormer.layer_config import FULL, LINEAR, SLIDING, SoftmaxSettings
 from transnormer.model import softmax_attention
 from transnormer.model.card import model_card

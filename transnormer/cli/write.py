@@ -11,10 +11,11 @@ import typer
 from .app import Device, Model, Seed, Temperature, TopK, TopP, app, load_model, see
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from ..data.chat import Template
+    from ..inference.sampling import Sampling
     from ..model.language_model import LanguageModel
 
 
@@ -44,19 +45,80 @@ def generate(
         ),
     ] = False,
     system: Annotated[str, typer.Option(help="What the model is told first, with --chat.")] = "",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='Many prompts: a file of lines {"prompt": …}, which may set options.'),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --prompts, the file of texts: one line each.")
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, help="With --prompts, how many texts are written at a time.")
+    ] = 16,
     device: Device = "auto",
 ) -> None:
-    """Write on from a prompt, streaming."""
-    from itertools import chain
-
-    from ..data.documents import require_unicode
-    from ..inference.chat import Conversation, reading_bar
-    from ..inference.engine import generate_text
+    """Write on from a prompt, streaming; or from each prompt of a file, into a file."""
     from ..inference.sampling import Sampling
     from ..inference.text import check_stop
 
     ends = check_stop(stop or ())
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if prompts is not None or out is not None:
+        if prompts is None or out is None or prompt or chat or system:
+            raise ValueError(
+                "--prompts and --out belong together, without --prompt, --chat and --system"
+            )
+        _write_file(model, prompts, out, sampling, max_tokens, ends, slots, device)
+    else:
+        _write_one(model, prompt, sampling, max_tokens, ends, chat, system, device)
+
+
+def _write_file(
+    model: Path,
+    prompts: Path,
+    out: Path,
+    sampling: Sampling,
+    max_tokens: int,
+    ends: Sequence[str],
+    slots: int,
+    device: str,
+) -> None:
+    """`generate` from each prompt of a file."""
+    from dataclasses import asdict
+
+    from rich.progress import MofNCompleteColumn
+
+    from ..data.prepare import progress_bar
+    from ..inference.batch import read_lines, write_texts
+    from ..inference.scheduler import RequestSettings
+
+    settings = RequestSettings(**asdict(sampling), max_tokens=max_tokens, stop=ends)
+    lines, loaded = read_lines(prompts, settings), load_model(model, device)
+    with progress_bar(MofNCompleteColumn()) as report:
+
+        def progress(done: int, total: int) -> None:
+            report("writing (texts)", done, total)
+
+        write_texts(loaded, lines, out, slots=slots, progress=progress)
+
+
+def _write_one(
+    model: Path,
+    prompt: str,
+    sampling: Sampling,
+    max_tokens: int,
+    ends: Sequence[str],
+    chat: bool,
+    system: str,
+    device: str,
+) -> None:
+    """`generate` from one prompt, streaming."""
+    from itertools import chain
+
+    from ..data.documents import require_unicode
+    from ..inference.chat import Conversation, reading_bar
+    from ..inference.session import generate_text
+
     if chat and not prompt:
         raise ValueError("--chat needs a --prompt, which is what the user says")
     if system and not chat:

@@ -22,11 +22,11 @@ import torch
 
 from .. import __version__
 from ..data.tokenizer import encode, end_of_text_id
-from ..inference.engine import Session, generate_text
-from ..inference.sampling import Sampling
+from ..inference.engine import Engine
+from ..inference.scheduler import RequestSettings
 from ..layer_config import nearest
 from ..model.language_model import LanguageModel
-from .continuations import Request, score_requests
+from .continuations import STATE_BYTES, Request, score_requests
 from .documents import PAPER, SPLITS, TASKS, Splits, read_documents
 
 try:
@@ -54,6 +54,7 @@ except ImportError as error:
 
 BATCH_TOKENS = 8_192
 TEXTS = 512  # to encode at a time: the library keeps some 100 bytes a character
+SLOTS = 256  # texts written at a time at most, because the logits of all are held
 NEW_TOKENS = 256  # where a task does not say how many to write; the harness' own number, as is
 SEED = 1234  # which draws the examples of prompts
 RESAMPLES = 1_000  # for the standard error of a metric without a formula: LAMBADA's perplexity
@@ -155,40 +156,39 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Per (context, settings): the text that follows, up to a stop string."""
-        texts = []
-        for number, request in enumerate(requests):
-            context, settings = request.args
-            settings = normalize_gen_kwargs(settings, NEW_TOKENS)
-            stop, max_tokens = settings.pop("until", None) or (), settings.pop("max_gen_toks")
-            sampling = Sampling(
-                temperature=settings.pop("temperature", 1.0)
-                if settings.pop("do_sample", False)
-                else 0.0,
-                top_k=settings.pop("top_k", 0),
-                top_p=settings.pop("top_p", 1.0),
-                seed=SEED,
-            )
-            if unknown := settings.keys() - {"temperature"}:
-                raise ValueError(
-                    f"a task sets {', '.join(sorted(unknown))} for generation, which is not known "
-                    "here"
-                )
-            ids = self.tok_encode(context) or [self.prefix_token_id]
-            if self.max_length is not None:
-                if max_tokens >= self.max_length:
-                    raise ValueError(
-                        f"max_length {self.max_length} leaves no prompt before {max_tokens} new "
-                        "tokens"
-                    )
-                ids = ids[max_tokens - self.max_length :]
-            session = Session(self.model)
-            session.read(ids)
-            options = {"max_tokens": max_tokens, "sampling": sampling, "stop": stop}
-            pieces = generate_text(self.model, "", **options, session=session)
-            texts.append("".join(pieces))
-            if self.progress is not None:
-                self.progress(number + 1, len(requests))
-        return texts
+        if not requests:
+            return []
+        asked = [self._asked(*request.args) for request in requests]
+        longest = max(len(ids) + each.max_tokens for ids, each in asked)
+        state = self.model.config.state_bytes(longest, self.model.head_weight.element_size())
+        slots = max(1, min(len(requests), SLOTS, STATE_BYTES // state))
+        engine = Engine(self.model, slots=slots, capacity=longest, piece=self.batch_tokens)
+        results = engine.generate([ids for ids, _ in asked], [s for _, s in asked], self.progress)
+        if error := next((result.error for result in results if result.error), None):
+            raise ValueError(error)
+        return [result.text for result in results]
+
+    def _asked(self, context: str, given: dict[str, Any]) -> tuple[list[int], RequestSettings]:
+        """The tokens to go on from, and how, as a task of the harness says it."""
+        settings = normalize_gen_kwargs(given, NEW_TOKENS)
+        stop, max_tokens = settings.pop("until", None) or (), settings.pop("max_gen_toks")
+        drawn = settings.pop("do_sample", False)
+        wanted = RequestSettings(
+            max_tokens=max_tokens,
+            temperature=settings.pop("temperature", 1.0) if drawn else 0.0,
+            top_k=settings.pop("top_k", 0),
+            top_p=settings.pop("top_p", 1.0),
+            seed=SEED,
+            stop=stop,
+        )
+        if unknown := ", ".join(sorted(settings.keys() - {"temperature"})):
+            raise ValueError(f"a task sets {unknown} for generation, which is not known here")
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        if (most := self.max_length) is not None:
+            if max_tokens >= most:
+                raise ValueError(f"max_length {most} leaves no prompt before {max_tokens} new ones")
+            ids = ids[max_tokens - most :]
+        return ids, wanted
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any

@@ -6,6 +6,7 @@ code, kernels or libraries that no longer compute what the weights were trained 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -144,6 +145,17 @@ def last_logits(model: LanguageModel, ids: Tensor, words: Tensor) -> Tensor:
     """The model's logits of these words after the last of ids [T]: [len(words)] float32."""
     x, _ = model.hidden(ids[None])
     return F.linear(x[0, -1], model.head_weight[words]).float()
+
+
+@torch.no_grad()
+def weights_hash(model: LanguageModel) -> str:
+    """The SHA-256 of a model's config and of every weight as it is in memory, in hexadecimal: what
+    is computed from them belongs to no other model. It reads all weights."""
+    digest = hashlib.sha256(model.config.to_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from ..data.chat import Messages, conversations
 from ..data.tokenizer import encode
 from ..files import write_text
 from ..model.language_model import LanguageModel
-from .engine import Progress, Session, end_token
 from .sampling import Sampling
+from .session import NO_TOKENIZER, Progress, Session, end_token
 from .text import Decoder, check_stop, until_stop
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Conversation:
         stop: str | Sequence[str] = (),
     ):
         if model.tokenizer is None:
-            raise ValueError("the model's folder has no tokenizer, so it cannot read or write text")
+            raise ValueError(NO_TOKENIZER)
         self.model, self.template = model, template
         self._max_tokens, self._sampling = max_tokens, sampling
         self.ends = check_stop(stop) or (() if template else BLANK)

@@ -1,166 +1,463 @@
-"""Reading and writing text with a model: prefill in pieces, then token by token from the state
-alone."""
+"""Many texts at a time on the states of one model: requests join and leave at any step, and each is
+written as if it were alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from ..data.tokenizer import encode, end_of_text_id
+from ..data.tokenizer import encode
+from ..files import read_tensors
+from ..formats.fingerprint import weights_hash
 from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from ..model.state import State
-from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, Sampling, SamplingBatch, sample
-from .text import Decoder, check_stop, until_stop
-
-PIECE = 2_048  # tokens read at a time: bounds the memory of a long prompt
-# The least capacity of a session's slot, in tokens. A full slot is replaced by one twice as large.
-LEAST_CAPACITY = 256
-
-Progress = Callable[[int, int], None]  # (tokens read, tokens to read in all)
+from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SlotSampling, StepKind, sample
+from .scheduler import Request, RequestSettings, Result, Scheduler
+from .session import NO_TOKENIZER, PIECE, Progress, end_token
+from .session import Session as Session  # as before there was a module for it
+from .session import generate_text as generate_text
 
 
-class Session:
-    """One text being read and written. It holds the state, and the tokens that the state has not
-    read yet.
+@torch.inference_mode()
+def decode_(
+    model: LanguageModel, slots: Slots, sampling: SlotSampling, rows: Tensor, kind: StepKind
+) -> Tensor:
+    """One decoding step: each of these slots reads its last token and draws the next, in place.
 
-    Time and memory of a token do not depend on how long the text is (with a linear mixer). Text is
-    read by forward passes and written by steps in place, in a slot that the session owns.
-    """
+    rows: [S] int64, slots that are all different; -1 for rows that only fill up the step, for which
+    nothing is written. Returns [2, S] float64: the tokens drawn (NOT_FINITE for a row whose logits
+    are not finite), and their log-probabilities in nats, zeros where `kind` does not ask for them.
 
-    def __init__(self, model: LanguageModel, state: State | None = None):
-        self.model, self._state = model, state
-        # While text is written the state is in `_slot`. It has read `_held` tokens in all, of which
-        # `_stepped` are those since `_state`.
-        self._slot: Slots | None = None
-        self._held, self._stepped = 0, list[int]()
-        self._logits: Tensor | None = None  # [1, vocab], after the last token read
-        self._unread: list[int] = []
+    All tensors stay where they are and have the sizes that S gives them, and nothing is waited for
+    on a GPU: the place to record as a CUDA graph, one for each S and kind."""
+    logits = model.step_(sampling.last[rows][:, None], slots, rows)[:, 0]  # [S, vocab]
+    tokens = sample(logits, sampling.batch(rows, kind), sampling.number[rows])
+    logprobs = torch.zeros_like(tokens, dtype=torch.float64)
+    if kind.scores:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        picked = wide.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
+        logprobs = (picked - wide.logsumexp(-1)).double()
+    sampling.drew_(rows, tokens, kind)
+    return torch.stack([tokens.double(), logprobs])
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine holds and has done.
+
+    slots, used: how many there are, and in how many a text is written. waiting: requests without a
+    slot. state_bytes: of all slots and of the states held beside them. tokens_read, tokens_written:
+    since the engine was made; tokens that are drawn count as written, not as read."""
+
+    slots: int
+    used: int
+    waiting: int
+    state_bytes: int
+    tokens_read: int
+    tokens_written: int
+
+
+class Handle:
+    """A request under way. To iterate over it gives the text piece by piece, and drives the engine,
+    all other requests with it. It raises ValueError where the request ends with an error."""
+
+    def __init__(self, engine: Engine, request: Request):
+        self._engine, self._request = engine, request
 
     @property
-    def state(self) -> State | None:
-        """The state after what was read, which nothing writes to afterwards; None before."""
-        if self._slot is not None:
-            return self._slot.read(self.model, [0])
-        return self._state
+    def id(self) -> str | int:
+        return self._request.id
 
-    def fork(self) -> Session:
-        """Another session that goes on from here. Neither changes the other."""
-        fork = Session(self.model, self.state)
-        fork._logits, fork._unread = self._logits, self._unread
-        return fork
+    @property
+    def tokens(self) -> list[int]:
+        """What was written so far."""
+        return self._request.ids[self._request.first :]
 
-    @torch.inference_mode()
-    def read(self, ids: Sequence[int], progress: Progress | None = None) -> None:
-        """Take in tokens. progress: called after each PIECE of them.
+    @property
+    def text(self) -> str:
+        """The text so far, as far as it is known that no stop string begins in it."""
+        return self._request.decode()
 
-        Raises ValueError for an id outside the vocabulary, before any is read.
-        """
-        ids = [*self._unread, *ids]
-        size = self.model.config.vocab_size
-        if any(not 0 <= token < size for token in ids):
-            raise ValueError(f"a token id is outside the model's vocabulary of {size:,}")
-        for start in range(0, len(ids), PIECE):
-            stop = start + PIECE
-            piece = torch.tensor([ids[start:stop]], device=self.model.device)
-            x, state = self.model.hidden(piece, self.state)
-            logits = torch.nn.functional.linear(x[:, -1], self.model.head_weight)
-            self._state, self._slot = state, None
-            self._logits, self._unread = logits, ids[stop:]
-            if progress is not None:
-                progress(min(stop, len(ids)), len(ids))
+    @property
+    def finish_reason(self) -> str | None:
+        """None until the request has ended."""
+        return self._request.finish_reason
 
-    def write(
-        self, max_tokens: int, sampling: Sampling | None = None, end: int | None = None
-    ) -> Iterator[int]:
-        """Draw at most max_tokens tokens, until `end`, which is not yielded; the next read begins
-        with it.
+    def __iter__(self) -> Iterator[str]:
+        given = 0
+        while True:
+            text = self.text
+            if len(text) > given:
+                yield text[given:]
+                given = len(text)
+            elif self.finish_reason is None:
+                self._engine.step()
+            else:
+                break
+        if self._request.error is not None:
+            raise ValueError(self._request.error)
 
-        Raises ValueError at once for a negative max_tokens, and while drawing where nothing was
-        read yet or the logits are not finite."""
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens = {max_tokens}, but must be 0 or more")
-        return self._write(max_tokens, sampling or Sampling(), end)
+    def result(self) -> Result:
+        """What came of the request, once it has ended; until then this drives the engine."""
+        while self.finish_reason is None:
+            self._engine.step()
+        return self._request.result()
 
-    @torch.inference_mode()
-    def _write(self, max_tokens: int, sampling: Sampling, end: int | None) -> Iterator[int]:
-        samplings = SamplingBatch.of([sampling], self.model.device)
-        number = torch.zeros(1, dtype=torch.int64, device=self.model.device)
-        for _ in range(max_tokens):
-            if len(self._unread) == 1 and self._state is not None:
-                self._step(self._unread[0])
-            elif self._unread:
-                self.read([])
-            if self._logits is None:
-                raise ValueError("nothing was read yet: give a prompt")
-            token = int(sample(self._logits, samplings, number))
-            if token == NOT_FINITE:
-                raise ValueError(NOT_FINITE_MESSAGE)
-            number += 1
-            self._unread = [token]
-            if token == end:
-                return
-            yield token
-
-    def _step(self, token: int) -> None:
-        """Take in one token, in place."""
-        if self._slot is None or self._held == self._slot.capacity:
-            state = self.state
-            assert state is not None
-            self._held = int(state.seen[0])
-            slot = Slots.new(self.model, 1, max(2 * self._held, LEAST_CAPACITY))
-            slot.write_(self.model, [0], state)
-            self._state, self._slot, self._stepped = state, slot, []
-        ids = torch.tensor([[token]], device=self.model.device)
-        try:
-            self._logits = self.model.step_(ids, self._slot)[:, -1]
-        except BaseException:
-            # Some layers may have moved on, so all since the last whole state is read anew.
-            self._slot, self._unread = None, [*self._stepped, token]
-            raise
-        self._held += 1
-        self._stepped.append(token)
-        self._unread = []
+    def cancel(self) -> None:
+        """End the request as it is. Nothing happens where it has ended."""
+        if self.finish_reason is None:
+            self._engine._finish(self._request, "cancelled")
 
 
-def end_token(model: LanguageModel) -> int | None:
-    """The id at which the model ends what it writes: the config's, else the tokenizer's, or
-    None."""
-    if model.config.eos_token_id is not None or model.tokenizer is None:
-        return model.config.eos_token_id
-    return end_of_text_id(model.tokenizer)
+class Engine:
+    """Writes many texts at a time with one model, each as if it were alone.
 
+    Each step reads a piece of the prompts that wait and draws one token for every text that is
+    written. Nothing runs in the background: whoever iterates over a handle drives all requests.
+    Not for several threads at a time.
 
-def generate_text(
-    model: LanguageModel,
-    prompt: str,
-    *,
-    max_tokens: int = 256,
-    sampling: Sampling | None = None,
-    stop: str | Sequence[str] = (),
-    session: Session | None = None,
-    progress: Progress | None = None,
-) -> Iterator[str]:
-    """The text that continues a prompt, piece by piece, without the prompt.
-
-    An empty prompt starts a new text. stop: strings at which the text ends; they are not given.
-    session: to go on with; a new one by default. progress: see `Session.read`.
-    Raises ValueError at once where the model has no tokenizer, max_tokens is negative or a stop
-    string is empty.
+    slots: how many texts are written at a time; others wait. Their states are allocated here.
+    capacity: the tokens that a text may have, prompt and all; needed where layers keep keys and
+        values of the whole text (`ModelConfig.bounded` is False), and no limit elsewhere.
+    piece: how many tokens of prompts a step reads at most. A prompt's pieces are cut at its
+        multiples, counted from the prompt's first token.
+    Raises ValueError for numbers that make no sense.
     """
-    if model.tokenizer is None:
-        raise ValueError("the model's folder has no tokenizer, so it cannot read or write text")
-    stop = check_stop(stop)
-    session, end = session or Session(model), end_token(model)
-    ids = encode(model.tokenizer, prompt)
-    if not ids and session.state is None and end is not None:
-        ids = [end]
-    tokens = session.write(max_tokens, sampling, end)
 
-    def pieces() -> Iterator[str]:
-        session.read(ids, progress)
-        yield from until_stop(Decoder(model.tokenizer, ids).stream(tokens), stop)
+    def __init__(
+        self, model: LanguageModel, *, slots: int = 16, capacity: int = 0, piece: int = PIECE
+    ):
+        given = (("slots", slots, 1), ("capacity", capacity, 0), ("piece", piece, 1))
+        for name, value, least in given:
+            if value < least:
+                raise ValueError(f"{name} = {value}, but must be {least} or more")
+        config = model.config
+        if not (config.bounded or capacity):
+            raise ValueError(
+                "this model keeps keys and values of the whole text, so the engine needs a "
+                "capacity: the tokens of the longest text"
+            )
+        self.model, self._end = model, end_token(model)
+        limits = [] if config.bounded else [capacity]
+        limits += [config.max_position_embeddings] if config.position == "ape" else []
+        self._longest = min(limits, default=None)
+        self._slots = Slots.new(model, slots, capacity)
+        self._sampling = SlotSampling(slots, config.vocab_size, model.device)
+        self._scheduler = Scheduler(slots, piece)
+        self._rows: tuple[list[Request], Tensor, StepKind] | None = None
+        self._requests: WeakSet[Request] = WeakSet()  # those that somebody still holds
+        self._asked = self._read_count = self._written_count = 0
 
-    return pieces()
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        settings: RequestSettings | None = None,
+        *,
+        id: str | int | None = None,
+    ) -> Handle:
+        """Ask for the text that continues a prompt.
+
+        prompt: text, or token ids; an empty one starts a new text. id: what the result is called;
+        by default the number of the request. Raises ValueError at once for a token outside the
+        vocabulary, a text longer than the capacity, or text without a tokenizer."""
+        settings = settings or RequestSettings()
+        ids = self._encode(prompt) or ([] if self._end is None else [self._end])
+        if not ids:
+            raise ValueError("the prompt is empty, and the model has no end-of-text token to begin")
+        return self._add(self._request(id, settings, ids, len(ids)))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        settings: RequestSettings | Sequence[RequestSettings] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """The texts that continue these prompts, in their order.
+
+        settings: for all, or one for each. progress: called with (texts done, texts in all), each
+            text after those before it.
+        Raises ValueError as `submit` does, before anything is read."""
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a list; got the single {prompts!r}")
+        if isinstance(settings, Sequence):
+            each = [*settings]
+        else:
+            each = [settings or RequestSettings()] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} settings were given for {len(prompts)} prompts")
+        handles: list[Handle] = []
+        try:
+            handles += (self.submit(*pair) for pair in zip(prompts, each, strict=True))
+            for done, handle in enumerate(handles):
+                while handle.finish_reason is None:
+                    self.step()
+                if progress is not None:
+                    progress(done + 1, len(handles))
+        finally:  # whatever is raised, nothing of it stays in the engine
+            for handle in handles:
+                handle.cancel()
+        return [handle.result() for handle in handles]
+
+    def fork(
+        self,
+        handle: Handle,
+        prompt: str | Sequence[int] = "",
+        settings: RequestSettings | None = None,
+        *,
+        id: str | int | None = None,
+    ) -> Handle:
+        """Another request that goes on from where this one is, without reading its text again.
+
+        prompt: what follows the text; where it is empty, the fork is a copy: it also has the tokens
+        that were written so far, and they count toward max_tokens. settings: by default the same,
+        so that a copy with a seed writes the same.
+        Raises ValueError as `submit` does; where the request has ended and did not `keep` its
+        state; and where a copy's settings would have ended the text before where it is."""
+        request = handle._request
+        return self._go_on(
+            request.ids,
+            request.first,
+            request.logprobs,
+            self._state_of(handle),
+            prompt,
+            settings or request.settings,
+            id,
+        )
+
+    def save_state(self, handle: Handle, path: str | Path) -> None:
+        """Write a request as it is to a safetensors file, whole or not at all: its tokens, the
+        state after them, and the hash of the model's weights.
+
+        Raises ValueError where it has ended and did not `keep` its state; OSError naming the file.
+        """
+        request = handle._request
+        state = self._state_of(handle) or State.new(self.model)
+        beside = {"tokens": torch.tensor(request.ids)}
+        if request.logprobs:
+            beside["logprobs"] = torch.tensor(request.logprobs, dtype=torch.float64)
+        metadata = {"first": str(request.first), "model": weights_hash(self.model)}
+        state.save(path, beside, metadata)
+
+    def load_state(
+        self,
+        path: str | Path,
+        prompt: str | Sequence[int] = "",
+        settings: RequestSettings | None = None,
+        *,
+        id: str | int | None = None,
+    ) -> Handle:
+        """A request that goes on from one that was saved, as `fork` would. A seed is not in the
+        file: the settings name it.
+
+        Raises ValueError or OSError in one line where the file is damaged, or was saved with other
+        weights; and as `fork`."""
+        tensors, metadata = read_tensors(path)
+        tokens, logprobs = tensors.pop("tokens", None), tensors.pop("logprobs", None)
+        if tokens is None or not metadata.get("first", "").isdigit():
+            raise ValueError(f"{path}: not a request that an engine saved")
+        if metadata.get("model") != weights_hash(self.model):
+            raise ValueError(f"{path}: saved with another model, or with other weights of this one")
+        state = State.of_tensors(tensors, metadata, self.model, path)
+        ids, first = tokens.tolist(), int(metadata["first"])
+        if len(state.seen) != 1 or not state.seen[0] < len(ids) or not 0 < first <= len(ids):
+            raise ValueError(f"{path}: damaged: its tokens and its state do not fit")
+        scores = [] if logprobs is None else logprobs.tolist()
+        settings = settings or RequestSettings()
+        return self._go_on(ids, first, scores, state, prompt, settings, id)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        # several requests may share one state
+        states = {id(r.state): r.state.nbytes for r in self._requests if r.state is not None}
+        return EngineStats(
+            slots=len(self._slots.seen),
+            used=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            state_bytes=self._slots.nbytes + sum(states.values()),
+            tokens_read=self._read_count,
+            tokens_written=self._written_count,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Read a piece of the prompts that wait, and draw one token for every text that is written.
+
+        Returns whether anything is left to do. Whatever is raised, such as KeyboardInterrupt, may
+        be followed by another step: no request is lost, and those whose states were being moved on
+        are read again."""
+        scheduler = self._scheduler
+        if pieces := scheduler.next_pieces():
+            self._read(pieces)  # makes new states, and leaves the old as they are
+        try:
+            for request in scheduler.join():
+                self._join(request)
+            if scheduler.running:
+                self._decode()
+        except BaseException:  # some layers may have moved on, and others not
+            scheduler.read_again()
+            self._rows = None
+            raise
+        return bool(scheduler.running or scheduler.waiting)
+
+    def _read(self, pieces: list[tuple[Request, int]]) -> None:
+        """Read these requests up to a place in each, in one forward pass."""
+        requests = [request for request, _ in pieces]
+        parts = [request.ids[request.read : stop] for request, stop in pieces]
+        ids = torch.tensor([[token for part in parts for token in part]], device=self.model.device)
+        if len(pieces) == 1:
+            _, state = self.model.hidden(ids, requests[0].state)
+            states = [state]
+        else:
+            lengths = torch.tensor([0, *map(len, parts)])
+            before = None
+            if any(request.state for request in requests):
+                fresh = State.new(self.model)
+                before = State.stack([request.state or fresh for request in requests])
+            bounds = lengths.cumsum(0).to(self.model.device)
+            _, state = self.model.hidden(ids, before, cu_seqlens=bounds)
+            states = [state.select([row]) for row in range(len(pieces))]
+        for (request, stop), state in zip(pieces, states, strict=True):
+            self._read_count += stop - request.read
+            request.state, request.read = state, stop
+
+    def _join(self, request: Request) -> None:
+        """Put a request whose prompt was read into its slot."""
+        assert request.slot is not None
+        ended = request.finish_reason  # already, where a step was interrupted at its end
+        if ended or request.written >= request.settings.max_tokens:
+            self._finish(request, ended or "length")
+            return
+        if request.state is None:
+            self._slots.zero_([request.slot])
+        else:
+            self._slots.write_(self.model, [request.slot], request.state)
+        self._sampling.put_(
+            request.slot, request.settings, request.seed, request.written, request.ids
+        )
+        request.state = None
+        self._rows = None
+
+    def _decode(self) -> None:
+        """One step of all that are running, and what it drew."""
+        if self._rows is None:
+            running = [*self._scheduler.running.values()]
+            numbers = [request.slot for request in running]
+            numbers += [-1] * ((1 << (len(running) - 1).bit_length()) - len(running))
+            settings = [request.settings for request in running]
+            kind = StepKind.of(settings, any(s.logprobs for s in settings))
+            self._rows = running, torch.tensor(numbers, device=self.model.device), kind
+        running, rows, kind = self._rows
+        drawn = decode_(self.model, self._slots, self._sampling, rows, kind)
+        tokens, logprobs = drawn.tolist()  # the step's one wait for the device
+        for request, number, logprob in zip(running, tokens, logprobs, strict=False):
+            token = int(number)
+            if token == NOT_FINITE:
+                request.error = NOT_FINITE_MESSAGE
+                self._finish(request, "error")
+                continue
+            self._written_count += 1
+            request.read += 1
+            request.take(token, logprob if request.settings.logprobs else None)
+            if request.finish_reason is not None:
+                self._finish(request, request.finish_reason)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        """End a request; its slot is free."""
+        if not request.settings.keep or reason == "error":
+            request.state = None
+        elif request.slot is not None and request.state is None and request.read:
+            request.state = self._slots.read(self.model, [request.slot])
+        request.finish_reason = reason
+        self._scheduler.remove(request)
+        self._rows = None
+
+    def _state_of(self, handle: Handle) -> State | None:
+        """The state after the tokens that a request has read; None: it has read none."""
+        request = handle._request
+        if handle._engine is not self:
+            raise ValueError(
+                f"request {request.id} is another engine's; save_state there and load_state here "
+                "carry it over"
+            )
+        if request.slot is not None:
+            return self._slots.read(self.model, [request.slot])
+        if request.finish_reason is not None and request.state is None and request.read:
+            raise ValueError(
+                f"request {request.id} has ended, and its state was not kept; settings with "
+                "keep=True keep it"
+            )
+        return request.state
+
+    def _go_on(
+        self,
+        ids: list[int],
+        first: int,
+        logprobs: list[float],
+        state: State | None,
+        prompt: str | Sequence[int],
+        settings: RequestSettings,
+        id: str | int | None,
+    ) -> Handle:
+        """A request that goes on from a state after some of ids; the rest as in `fork`."""
+        more = self._encode(prompt)
+        written = [] if more else ids[first:]
+        before = [*ids, *more] if more else ids[:first]
+        if settings.logprobs and len(logprobs) != len(written) and not more:
+            raise ValueError("logprobs: those of the tokens written so far were not kept")
+        request = self._request(id, settings, before, len(before))
+        scores = logprobs if settings.logprobs else [None] * len(written)
+        for token, logprob in zip(written, scores, strict=False):
+            if request.finish_reason is not None:
+                raise ValueError(
+                    "the text is already longer than these settings would write; give a prompt to "
+                    "go on with, or other settings"
+                )
+            request.take(token, logprob)
+        request.state, request.read = state, 0 if state is None else int(state.seen[0])
+        return self._add(request)
+
+    def _request(
+        self, id: str | int | None, settings: RequestSettings, ids: list[int], first: int
+    ) -> Request:
+        """A request, once it is known that it can be done."""
+        vocab = self.model.config.vocab_size
+        ends = settings.stop_ids
+        if ends is None:
+            ends = () if self._end is None else (self._end,)
+        for what, tokens in (("prompt", ids), ("bias", settings.bias), ("stop_ids", ends)):
+            if wrong := next((token for token in tokens if not 0 <= token < vocab), None):
+                raise ValueError(f"{what}: token {wrong} is outside the vocabulary of {vocab:,}")
+        if settings.stop and self.model.tokenizer is None:
+            raise ValueError(NO_TOKENIZER)
+        if self._longest is not None and len(ids) + settings.max_tokens > self._longest:
+            raise ValueError(
+                f"{len(ids):,} tokens of prompt and {settings.max_tokens:,} to write do not fit "
+                f"the {self._longest:,} that a text of this engine may have"
+            )
+        self._asked += 1
+        name = self._asked if id is None else id
+        return Request(name, settings, ids, first, frozenset(ends), self.model.tokenizer)
+
+    def _add(self, request: Request) -> Handle:
+        self._requests.add(request)
+        if request.finish_reason is None:
+            self._scheduler.add(request)
+        elif not request.settings.keep:
+            request.state = None
+        return Handle(self, request)
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return [operator.index(token) for token in prompt]
+        if not prompt:
+            return []
+        if self.model.tokenizer is None:
+            raise ValueError(NO_TOKENIZER)
+        return encode(self.model.tokenizer, prompt)

@@ -119,28 +119,47 @@ def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     return strings
 
 
-def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces up to the stop string that is complete first, which is not given itself.
+class UntilStop:
+    """Text, piece by piece, up to the stop string that is complete first, which is not given
+    itself.
 
-    Text that may turn out to begin a stop string is held back until that is known.
-    """
-    held = ""
-    for piece in pieces:
-        held += piece
+    Text that may turn out to begin a stop string is held back until that is known."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop, self._held = stop, ""
+        self.found = False  # whether a stop string is complete; nothing is given after it
+
+    def step(self, piece: str) -> str:
+        """The text that is known to stand before any stop string, with the next piece."""
+        held = self._held + piece
         found = [
-            (start + len(string), start) for string in stop if (start := held.find(string)) >= 0
+            (start + len(string), start)
+            for string in self._stop
+            if (start := held.find(string)) >= 0
         ]
         if found:
-            _, start = min(found)
-            if start:
-                yield held[:start]
+            self.found, ready = True, min(found)[1]
+        else:
+            ready = len(held) - max((_overlap(held, string) for string in self._stop), default=0)
+        self._held = "" if self.found else held[ready:]
+        return held[:ready]
+
+    def end(self) -> str:
+        """The rest, where no stop string was found."""
+        held, self._held = self._held, ""
+        return held
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces as `UntilStop` gives them, none of them empty."""
+    until = UntilStop(stop)
+    for piece in pieces:
+        if ready := until.step(piece):
+            yield ready
+        if until.found:
             return
-        ready = len(held) - max((_overlap(held, string) for string in stop), default=0)
-        if ready:
-            yield held[:ready]
-        held = held[ready:]
-    if held:
-        yield held
+    if rest := until.end():
+        yield rest
 
 
 def _overlap(text: str, string: str) -> int:

@@ -4,7 +4,7 @@ module."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,18 +100,38 @@ class State:
             [tuple(part[index] for part in layer) for layer in self.layers], self.seen[index]
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, whole or not at all."""
+    def save(
+        self,
+        path: str | Path,
+        beside: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write to one safetensors file, whole or not at all. beside, metadata: what else the file
+        is to hold, which `load` knows nothing of."""
         tensors = {
             f"{n}.{m}": part for n, layer in enumerate(self.layers) for m, part in enumerate(layer)
         }
-        write_tensors(path, {"seen": self.seen, **tensors}, {"state": _shape(self)})
+        write_tensors(
+            path,
+            {"seen": self.seen, **tensors, **(beside or {})},
+            {"state": _shape(self), **(metadata or {})},
+        )
 
     @classmethod
     def load(cls, path: str | Path, model: LanguageModel) -> State:
         """Read a state saved from a model of this shape. Raises ValueError where it does not fit
         the model."""
-        tensors, metadata = read_tensors(path)
+        return cls.of_tensors(*read_tensors(path), model, path)
+
+    @classmethod
+    def of_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        model: LanguageModel,
+        path: str | Path,
+    ) -> State:
+        """A state of what a file held; `path` is named in errors. Raises as `load`."""
         fresh = cls.new(model)
         names = {f"{n}.{m}" for n, layer in enumerate(fresh.layers) for m in range(len(layer))}
         if metadata.get("state") != _shape(fresh) or tensors.keys() != {"seen", *names}:

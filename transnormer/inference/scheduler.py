@@ -1,0 +1,205 @@
+"""What is asked of an engine, and what it does next: which request's prompt is read, and which
+requests are in slots. Nothing here knows a model or a tensor's content."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from .sampling import Sampling
+from .text import Decoder, UntilStop, check_stop
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ..model.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSettings(Sampling):
+    """How a text is written: `Sampling`, and where the text ends.
+
+    max_tokens: how many tokens are written at most; 0 only reads the prompt, to be forked or saved.
+    stop: strings before which the text ends. stop_ids: tokens that end it; None: the model's
+        end-of-text token.
+    logprobs: whether the log-probability of each token is kept. It is the model's own: before
+        temperature, penalty, bias and filters.
+    keep: whether the state is kept after the end, outside of the slots, so that the request can be
+        forked or saved. It is freed with the handle.
+    Raises ValueError for a setting that makes no sense."""
+
+    max_tokens: int = 256
+    stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] | None = None
+    logprobs: bool = False
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens = {self.max_tokens}, but must be 0 or more")
+        check_stop(self.stop)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a request.
+
+    text: what was written, without the prompt and up to a stop string; empty without a tokenizer.
+    tokens: all that were written, with those of the stop string or the token that ended the text.
+    finish_reason: "stop", "length", "cancelled" or "error", which `error` explains.
+    logprobs: the log-probability of each token in nats, where the settings ask for it, else None.
+    """
+
+    id: str | int
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    logprobs: list[float] | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One text that is read and written.
+
+    ids: the whole text, prompt and what was written so far; what is written begins at `first`.
+    ends: the tokens that end it. tokenizer: None where there is none; the text is then empty.
+    read: how many of ids the state has read; all but the last while the text is written.
+    slot: where the state is while the text is written; else None.
+    state: after `read` tokens, outside of the slots; None: nothing was read, or it is in a slot.
+    logprobs: of the tokens written, in nats, where the settings ask for them.
+    finish_reason: None until the end; then "stop" (a stop string, or a token of `ends`), "length",
+        "cancelled" or "error", which `error` explains.
+    """
+
+    id: str | int
+    settings: RequestSettings
+    ids: list[int]
+    first: int
+    ends: frozenset[int]
+    tokenizer: Tokenizer | None = None
+    read: int = 0
+    slot: int | None = None
+    state: State | None = None
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    text: str = ""
+    _decoder: Decoder | None = None
+
+    def __post_init__(self) -> None:
+        given = self.settings.seed
+        self.seed = secrets.randbits(63) if given is None else given
+        self._until = UntilStop(check_stop(self.settings.stop))
+        self._decoded, self._whole = self.first, False
+
+    @property
+    def written(self) -> int:
+        """How many tokens were written."""
+        return len(self.ids) - self.first
+
+    @property
+    def unread(self) -> int:
+        """Tokens to read before the first can be drawn, but for the last, which a step reads."""
+        return len(self.ids) - 1 - self.read
+
+    def take(self, token: int, logprob: float | None = None) -> None:
+        """Take in a token that was drawn; afterwards `finish_reason` says whether it is the last.
+
+        Text is decoded here only if it may hold a stop string, because a step waits for it."""
+        self.ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if token in self.ends:
+            self.finish_reason = "stop"
+        elif self.settings.stop:
+            self.decode()
+        if self.finish_reason is None and self.written >= self.settings.max_tokens:
+            self.finish_reason = "length"
+
+    def decode(self) -> str:
+        """The text of all tokens so far, as far as it is known."""
+        if self.tokenizer is None or self._whole:
+            return self.text
+        if self._decoder is None:
+            self._decoder = Decoder(self.tokenizer, self.ids[: self.first])
+        ended = self.finish_reason == "stop" and self.written > 0 and self.ids[-1] in self.ends
+        stop = len(self.ids) - ended
+        while self._decoded < stop and not self._until.found:
+            self.text += self._until.step(self._decoder.step(self.ids[self._decoded]))
+            self._decoded += 1
+        if self._until.found:
+            self.finish_reason, self._whole = "stop", True
+        elif self.finish_reason is not None:
+            self.text += self._until.step(self._decoder.end()) + self._until.end()
+            self._whole = True
+        return self.text
+
+    def result(self) -> Result:
+        """What came of it, once it has ended."""
+        assert self.finish_reason is not None
+        logprobs = [*self.logprobs] if self.settings.logprobs else None
+        tokens = self.ids[self.first :]
+        return Result(self.id, self.decode(), tokens, self.finish_reason, logprobs, self.error)
+
+
+class Scheduler:
+    """Who is in which of N slots, and who waits, in the order of arrival.
+
+    A waiting request is read before it gets a slot, but never more requests than there are free
+    slots, so that none waits with a state for long. `piece`: how many tokens of prompts a step
+    reads at most. Pieces of a prompt are cut at multiples of it, counted from the text's own first
+    token: what else is read beside it changes nothing of how it is cut."""
+
+    def __init__(self, slots: int, piece: int):
+        self.piece = piece
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}  # slot -> request
+        self._free = list(range(slots))[::-1]
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def next_pieces(self) -> list[tuple[Request, int]]:
+        """The requests that read next, each with the place in its ids up to which it does."""
+        pieces, left = [], self.piece
+        for request in islice(self.waiting, len(self._free)):
+            last = len(request.ids) - 1
+            stop = min(last, (request.read // self.piece + 1) * self.piece)
+            if stop - request.read > left:
+                break
+            left -= stop - request.read
+            if stop > request.read:
+                pieces.append((request, stop))
+        return pieces
+
+    def join(self) -> list[Request]:
+        """Give slots to the requests that have read their prompts, and say which these are."""
+        ready = [r for r in islice(self.waiting, len(self._free)) if not r.unread]
+        for request in ready:
+            self.waiting.remove(request)
+            request.slot = self._free.pop()
+            self.running[request.slot] = request
+        return ready
+
+    def remove(self, request: Request) -> None:
+        """Let a request go, wherever it is; its slot is free."""
+        if request.slot is not None:
+            del self.running[request.slot]
+            self._free.append(request.slot)
+            request.slot = None
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def read_again(self) -> None:
+        """Send all running requests back to the head of those that wait, because the states in
+        their slots are lost. They are read anew; what was written stays."""
+        for request in reversed([*self.running.values()]):
+            self.remove(request)
+            request.read, request.state = 0, None
+            self.waiting.appendleft(request)
