@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Callable
@@ -209,6 +210,24 @@ def test_whoever_shares_the_engine_each_text_is_as_if_alone(
 ) -> None:
     for seed in range(5):
         assert run_mixture(models[name], seed, tmp_path) >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_write_what_others_do(name: str, models: dict[str, LanguageModel]) -> None:
+    model = copy.deepcopy(models[name]).to("cuda", torch.float32)
+    prompts = [[7], [3, 9, 4], [5] * 20, [8] * 11, [2, 6]]
+    kinds = ({}, {"temperature": 0}, {"repetition_penalty": 1.5, "bias": {3: 2.0}}, {"top_k": 9})
+    found = []
+    for record in (False, True):
+        engine = Engine(model, slots=3, capacity=CAPACITY, record=record)
+        settings = [
+            RequestSettings(max_tokens=25 + n, seed=n, logprobs=n == 1, **kinds[n % len(kinds)])
+            for n in range(len(prompts))
+        ]
+        found.append([result.tokens for result in engine.generate(prompts, settings)])
+        assert bool(engine._steps._recorded) == record
+    assert found[0] == found[1]
 
 
 @pytest.mark.proof
@@ -461,6 +480,7 @@ def test_what_cannot_be_done_is_refused_at_once(models: dict[str, LanguageModel]
     for call, message in (
         (lambda: Engine(model, slots=0), "slots = 0, but must be 1 or more"),
         (lambda: Engine(model, piece=0), "piece = 0, but must be 1 or more"),
+        (lambda: Engine(model, record=True), "record = True needs a model on a GPU"),
         (lambda: Engine(growing), "keeps keys and values of the whole text.*needs a capacity"),
         (lambda: Engine(growing, capacity=20).submit([1] * 15, GREEDY), "15 .* and 6 .* the 20 "),
         (lambda: Engine(growing, capacity=500).submit([1] * 95, GREEDY), "the 96 that a text"),

@@ -18,34 +18,12 @@ from ..formats.fingerprint import weights_hash
 from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from ..model.state import State
-from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SlotSampling, StepKind, sample
+from .decode import DecodingSteps
+from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SlotSampling, StepKind
 from .scheduler import Request, RequestSettings, Result, Scheduler
 from .session import NO_TOKENIZER, PIECE, Progress, end_token
 from .session import Session as Session  # as before there was a module for it
 from .session import generate_text as generate_text
-
-
-@torch.inference_mode()
-def decode_(
-    model: LanguageModel, slots: Slots, sampling: SlotSampling, rows: Tensor, kind: StepKind
-) -> Tensor:
-    """One decoding step: each of these slots reads its last token and draws the next, in place.
-
-    rows: [S] int64, slots that are all different; -1 for rows that only fill up the step, for which
-    nothing is written. Returns [2, S] float64: the tokens drawn (NOT_FINITE for a row whose logits
-    are not finite), and their log-probabilities in nats, zeros where `kind` does not ask for them.
-
-    All tensors stay where they are and have the sizes that S gives them, and nothing is waited for
-    on a GPU: the place to record as a CUDA graph, one for each S and kind."""
-    logits = model.step_(sampling.last[rows][:, None], slots, rows)[:, 0]  # [S, vocab]
-    tokens = sample(logits, sampling.batch(rows, kind), sampling.number[rows])
-    logprobs = torch.zeros_like(tokens, dtype=torch.float64)
-    if kind.scores:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        picked = wide.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
-        logprobs = (picked - wide.logsumexp(-1)).double()
-    sampling.drew_(rows, tokens, kind)
-    return torch.stack([tokens.double(), logprobs])
 
 
 @dataclass(frozen=True)
@@ -128,11 +106,19 @@ class Engine:
         values of the whole text (`ModelConfig.bounded` is False), and no limit elsewhere.
     piece: how many tokens of prompts a step reads at most. A prompt's pieces are cut at its
         multiples, counted from the prompt's first token.
+    record: whether decoding steps are recorded as CUDA graphs, one for each power of two of texts,
+        and then replayed; None: on a GPU.
     Raises ValueError for numbers that make no sense.
     """
 
     def __init__(
-        self, model: LanguageModel, *, slots: int = 16, capacity: int = 0, piece: int = PIECE
+        self,
+        model: LanguageModel,
+        *,
+        slots: int = 16,
+        capacity: int = 0,
+        piece: int = PIECE,
+        record: bool | None = None,
     ):
         given = (("slots", slots, 1), ("capacity", capacity, 0), ("piece", piece, 1))
         for name, value, least in given:
@@ -150,6 +136,12 @@ class Engine:
         self._longest = min(limits, default=None)
         self._slots = Slots.new(model, slots, capacity)
         self._sampling = SlotSampling(slots, config.vocab_size, model.device)
+        on_gpu = model.device.type == "cuda"
+        if record and not on_gpu:
+            raise ValueError("record = True needs a model on a GPU")
+        self._steps = DecodingSteps(
+            model, self._slots, self._sampling, record=on_gpu if record is None else record
+        )
         self._scheduler = Scheduler(slots, piece)
         self._rows: tuple[list[Request], Tensor, StepKind] | None = None
         self._requests: WeakSet[Request] = WeakSet()  # those that somebody still holds
@@ -354,7 +346,7 @@ class Engine:
             kind = StepKind.of(settings, any(s.logprobs for s in settings))
             self._rows = running, torch.tensor(numbers, device=self.model.device), kind
         running, rows, kind = self._rows
-        drawn = decode_(self.model, self._slots, self._sampling, rows, kind)
+        drawn = self._steps(rows, kind)
         tokens, logprobs = drawn.tolist()  # the step's one wait for the device
         for request, number, logprob in zip(running, tokens, logprobs, strict=False):
             token = int(number)

@@ -21,7 +21,7 @@ WARM = 2
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream to record on. There is one a device, because cuBLAS keeps memory for every stream
     that it has seen."""
     return torch.cuda.Stream(device)
@@ -78,7 +78,7 @@ class Graph:
             [p for p in self._model.parameters() if p.requires_grad],
         )
         drawn = torch.cuda.get_rng_state(device)
-        aside = _stream(device)
+        aside = recording_stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM):
