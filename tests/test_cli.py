@@ -26,7 +26,6 @@ import transnormer
 from transnormer.__main__ import interrupt
 from transnormer.cli import app, main
 from transnormer.data.chat import DEFAULT, Template
-from transnormer.inference.engine import Engine
 from transnormer.inference.sampling import Sampling
 from transnormer.inference.session import Session
 from transnormer.train.recipe import Recipe
@@ -88,69 +87,6 @@ def test_generate_streams_on_from_the_prompt(work: Path) -> None:
     cut, _ = call(*options, "--prompt", "To be", "--stop", out[8:11], folder=work)
     assert cut == out[:8] + "\n"
     call("generate", "--model", "runs/small", "--max-tokens", 5, folder=work)
-
-
-def test_generate_goes_on_from_each_prompt_of_a_file(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
-    lines = [
-        {"prompt": "To be"},
-        {"prompt": "Speak", "id": "second", "seed": 7, "max_tokens": 5, "temperature": 0},
-        {"prompt": "", "stop": ["e", "a"], "top_p": 1, "id": None},
-        {"prompt": "Ö", "max_tokens": 0},
-    ]
-    prompts.write_text("\n\n".join(json.dumps(line) for line in lines), encoding="utf-8")
-    verb = ("generate", "--model", "runs/small", "--prompts", prompts, "--out", out)
-    call(*verb, "--seed", 3, "--max-tokens", 20, folder=work)
-    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [each["id"] for each in found] == [0, "second", 2, 3]
-    assert all([*each] == ["id", "text", "tokens", "finish_reason"] for each in found)
-    assert [each["finish_reason"] for each in found][3] == "length"
-    assert [len(each["tokens"]) for each in found][1::2] == [5, 0]
-    options = ("generate", "--model", "runs/small", "--seed")
-    for each, prompt, more in (
-        (found[0], "To be", (3, "--max-tokens", 20)),
-        (found[1], "Speak", (7, "--max-tokens", 5, "--temperature", 0)),
-        (found[2], "", (3, "--max-tokens", 20, "--stop", "e", "--stop", "a", "--top-p", 1)),
-    ):
-        assert call(*options, *more, "--prompt", prompt, folder=work)[0] == (
-            prompt + each["text"] + "\n"
-        )
-    before = out.read_bytes()
-    call(*verb, "--seed", 3, "--max-tokens", 20, "--slots", 1, folder=work)
-    assert out.read_bytes() == before
-    for line, message in (
-        ({"text": "x"}, "no field 'prompt'"),
-        ({"prompt": 5}, "prompt holds int, not a string"),
-        ({"prompt": "x", "max_token": 5}, "unknown field 'max_token'; a line may have id, prompt,"),
-        ({"prompt": "x", "max_tokens": 2.5}, "max_tokens holds float, not int"),
-        ({"prompt": "x", "seed": True}, "seed holds bool, not int"),
-        ({"prompt": "x", "top_p": 2}, "top_p = 2, but must be above 0"),
-        ({"prompt": "x", "stop": [3]}, "stop holds int, not a string"),
-        ({"prompt": "x", "id": []}, "id holds list, not a string or a whole number"),
-        (["x"], "not a JSON object but list"),
-    ):
-        prompts.write_text('{"prompt": "fine"}\n\n' + json.dumps(line) + "\n")
-        assert f"{prompts} line 3: {message}" in refused(*verb, folder=work)
-    prompts.write_text("\n")
-    assert "holds no prompt" in refused(*verb, folder=work)
-    assert "no such file" in refused(*verb[:4], "none.jsonl", *verb[5:], folder=work)
-    prompts.write_text('{"prompt": "x"}\n' * 3)
-    assert "cannot be written" in refused(*verb[:-1], tmp_path / "no" / "such", folder=work)
-    assert "belong together" in refused(*verb, "--prompt", "x", folder=work)
-    assert "belong together" in refused(*verb[:-2], folder=work)
-
-    def interrupted(engine: Engine) -> None:
-        if engine.stats().tokens_written > 20:
-            interrupt(signal.SIGINT, sys._getframe())
-        step(engine)
-
-    step = Engine.step
-    monkeypatch.setattr(Engine, "step", interrupted)
-    call(*verb, code=130, folder=work)
-    assert out.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {prompts.name, out.name}
 
 
 def test_chat_takes_turns(work: Path) -> None:
