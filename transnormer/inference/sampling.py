@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.draw import draw
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -188,7 +190,8 @@ def sample(logits: Tensor, samplings: SamplingBatch, number: Tensor) -> Tensor:
     """Draw a token for every row: logits [S, vocab] -> [S] int64.
 
     number: [S] int64, how many tokens the row has drawn before. What is drawn follows from the
-    row's logits, seed and number alone: not from the rows beside it, nor from the device.
+    row's logits, seed and number alone, not from the rows beside it; and not from the device, but
+    for what rounding changes (`ops.draw`).
     NOT_FINITE stands for a token where the row's logits are not finite, however tokens are drawn,
     because the largest of such logits means nothing."""
     finite = logits.isfinite().all(-1)
@@ -203,26 +206,10 @@ def sample(logits: Tensor, samplings: SamplingBatch, number: Tensor) -> Tensor:
         logits = logits + samplings.bias
     token = logits.argmax(-1)
     if samplings.draws:
-        drawn = _draw(logits, samplings, _uniform(samplings.seed, number)[:, None])
+        filters = (samplings.temperature, samplings.top_k, samplings.top_p, samplings.min_p)
+        drawn = draw(logits, *filters, _uniform(samplings.seed, number)[:, None])
         token = drawn.where(samplings.temperature[:, 0] > 0, token)
     return token.where(finite, NOT_FINITE)
-
-
-def _draw(logits: Tensor, samplings: SamplingBatch, uniform: Tensor) -> Tensor:
-    """The token at which the sum of the probabilities, the largest first, passes `uniform` [S, 1],
-    which is from 0 to 1. Sums are in float64, because a vocabulary has many small probabilities."""
-    logits = logits.double()
-    logits = (logits - logits.amax(-1, keepdim=True)) / samplings.temperature.clamp(min=1e-30)
-    logits, token = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    probabilities = logits.softmax(-1).masked_fill(rank >= samplings.top_k, 0)
-    sums = probabilities.cumsum(-1)
-    # The likeliest is always kept. 1 cuts nothing, whatever rounding makes of the sums.
-    cut = (sums - probabilities >= samplings.top_p * sums[:, -1:]) & (samplings.top_p < 1)
-    cut |= probabilities < samplings.min_p * probabilities[:, :1]
-    sums = probabilities.masked_fill(cut, 0).cumsum(-1)
-    place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-    return token.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
 def _uniform(seed: Tensor, number: Tensor) -> Tensor:
