@@ -483,6 +483,9 @@ def main() -> None:
             }
             diverged = {arm: len(all_by_arm[arm]) - len(runs) for arm, runs in by_arm.items()}
             by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
+            own = [r for runs in by_arm.values() for r in runs if r["table"] == name]
+            if entry.get("exploring") and not own:
+                continue  # its arms have run for other tables alone
             seeds = [len(runs) for runs in by_arm.values() if runs]
             if len(seeds) < 2 or (name == "spread" and max(seeds) < 2):
                 continue
@@ -498,6 +501,8 @@ def main() -> None:
                     if count
                 ),
             ]
+            if wanting := [arm for arm in entry["arms"] if arm not in all_by_arm]:
+                text += [f"Not run yet: {', '.join(f'`{arm}`' for arm in wanting)}."]
             text += [sources(by_arm)]
     text += recall_report.sections(RESULTS / "recall", DOCS)
     write_text(DOCS / "results.md", "\n\n".join(text) + "\n")

@@ -34,6 +34,7 @@ import torch
 from arms import Run
 
 from transnormer.provenance import commit
+from transnormer.run_folder import CHECKPOINTS, METRICS, step_folders
 from transnormer.train.metrics import read_metrics
 
 HERE = Path(__file__).parent
@@ -131,7 +132,10 @@ def seconds_of(run: Run, options: argparse.Namespace) -> float:
     slowest earlier one, in proportion to the tokens; 0 if there is none."""
     paths = options.out.glob(f"{run.setting.rpartition('-')[0]}-*.json")
     took = [
-        found["seconds"] * run.tokens / found["tokens"] + found.get("draw_seconds", 0.0)
+        # "seconds" are those of a run's last call alone
+        max(found["seconds"], found["tokens"] / found["tokens_per_second"])
+        * (run.tokens / found["tokens"])
+        + found.get("draw_seconds", 0.0)
         for found in (json.loads(path.read_text()) for path in paths)
         if (found["side_by_side"], found.get("dtype", "bfloat16"))
         == (options.side_by_side, run.dtype)
@@ -140,10 +144,15 @@ def seconds_of(run: Run, options: argparse.Namespace) -> float:
 
 
 def share_read(run: Run, options: argparse.Namespace) -> float:
-    """The share of its tokens that a run has read in earlier calls."""
-    metrics = options.work / run.name / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.exists() else []
-    return rows[-1]["tokens"] / run.tokens if rows else 0.0
+    """The share of its tokens that a run has read before its newest checkpoint, from which it goes
+    on."""
+    folder = options.work / run.name
+    checkpoints = step_folders(folder / CHECKPOINTS)
+    if not checkpoints or not (folder / METRICS).exists():
+        return 0.0
+    last = int(checkpoints[0].name.rpartition("-")[2])
+    read = [row["tokens"] for row in read_metrics(folder / METRICS) if row["step"] <= last]
+    return max(read, default=0) / run.tokens
 
 
 def execute(
@@ -261,7 +270,7 @@ def main() -> None:
         with tarfile.open(options.archive, "w:gz") as archive:
             for file in sorted([*options.out.glob("*.json"), *options.out.glob("*.npz")]):
                 archive.add(file, file.name)
-    print(f"{left} runs not begun, {len(queue.failed)} failed", flush=True)
+    print(f"{left} runs left that were not begun or not gone on with, {len(queue.failed)} failed")
     sys.exit(1 if queue.failed else 0)
 
 

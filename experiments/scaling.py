@@ -35,7 +35,7 @@ DRAWS = 500  # resamplings of an arm's runs
 # Fewer points, or fewer values of N or of D, cannot tell five coefficients. A resampling may have
 # fewer points than a fit, but more than coefficients.
 LEAST_POINTS, LEAST_RESAMPLED, LEAST_VALUES = 9, 6, 3
-# Of ln L, from where on a residual counts linearly: about what a seed changes.
+# A residual of ln L counts linearly from here on: about what a seed changes.
 HUBER = 3e-3
 # Bounds of alpha and beta. Below them a term is nearly a constant, which E is already.
 EXPONENTS = (0.05, 2.0)
@@ -112,16 +112,28 @@ def bootstrap(points: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarr
 
 
 def records(results: Path) -> dict[str, list[dict[str, Any]]]:
-    """The finished runs of the table by arm, whichever table they were run for. Those that diverged
-    are left out."""
+    """The finished runs of the table by arm, whichever table they were run for, but for those that
+    `left_out` names."""
     found: dict[str, list[dict[str, Any]]] = {
         arm: [] for arm in arms.TABLES["tables"][TABLE]["arms"]
     }
+    reasons = left_out(results)
+    for run in arms.runs(TABLE):
+        if run.name not in reasons:
+            found[run.arm].append(json.loads((results / f"{run.name}.json").read_text()))
+    return found
+
+
+def left_out(results: Path) -> dict[str, str]:
+    """By their names, the runs of the table that no fit can have, and why: "diverged" or "not run
+    yet"."""
+    found = {}
     for run in arms.runs(TABLE):
         path = results / f"{run.name}.json"
-        record = json.loads(path.read_text()) if path.exists() else {"diverged": "not run"}
-        if "diverged" not in record:
-            found[run.arm].append(record)
+        if not path.exists():
+            found[run.name] = "not run yet"
+        elif "diverged" in json.loads(path.read_text()):
+            found[run.name] = "diverged"
     return found
 
 
@@ -141,9 +153,9 @@ def points_of(runs: list[dict[str, Any]]) -> np.ndarray:
 def fit_arm(runs: list[dict[str, Any]], draws: int) -> dict[str, Any]:
     """What FITS holds of one arm. Raises ValueError where its runs differ in architecture."""
     points = points_of(runs)
-    words = [architecture(ModelConfig.from_dict(r["model"])) for r in runs]
-    if any(each != words[0] for each in words):
-        raise ValueError(f"the runs of {runs[0]['arm']} have several architectures: {words}")
+    found = [architecture(ModelConfig.from_dict(r["model"])) for r in runs]
+    if any(each != found[0] for each in found):
+        raise ValueError(f"the runs of {runs[0]['arm']} have several architectures: {found}")
     fitted = [rounded(each) for each in fit(points)]
     sample = bootstrap(points, draws)
     away = [np.log(loss(fitted, n, d) / measured) for n, d, measured in points]
@@ -151,7 +163,7 @@ def fit_arm(runs: list[dict[str, Any]], draws: int) -> dict[str, Any]:
     at_bound = np.isclose(sample[:, [2, 4], None], EXPONENTS, rtol=0.01).any((1, 2))
     at_bound |= sample[:, 0] < 0.01  # E is as good as 0
     return {
-        "words": words[0],
+        "architecture": found[0],
         "runs": len(runs),
         "parameters": [points[:, 0].min(), points[:, 0].max()],
         "tokens": [points[:, 1].min(), points[:, 1].max()],
@@ -169,7 +181,7 @@ def rounded(number: float) -> float:
 def fit_table(results: Path, draws: int, command: str) -> dict[str, Any]:
     """What FITS holds. Prints why an arm has no fit. Raises ValueError where no arm has one, or
     where the runs read different data."""
-    by_arm = records(results)
+    by_arm, missing = records(results), left_out(results)
     for arm, runs in [*by_arm.items()]:
         if reason := refusal(points_of(runs)):
             print(f"{arm} is not fitted: {reason}")
@@ -189,6 +201,8 @@ def fit_table(results: Path, draws: int, command: str) -> dict[str, Any]:
         "part": part(),
         "corpus": arms.TABLES["datasets"]["text"]["title"],
         "tokenizer": f"byte-level BPE of {vocabulary:,}",
+        "vocab_size": vocabulary,
+        "missing": missing,
         "data": data,
         "optimizer": optimizer,
         "coefficients": ["E", "ln A", "alpha", "ln B", "beta"],
@@ -235,8 +249,10 @@ def explained(fits: dict[str, Any]) -> str:
         f"without the embedding, D the training tokens. Intervals are those of fits to {draws} "
         "resamplings of the runs; the residual is the root mean square of ln L. Where many draws "
         f"are at a bound (alpha or beta {EXPONENTS[0]} or {EXPONENTS[1]}, E 0), the runs do not "
-        "determine the coefficients, and only what lies between the runs can be told. Commit "
-        f"{str(fits['commit'])[:12]}."
+        "determine the coefficients, and only what lies between the runs can be told. "
+        f"{len(fits['missing'])} runs are left out"
+        + "".join(f"; {name}: {why}" for name, why in fits["missing"].items())
+        + f". Commit {str(fits['commit'])[:12]}."
     )
 
 

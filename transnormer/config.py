@@ -89,7 +89,7 @@ class ModelConfig:
     # rows of the learned position table; read by position "ape" alone
     max_position_embeddings: int = 2_048
     # "alibi": the published checkpoints' slopes; "paper": equation 10; "gated": each token sets its
-    # own, which begins as that of "alibi"; "delta": and replaces what its key recalls
+    # own, which begins as that of "alibi"; "delta": each token also replaces what its key recalls
     decay: str = "alibi"
     # the factor that weakens the decay from the first layer to the last
     decay_temperature: bool = True

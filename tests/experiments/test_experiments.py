@@ -45,13 +45,16 @@ def test_the_time_of_a_run_that_was_stopped_is_that_of_what_is_left(tmp_path: Pa
     options = argparse.Namespace(out=tmp_path / "out", work=tmp_path / "work", side_by_side=1)
     options.out.mkdir()
     assert bench.seconds_of(run, options) == 0
-    timed = {"seconds": 100.0, "tokens": 500_000, "side_by_side": 1}
+    # of a run that was stopped once, "seconds" are those of its second call
+    timed = {"seconds": 7.0, "tokens": 500_000, "tokens_per_second": 5_000, "side_by_side": 1}
     (options.out / "toy-500k-adamw-0.003-lrpe-11.json").write_text(json.dumps(timed))
     assert bench.seconds_of(run, options) == 200 + bench.START_SECONDS
     (options.work / run.name).mkdir(parents=True)
-    line = {"step": 3, "tokens": 750_000, "loss": 3.0}
-    (options.work / run.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert bench.seconds_of(run, options) == 50 + bench.START_SECONDS
+    lines = [{"step": n, "tokens": 250_000 * n, "loss": 3.0} for n in (1, 2, 3)]
+    (options.work / run.name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert bench.seconds_of(run, options) == 200 + bench.START_SECONDS  # it was killed
+    (options.work / run.name / "checkpoints" / "step-2").mkdir(parents=True)
+    assert bench.seconds_of(run, options) == 100 + bench.START_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ def test_from_results_to_what_plan_reads(tmp_path: Path, monkeypatch: pytest.Mon
     fits = planned.read_fits()
     assert fits is not None
     assert [*fits["architectures"]] == ["published", "hybrid-conv", "llama-scaled"]
-    assert fits["architectures"]["published"]["words"] == {"embed_scale": True}
-    assert fits["architectures"]["hybrid-conv"]["words"]["softmax_every"] == 5
+    assert fits["architectures"]["published"]["architecture"] == {"embed_scale": True}
+    assert fits["architectures"]["hybrid-conv"]["architecture"]["softmax_every"] == 5
     assert fits["tokenizer"] == "byte-level BPE of 16,384"
     for arm in ("published", "hybrid-conv"):
         model = arms.model_of(arm, "45m", 16_384)

@@ -25,7 +25,7 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 MODELS: dict[str, dict[str, Any]] = {
     "published": {},
     "convolved": {"convolution": "heads", "qk_norm": True, "head_norm": True},
-    "gated decay": {"decay": "gated", "convolution": "input"},
+    "delta rule": {"decay": "delta", "convolution": "input"},
     "softmax": {"mixer": "softmax", "position": "rope"},
     "windows": {
         "num_attention_heads": 4,

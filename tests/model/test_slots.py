@@ -24,6 +24,7 @@ MODELS = {
     "softmax": {"mixer": "softmax", "position": "rope", "activation": "none"},
     "convolved": {"convolution": "heads", "qk_norm": True, "head_norm": True},
     "gated decay": {"decay": "gated", "convolution": "heads"},
+    "delta rule": {"decay": "delta"},
     "convolved input": {"convolution": "input", "mixer": "softmax", "position": "none"},
 }
 

@@ -70,6 +70,14 @@ def test_sums_of_bfloat16_are_rounded_once() -> None:
     assert (y.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+def test_nothing_of_another_sequence_is_read_be_it_infinite() -> None:
+    x = torch.randn(1, 6, 2, dtype=torch.float64)
+    x[0, 2] = torch.inf
+    places = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    y, _ = short_convolution(x, torch.ones(2, 4, dtype=torch.float64), positions=places)
+    assert y[0, 3:].isfinite().all()
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     x, weight = drawn(2, 3)
     with pytest.raises(ValueError, match=r"x must be \[B, T, 5\]; got \[2, 3, 4\]"):
@@ -80,6 +88,11 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         short_convolution(x, weight.to("meta"))
     with pytest.raises(ValueError, match=r"positions must be \[B or 1, T\] of x; got \[2\]"):
         short_convolution(x, weight, positions=torch.arange(2))
+    for wrong in (weight[0], weight[:, :0]):
+        with pytest.raises(ValueError, match=r"weight must be \[C, J\], J at least 1"):
+            short_convolution(x, wrong)
+    with pytest.raises(ValueError, match="got no number"):
+        short_convolution(x[:1], weight, cu_seqlens=torch.tensor([], dtype=torch.int64))
     bounds = torch.tensor([0, 3])
     with pytest.raises(ValueError, match="packed sequences stand in one row; got 2 rows"):
         short_convolution(x, weight, cu_seqlens=bounds)

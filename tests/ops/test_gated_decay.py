@@ -54,6 +54,24 @@ def test_chunks_are_the_recurrence(length: int, draw: Callable[..., Any]) -> Non
         torch.testing.assert_close(gradient, other)
 
 
+@pytest.mark.parametrize("keys", [1, 2, 600])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-5), (torch.bfloat16, 2.5e-2)])
+def test_repeated_keys_and_strong_decays_lose_little(
+    keys: int, dtype: torch.dtype, most: float
+) -> None:
+    q, k, v, _, _ = (x.to(dtype).double() for x in replacing(1, 300))
+    k = k[:, torch.arange(300) % keys]
+    log_decay = torch.full((1, 300, 2), -0.01, dtype=torch.float64)
+    log_decay[:, 20:52] = -1_000.0  # after which small ones must not be lost
+    replaced = torch.ones_like(log_decay)
+    state = torch.zeros(1, 2, 5, 3, dtype=torch.float64)
+    wanted, after = recurrence(q, k, v, log_decay, state, replaced)
+    low = (x.to(dtype) for x in (q, k, v))
+    found, end = gated_decay_attention(*low, log_decay.float(), None, None, replaced.float())
+    for part, exact in ((found, wanted), (end, after)):
+        assert (part - exact).norm() < most * exact.norm()
+
+
 def test_with_one_decay_for_all_tokens_it_is_lightning_attention() -> None:
     q, k, v, _ = drawn(2, 100)
     fixed = torch.tensor([-0.5, -0.01], dtype=torch.float64)
@@ -96,3 +114,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         gated_decay_attention(q, k, v, torch.zeros(2))
     with pytest.raises(ValueError, match=r"replaced must be \[1, 4, 2\]"):
         gated_decay_attention(q, k, v, torch.zeros(1, 4, 2), replaced=torch.zeros(4, 2))
+    for bounds in ([0, 3], [0], [1, 4], [0, 3, 2, 4]):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 4"):
+            gated_decay_attention(q, k, v, torch.zeros(1, 4, 2), None, torch.tensor(bounds))
+    empty = gated_decay_attention(*(x[:, :0] for x in drawn(2, 3)))
+    assert empty[0].shape == (2, 0, 2, 3)
+    assert not empty[1].any()

@@ -28,10 +28,11 @@ FITS: dict[str, Any] = {
     "part": "test",
     "corpus": "some books",
     "tokenizer": "byte-level BPE of 300",
+    "vocab_size": 300,
     "optimizer": "adamw",
     "architectures": {
-        "published": {"words": {"embed_scale": True}, **FIT},
-        "plain": {"words": scaling.architecture(ModelConfig(**TRANSFORMER)), **FIT},
+        "published": {"architecture": {"embed_scale": True}, **FIT},
+        "plain": {"architecture": scaling.architecture(ModelConfig(**TRANSFORMER)), **FIT},
     },
 }
 
@@ -80,12 +81,19 @@ def test_a_prediction_by_hand() -> None:
     ],
 )
 def test_the_line_says_how_far_it_extrapolates(size: str, tokens: float, beyond: str) -> None:
-    said = scaling.described(ModelConfig.published(size), tokens, FITS)
-    assert re.match(r"Predicted loss: \d\.\d{3} nats a token, 95 % interval \d\.\d{3} to ", said)
+    config = ModelConfig.published(size)
+    said = scaling.described(config, tokens, FITS | {"vocab_size": config.vocab_size})
+    assert re.match(
+        r"Predicted loss: \d\.\d{3} nats a token, 95 % interval of the fitted curve \d\.\d{3} to ",
+        said,
+    )
     assert (
         "on the test part of some books in tokens of byte-level BPE of 300, for published" in said
     )
     assert said.endswith(beyond)
+    other = scaling.described(config, tokens, FITS)
+    vocab = f"{config.vocab_size:,}"
+    assert other == f"{said} With the model's own vocabulary of {vocab} a token has another loss."
 
 
 def test_an_architecture_without_a_fit_has_no_prediction() -> None:

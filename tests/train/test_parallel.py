@@ -95,7 +95,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         Case(FSDP, CONVOLVED, recompute=True, segment=6), Case(TP, CONVOLVED, packed=True),
         Case(CP, CONVOLVED, packed=True),
         Case(CP, {**STACK, "convolution": "input"}, recompute=True),
-        Case(TP, {"decay": "gated"}), Case(FSDP, {"head_norm": True, "norm": "rmsnorm"}),
+        Case(TP, {"decay": "delta"}), Case(FSDP, {"head_norm": True, "norm": "rmsnorm"}),
         Case(CP, STACK, compile="aot_eager", recompute=True),
         # inductor drops what a rank has no need of, be it an exchange that others wait for
         Case(CP, {**BASELINE, "num_hidden_layers": 1, "convolution": "heads"}, compile="inductor"),

@@ -51,7 +51,7 @@ def test_gradients_are_those_of_the_whole_row(kind: dict, segment: int) -> None:
 
 def test_a_convolution_may_read_what_is_not_trained() -> None:
     """Adapters leave the embedding as it is, and a convolution remembers rows of it."""
-    model = LanguageModel(ModelConfig(**SMALL, convolution="input", decay="gated")).double()
+    model = LanguageModel(ModelConfig(**SMALL, convolution="input", decay="delta")).double()
     model.embed_tokens.weight.requires_grad_(False)
     ids = torch.randint(50, (2, 41))
     model.loss(ids[:, :-1], ids[:, 1:], reduction="sum").backward()

@@ -36,9 +36,9 @@ class GatedLinearAttention(Mixer):
             self.decay_proj = Linear(config.hidden_size, self.heads * self.set_by_token, bias=False)
 
     def _set_by(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What each token sets, [B, T, H] each: its log_decay, -softplus(x W + b), b such that
-        log_decay is what is left of it where x W is 0; and where the delta rule wants it, the part
-        that it replaces."""
+        """What each token sets, [B, T, H] each: its log_decay, -softplus(x W + b), where b is
+        chosen so that a token with x W = 0 has the head's fixed log_decay; and for the delta rule
+        the part that it replaces."""
         assert self.decay_proj is not None
         strength = -self.log_decay.clamp(min=STRONGEST)
         begin = strength + torch.log(-torch.expm1(-strength)).clamp(min=-46.0)
@@ -71,9 +71,10 @@ class GatedLinearAttention(Mixer):
         """Queries and keys as the delta rule takes them."""
         if self.set_by_token < 2:
             return q, k
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q, k = (F.normalize(x.to(wide), dim=-1).to(x.dtype) for x in (q, k))
-        return q, k
+        # 1e-6 keeps the gradient of a key of zeros finite
+        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k)]
+        lengths = [(x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in wide]
+        return (wide[0] / lengths[0]).to(q.dtype), (wide[1] / lengths[1]).to(k.dtype)
 
     def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """mixed: [B, T, H, V]."""
@@ -96,7 +97,12 @@ class GatedLinearAttention(Mixer):
 
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         k, v = self.key_dim, self.head_dim
-        return self.heads * (2 * min(seq_len, chunk) * (k + v) + 4 * k * v)
+        plain = 2 * min(seq_len, chunk) * (k + v) + 4 * k * v
+        if self.set_by_token < 2:
+            return self.heads * plain
+        # the products of keys, the system, what it makes of keys and values, what a key recalls
+        c = min(seq_len, chunk)
+        return self.heads * (plain + 2 * c * (k + c) + 2 * c * (k + v) + 2 * k * v)
 
     def forward(
         self, x: Tensor, state: LayerState | None, tokens: TokenPositions
@@ -112,7 +118,7 @@ class GatedLinearAttention(Mixer):
         if self.decay_proj is not None:
             if self.context is not None:
                 raise ValueError(
-                    "decays that tokens set are not to be had where several processes share rows"
+                    "rows that several processes share need a decay that is the same for all tokens"
                 )
             q, k = self._to_length_1(q, k)
             decay, replaced = self._set_by(x)

@@ -42,9 +42,13 @@ def short_convolution(
         positions=positions,
     )
     rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if weight.dim() != 2 or not weight.shape[1]:
+        raise ValueError(f"weight must be [C, J], J at least 1; got {list(weight.shape)}")
     channels, taps = weight.shape
     if x.dim() != 3 or x.shape[2] != channels:
         raise ValueError(f"x must be [B, T, {channels}]; got {list(x.shape)}")
+    if rows < 0:
+        raise ValueError("cu_seqlens must be [N + 1]; got no number")
     if cu_seqlens is not None and x.shape[0] != 1:
         raise ValueError(f"packed sequences stand in one row; got {x.shape[0]} rows")
     if past is not None and past.shape != (rows, taps - 1, channels):
@@ -67,7 +71,9 @@ def short_convolution(
     row = torch.cat([past, x], dim=1)
     earlier = [row[:, taps - 1 - j :][:, :length] for j in range(taps)]
     if positions is not None:
-        earlier = [x * (positions >= j)[..., None] for j, x in enumerate(earlier)]
+        earlier = [
+            part.masked_fill((positions < j)[..., None], 0) for j, part in enumerate(earlier)
+        ]
     # a copy, because a view would keep the whole row in memory
     return _weighted(earlier, weight), row[:, length:].clone()
 

@@ -176,7 +176,9 @@ def convolution_backward_kernel(
     if HAS_LAST:
         k = s - stop + (TAPS - 1)  # the place of s in `last`
         kept = d_last + (n * (TAPS - 1) + k) * C + c
-        total += tl.load(kept, mask=live & (k >= 0) & (c < C), other=0.0).to(tl.float32)
+        total += tl.load(kept, mask=live & (k >= 0) & (k < TAPS - 1) & (c < C), other=0.0).to(
+            tl.float32
+        )
     tl.store(d_source + at * C + c, total.to(d_source.dtype.element_ty), mask=live & (c < C))
 
 
@@ -223,7 +225,7 @@ def convolution_step_kernel(
     HAS_SLOTS: tl.constexpr,
 ):
     """One token of each row, after the tokens in the memory of its slot, from which the earliest
-    then drops out. Of a row whose slot is -1 no memory is read or written."""
+    then drops out. No memory is read or written for a row whose slot is -1."""
     row, _, c, _ = _program(1, C, 1, BLOCK_C)
     i = tl.arange(0, PLACES)[:, None]
     slot = row

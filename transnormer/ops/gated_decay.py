@@ -1,12 +1,14 @@
-"""Linear attention whose decay each token sets for itself, in plain torch: a trial without kernels.
+"""Linear attention whose decay each token sets for itself, and the delta rule: trials in plain
+torch, without kernels.
 
     S_t = exp(a_t) S_(t-1) + k_t^T v_t,    o_t = q_t S_t,    a_t <= 0 for each head and token
 
 In chunks of C tokens, with c the running sum of a inside the chunk: a token reads the tokens of its
 chunk with weight exp(c_i - c_j), and the state before the chunk with weight exp(c_i).
 
-By the delta rule (Schlag et al. 2021, Yang et al. 2024) a token does not add its value to what the
-state holds for its key, but replaces a part b_t of that, 0 <= b_t <= 1, where keys have length 1:
+By the delta rule (Schlag et al. 2021, Yang et al. 2024) a token does not add its value to what
+the state holds for its key. It replaces a part b_t, from 0 to 1, of what the state holds. Keys must
+have length 1 for that:
 
     S_t = exp(a_t) S_(t-1) + k_t^T u_t,    u_t = b_t (v_t - k_t exp(a_t) S_(t-1))
 
@@ -42,7 +44,15 @@ def gated_decay_attention(
     the host. replaced: [B, T, H], b of the delta rule, from 0 to 1, with keys of length 1; None:
     values are added. Products, and what a chunk adds to the state, are rounded to v's dtype or
     autocast's; the state is kept in at least float32. Raises ValueError where shapes do not fit."""
-    check_devices("gated_decay_attention", q=q, k=k, v=v, log_decay=log_decay, state=state)
+    check_devices(
+        "gated_decay_attention",
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        state=state,
+        replaced=replaced,
+    )
     for name, given in (("log_decay", log_decay), ("replaced", replaced)):
         if given is not None and given.shape != q.shape[:3]:
             raise ValueError(
@@ -51,8 +61,12 @@ def gated_decay_attention(
             )
     if cu_seqlens is None:
         return _rows(q, k, v, log_decay, replaced, state)
-    outputs, states = [], []
-    for n, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+    outputs, states, bounds = [v[:, :0]], [], cu_seqlens.tolist()
+    if len(q) != 1 or len(bounds) < 2 or bounds != sorted([0, *bounds[1:-1], q.shape[1]]):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {q.shape[1]} in one row; got {bounds}"
+        )
+    for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
         part = slice(start, stop)
         before = None if state is None else state[n : n + 1]
         own = None if replaced is None else replaced[:, part]
@@ -114,45 +128,73 @@ def _rows(
         return x.unflatten(1, (-1, chunk)).transpose(2, 3)
 
     q, k, v = (chunks(x) for x in (q, k, v))
-    c = chunks(log_decay.to(work).clamp(min=STRONGEST)).cumsum(-1)
-    last, faded = c[..., -1:], c.exp().unsqueeze(-1)  # [B, chunks, H, 1] and [..., C, 1]
+    # Sums in float64, because the difference of two large ones may be small.
+    c = chunks(log_decay.double().clamp(min=STRONGEST)).cumsum(-1)
+    last, faded = c[..., -1:], c.exp().to(work).unsqueeze(-1)  # [B, chunks, H, 1], [..., C, 1]
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
-    between = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
-    recalled = None
-    if replaced is not None:
-        v, recalled = _replacing(k, v, between, faded, chunks(replaced.to(work)))
+    between = (c.unsqueeze(-1) - c.unsqueeze(-2)).masked_fill(later, -torch.inf).exp().to(work)
     weighted = (k * (last - c).exp().unsqueeze(-1).to(k.dtype)).transpose(-1, -2)
-    through, before, written = last.exp().unsqueeze(-1), [], []
-    for n in range(q.shape[1]):
-        before.append(s)
-        u = v[:, n] if recalled is None else v[:, n] - (recalled[:, n] @ s.to(v.dtype))
-        written.append(u)
-        s = s * through[:, n] + (weighted[:, n] @ u).to(work)
+    through = last.exp().to(work).unsqueeze(-1)
+    if replaced is None:
+        before, s = _states(s, through, (weighted @ v).to(work))
+    else:
+        values, keys = _replacing(k, v, between, faded, chunks(replaced.to(work)))
+        before, v, s = _replaced_states(s, through, weighted, values, keys, v.dtype)
     scores = (q @ k.transpose(-1, -2)) * between
-    inside = scores.to(v.dtype) @ torch.stack(written, dim=1)
-    earlier = (q * faded.to(q.dtype)) @ torch.stack(before, dim=1).to(q.dtype)
+    inside = scores.to(v.dtype) @ v
+    earlier = (q * faded.to(q.dtype)) @ before.to(q.dtype)
     return (inside + earlier).transpose(2, 3).flatten(1, 2)[:, :length], s
+
+
+def _states(s: Tensor, through: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before the chunks [B, chunks, H, K, V], and that after the last.
+
+    through: what is left of a state after a chunk, [B, chunks, H, 1, 1]. sums: what it adds."""
+    before = []
+    for n in range(sums.shape[1]):
+        before.append(s)
+        s = s * through[:, n] + sums[:, n]
+    return torch.stack(before, dim=1), s
+
+
+def _replaced_states(
+    s: Tensor, through: Tensor, weighted: Tensor, values: Tensor, keys: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_states`, for the delta rule; and its u [B, chunks, H, C, V], in `dtype`.
+
+    weighted: the keys as the end of their chunk sees them, [B, chunks, H, K, C]. values, keys: as
+    `_replacing` gives them. u is a difference, so it is computed in their dtype."""
+    before, written = [], []
+    for n in range(values.shape[1]):
+        before.append(s)
+        with torch.autocast(s.device.type, enabled=False):
+            u = (values[:, n] - keys[:, n] @ s).to(dtype)
+        written.append(u)
+        s = s * through[:, n] + (weighted[:, n] @ u).to(s.dtype)
+    return torch.stack(before, dim=1), torch.stack(written, dim=1), s
 
 
 def _replacing(
     k: Tensor, v: Tensor, between: Tensor, faded: Tensor, replaced: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(values [..., C, V], keys [..., C, K]): u of the delta rule is values - keys S, where S is
-    the state before the chunk.
+    the state before the chunk, and is linear in it.
 
-    between: exp(c_i - c_j) [..., C, C]; faded: exp(c_i) [..., C, 1]; replaced: b [..., C]. The
-    triangular system is solved in at least float32."""
+    between: exp(c_i - c_j) [..., C, C]; faded: exp(c_i) [..., C, 1]; replaced: b [..., C]. All in
+    at least float32, because where keys repeat, what is written nearly cancels."""
     b = replaced.unsqueeze(-1)
     with torch.autocast(k.device.type, enabled=False):
         wide = k.to(replaced.dtype)
         matrix = (b * (wide @ wide.transpose(-1, -2)) * between).tril(-1)
         solved = _unit_inverse(matrix) * b.transpose(-1, -2)
-    return solved.to(v.dtype) @ v, (solved * faded.transpose(-1, -2)).to(k.dtype) @ k
+        return solved @ v.to(solved.dtype), (solved * faded.transpose(-1, -2)) @ wide
 
 
 def _unit_inverse(below: Tensor) -> Tensor:
-    """The inverse of I + below, where below [..., C, C] is zero but under its diagonal and C is a
-    power of two: from blocks of one number on, two blocks become one twice as large."""
+    """The inverse of I + below, by products alone, which a CUDA graph can hold.
+
+    below [..., C, C] is zero but under its diagonal, and C is a power of two. From blocks of one
+    number on, two blocks become one twice as large."""
     count, size = below.shape[-1], 1
     inverse = below.new_ones(*below.shape[:-2], count, 1, 1)  # [..., blocks, size, size]
     while size < count:

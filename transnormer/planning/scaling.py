@@ -50,6 +50,8 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
     }
     if config.softmax is not None:
         found["softmax"] = {k: v for k, v in found["softmax"].items() if v is not None}
+        if not found["softmax"]:
+            del found["softmax"]
     types = found.pop("layer_types", None) or ()
     every = types.index(FULL) + 1 if FULL in types else 0
     if every and list(types) == [LINEAR if n % every else FULL for n in range(1, len(types) + 1)]:
@@ -74,7 +76,8 @@ def loss(coefficients: Sequence[float], parameters: float, tokens: float) -> flo
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of a model after so many tokens, in nats a token, and its 95 % interval.
+    """The loss of a model after so many tokens, in nats a token, and the 95 % interval of the
+    fitted curve.
 
     parameters_beyond, tokens_beyond: how many times the most that was fitted these are, or, below
         1, how many times the least. 1 stands for all that lies between."""
@@ -88,8 +91,11 @@ class Prediction:
 
 
 def predict(fit: dict[str, Any], name: str, parameters: float, tokens: float) -> Prediction:
-    """The prediction of one architecture's fit. The interval spans the middle 95 % of what the fits
-    to resampled runs predict; it knows nothing of a law that changes beyond them."""
+    """The prediction of one architecture's fit.
+
+    The interval is that of the fitted curve: the middle 95 % of what the fits to resampled runs
+    predict. A single run lies beside the curve, and nothing is known of a law that changes beyond
+    the runs."""
     drawn = [loss(coefficients, parameters, tokens) for coefficients in fit["sample"]]
     fortieths = statistics.quantiles(drawn, n=40, method="inclusive")
     return Prediction(
@@ -106,7 +112,7 @@ def predict_model(config: ModelConfig, tokens: float, fits: dict[str, Any]) -> P
     """The prediction for a model; None where no fitted architecture is that of the model."""
     wanted = architecture(config)
     for name, fit in fits["architectures"].items():
-        if fit["words"] == wanted:
+        if fit["architecture"] == wanted:
             return predict(fit, name, counted_parameters(config), tokens)
     return None
 
@@ -116,27 +122,33 @@ def described(config: ModelConfig, tokens: float, fits: dict[str, Any]) -> str:
     found = predict_model(config, tokens, fits)
     if found is None:
         wanted, fitted = architecture(config), fits["architectures"]
-        apart = {name: _apart(wanted, fit["words"]) for name, fit in fitted.items()}
+        apart = {name: _apart(wanted, fit["architecture"]) for name, fit in fitted.items()}
         nearest = min(apart, key=lambda name: len(apart[name]))
         return (
             f"No loss is predicted, because only the architectures {', '.join(fitted)} have fits; "
             f"the nearest, {nearest}, differs in {', '.join(apart[nearest])}."
         )
     says = (
-        f"Predicted loss: {found.loss:.3f} nats a token, 95 % interval {found.least:.3f} to "
-        f"{found.most:.3f}, on the {fits['part']} part of {fits['corpus']} in tokens of "
-        f"{fits['tokenizer']}, for {found.architecture} trained with {fits['optimizer']}"
+        f"Predicted loss: {found.loss:.3f} nats a token, 95 % interval of the fitted curve "
+        f"{found.least:.3f} to {found.most:.3f}, on the {fits['part']} part of {fits['corpus']} "
+        f"in tokens of {fits['tokenizer']}, for {found.architecture} trained with "
+        f"{fits['optimizer']}"
     )
     away = {"parameters": found.parameters_beyond, "tokens": found.tokens_beyond}
     above = [f"{name} {_times(each)}" for name, each in away.items() if each > 1]
     below = [f"{name} {_times(each)}" for name, each in away.items() if each < 1]
     beyond = [f"{' and '.join(above)} the largest run fitted"] if above else []
     beyond += [f"{' and '.join(below)} the smallest"] if below else []
-    return f"{says}: {'; '.join(beyond) or 'no larger and no smaller than the runs fitted'}."
+    says += f": {'; '.join(beyond) or 'no larger and no smaller than the runs fitted'}."
+    if config.vocab_size != fits["vocab_size"]:
+        says += (
+            f" With the model's own vocabulary of {config.vocab_size:,} a token has another loss."
+        )
+    return says
 
 
 def _apart(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The names of the words in which two architectures differ."""
+    """The names of the settings in which two architectures differ."""
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
