@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import launch
+from .launch_triton import can_begin_early, launch, wait_for_previous
 from .lightning_walk_triton import operand
 from .norm_triton import flat_rows, gate_offsets, gate_pieces
 
@@ -70,10 +70,11 @@ def few_rows_kernel(
     SWISH: tl.constexpr,
     ADDS: tl.constexpr,
     DOT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The norm is one factor a row, which the product passes on. So it multiplies the sums in the
     end, and squares and products are summed in one walk over K, whose first loads wait for nothing.
-    """
+    With EARLY they do not even wait for the kernel before, which must not write the weights."""
     n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     if DOT:
@@ -92,6 +93,8 @@ def few_rows_kernel(
         w = tl.load(weight + c * w_row + k, mask=mask, other=0.0)
         if PAIRED:
             v = tl.load(second + c * s_row + k, mask=mask, other=0.0)
+        if start == 0:
+            wait_for_previous(EARLY)
         mask = (r < rows) & (k < K)
         a = tl.load(x + r * x_row + k, mask=mask, other=0.0).to(tl.float32)
         if NORMED:
@@ -136,7 +139,7 @@ def _tiles(rows: int, N: int, K: int, paired: bool, dtype: torch.dtype) -> tuple
     processors, and all programs of a small weight have their loads in flight at once."""
     padded, widest = triton.next_power_of_2(rows), max(VECTOR.value, triton.next_power_of_2(K))
     if rows > 4 and dtype == torch.bfloat16:
-        return padded, 8 if N < 16 * 132 else 16, max(16, min(256, widest)), 8 if paired else 4, 1
+        return padded, 8 if N < 16 * 132 else 16, max(64, min(256, widest)), 8 if paired else 4, 1
     return padded, 4, min(1024 if padded <= 4 else 256, widest), 4, 0
 
 
@@ -165,11 +168,11 @@ def linear(
     )
     paired = second is not None
     padded, columns, block, warps, dot = _tiles(flat.shape[0], N, K, paired, x.dtype)
-    before = (eps is not None, gain is not None, gate is not None)
-    flags = (*before, paired, swish, residual is not None, bool(dot))
+    before, early = (eps is not None, gain is not None, gate is not None), can_begin_early(x)
+    flags = (*before, paired, swish, residual is not None, bool(dot), early)
     widths = (K, pieces.shape[2], padded, columns, block)
     aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     key = (x.dtype, aligned, strides, N, widths, flags)
-    arguments = (*tensors, *strides, flat.shape[0], N, eps or 0.0, *widths, *flags)
-    launch(few_rows_kernel, x, key, -(-N // columns), arguments, warps=warps)
+    arguments = (*tensors, *strides, flat.shape[0], N, float(eps or 0), *widths, *flags)
+    launch(few_rows_kernel, x, key, -(-N // columns), arguments, warps=warps, early=early)
     return output

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch_triton import wait_for_previous
 from .lightning_walk_triton import state_offsets
 
 
@@ -37,11 +38,13 @@ def step_kernel(
     HAS_STATE: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     SWISH: tl.constexpr,  # of q and k
+    EARLY: tl.constexpr,
 ):
     """state <- lambda state + k^T v; output = q state. With SWISH, of swish(q) and swish(k).
 
     Without slots, a row's state is where the row is. Of a row whose slot is -1 no state is read or
     written."""
+    wait_for_previous(EARLY)  # because a step of the same state may have been just before
     SLICES: tl.constexpr = (V + SLICE - 1) // SLICE
     column = tl.program_id(0) % SLICES * SLICE
     rest = tl.program_id(0) // SLICES

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_triton import launch
+from .launch_triton import can_begin_early, launch
 from .lightning_kernels_triton import backward_kernel, forward_kernel
 from .lightning_segments_triton import segments_kernel
 from .lightning_step_triton import step_kernel
@@ -88,7 +88,13 @@ class _Call:
         return None
 
     def launch(
-        self, kernel: Any, programs: int, tiles: Tiles, stages: int, arguments: Sequence[Any]
+        self,
+        kernel: Any,
+        programs: int,
+        tiles: Tiles,
+        stages: int,
+        arguments: Sequence[Any],
+        early: bool = False,
     ) -> None:
         launch(
             kernel,
@@ -98,6 +104,7 @@ class _Call:
             arguments,
             warps=tiles.warps,
             stages=stages,
+            early=early,
         )
 
     def cut(self, parts: int, sums: int) -> tuple[int, int]:
@@ -339,14 +346,15 @@ def step(
         *(_strides(state), new_state.stride()),
     )
     widths = (call.K, call.V, triton.next_power_of_2(call.K), wide)
-    flags = (state is not None, slots is not None, swish)
+    early = can_begin_early(q)
+    flags = (state is not None, slots is not None, swish, early)
     arguments = (*tensors, *strides, call.H, *widths, *flags)
     programs = call.B * call.H * over(call.V, wide)
-    call.key = (*call.key, swish)
+    call.key = (*call.key, swish, early)
     call.run(
         "step",
         lambda: [Tiles(1, wide, 4, 1)],
-        lambda tiles: call.launch(step_kernel, programs, tiles, 1, arguments),
+        lambda tiles: call.launch(step_kernel, programs, tiles, 1, arguments, early),
     )
 
 
