@@ -119,3 +119,18 @@ def test_what_is_no_such_step_is_refused() -> None:
         model.step_(ids, Slots.new(model, 1), backend="fused")
     with pytest.raises(ValueError, match="no backend 'wings'; there are auto, fused, parts"):
         model.step_(ids, Slots.new(model, 1), backend="wings")
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_recorded_step_is_the_step() -> None:
+    model, ids = small(torch.bfloat16).cuda(), torch.randint(29, (3, 1), device="cuda")
+    recorded, stepped = Slots.new(model, 3), Slots.new(model, 3)
+    model.step_(ids, Slots.new(model, 3), backend="fused")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model.step_(ids, recorded, backend="fused")
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(logits, model.step_(ids, stepped, backend="fused"))
+        ids.copy_(logits.argmax(-1))

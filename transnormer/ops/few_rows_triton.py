@@ -14,23 +14,24 @@ from .launch_triton import can_begin_early, launch, wait_for_previous
 from .lightning_walk_triton import operand
 from .norm_triton import flat_rows, gate_offsets, gate_pieces
 
+WARPS = 4
 VECTOR = tl.constexpr(8)  # numbers of one load of 16 bytes, in half precision
 
 
 @triton.jit
 def _multiply(
-    sums,  # [ROWS, COLUMNS, BLOCK / VECTOR], or [ROWS, COLUMNS] if DOT
-    a,  # [ROWS, 1, BLOCK] float32, or [ROWS, BLOCK] if DOT
-    w,  # [1, COLUMNS, BLOCK], or [COLUMNS, BLOCK] if DOT
+    sums,  # [PARTS, ROWS, COLUMNS], or of one part [ROWS, COLUMNS, BLOCK / VECTOR]
+    a,  # [PARTS, ROWS, BLOCK / PARTS] float32, or of one part [ROWS, 1, BLOCK]
+    w,  # [PARTS, COLUMNS, BLOCK / PARTS], or of one part [1, COLUMNS, BLOCK]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    DOT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """sums + a w^T, of which without DOT only what one thread holds is summed yet."""
-    if DOT:
-        # [ROWS, BLOCK] @ [BLOCK, COLUMNS]
-        return tl.dot(operand(a.to(w.dtype)), operand(w.T), sums)
+    """sums + a w^T, part by part; of one part only what one thread holds is summed yet."""
+    if PARTS > 1:
+        # [PARTS, ROWS, BLOCK / PARTS] @ [PARTS, BLOCK / PARTS, COLUMNS]
+        return tl.dot(operand(a.to(w.dtype)), operand(tl.trans(w, 0, 2, 1)), sums)
     else:
         products = tl.reshape(a * w.to(tl.float32), (ROWS, COLUMNS, BLOCK // VECTOR, VECTOR))
         return sums + tl.sum(products, axis=3)
@@ -69,26 +70,27 @@ def few_rows_kernel(
     PAIRED: tl.constexpr,
     SWISH: tl.constexpr,
     ADDS: tl.constexpr,
-    DOT: tl.constexpr,
+    PARTS: tl.constexpr,  # of BLOCK, one a warp, that tensor cores multiply; 1: without these
     EARLY: tl.constexpr,
 ):
     """The norm is one factor a row, which the product passes on. So it multiplies the sums in the
     end, and squares and products are summed in one walk over K, whose first loads wait for nothing.
     With EARLY they do not even wait for the kernel before, which must not write the weights."""
+    DOT: tl.constexpr = PARTS > 1
     n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)[:, None, None] * (BLOCK // PARTS)
     if DOT:
-        squares = tl.zeros((ROWS,), tl.float32)
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        r, c = row.to(tl.int64)[:, None], n[:, None]
+        squares = tl.zeros((PARTS, ROWS), tl.float32)
+        sums = tl.zeros((PARTS, ROWS, COLUMNS), tl.float32)
+        r, c = row.to(tl.int64)[None, :, None], n[None, :, None]
     else:
         squares = tl.zeros((ROWS, 1, BLOCK // VECTOR), tl.float32)
         sums = tl.zeros((ROWS, COLUMNS, BLOCK // VECTOR), tl.float32)
         r, c = row.to(tl.int64)[:, None, None], n[None, :, None]
     others = sums
     for start in tl.static_range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        k = k[None, :] if DOT else k[None, None, :]
+        k = start + part + tl.arange(0, BLOCK // PARTS)[None, None, :]
         mask = (c < N) & (k < K)
         w = tl.load(weight + c * w_row + k, mask=mask, other=0.0)
         if PAIRED:
@@ -99,21 +101,23 @@ def few_rows_kernel(
         a = tl.load(x + r * x_row + k, mask=mask, other=0.0).to(tl.float32)
         if NORMED:
             if DOT:
-                squares += tl.sum(a * a, axis=1)
+                squares += tl.sum(a * a, axis=2)
             else:
-                squares = _multiply(squares, a, a, ROWS, 1, BLOCK, False)
+                squares = _multiply(squares, a, a, ROWS, 1, BLOCK, 1)
         if GAINED:
             a *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
         if GATED:
             u = gate + gate_offsets(r, k, g_row, g_head, HEAD)
             a *= tl.load(u, mask=mask, other=0.0).to(tl.float32)
-        sums = _multiply(sums, a, w, ROWS, COLUMNS, BLOCK, DOT)
+        sums = _multiply(sums, a, w, ROWS, COLUMNS, BLOCK, PARTS)
         if PAIRED:
-            others = _multiply(others, a, v, ROWS, COLUMNS, BLOCK, DOT)
-    y = sums if DOT else tl.sum(sums, axis=2)  # [ROWS, COLUMNS]
-    z = others if DOT else tl.sum(others, axis=2)
+            others = _multiply(others, a, v, ROWS, COLUMNS, BLOCK, PARTS)
+    y = tl.sum(sums, axis=0 if DOT else 2)  # [ROWS, COLUMNS]
+    z = tl.sum(others, axis=0 if DOT else 2)
     if NORMED:
-        mean = (squares[:, None] if DOT else tl.sum(squares, axis=2)) / K  # [ROWS, 1]
+        mean = (
+            tl.sum(squares, axis=0)[:, None] if DOT else tl.sum(squares, axis=2)
+        ) / K  # [ROWS, 1]
         factor = tl.rsqrt(mean + eps)
         y *= factor
         z *= factor
@@ -128,19 +132,22 @@ def few_rows_kernel(
     tl.store(output + r * N + c, y.to(output.dtype.element_ty), mask=mask)
 
 
-def _tiles(rows: int, N: int, K: int, paired: bool, dtype: torch.dtype) -> tuple[int, ...]:
-    """(ROWS, COLUMNS, BLOCK, warps) and DOT.
+def _tiles(rows: int, N: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """ROWS, COLUMNS, BLOCK and PARTS.
 
     Up to four rows, sums of products in float32 cost less time than reading W does (a processor of
-    an H100 does 64 of them while it reads a number of W), take loads straight into registers, and
-    need no row that pads. Tensor cores pad to 16 rows and go through shared memory, but their time
-    does not grow with the rows. They would round a float16 that may overflow before the norm, and
-    cut float32. A program has few columns, so that a weight of 1,024 rows occupies all of 132
-    processors, and all programs of a small weight have their loads in flight at once."""
-    padded, widest = triton.next_power_of_2(rows), max(VECTOR.value, triton.next_power_of_2(K))
+    an H100 does about 20 of them while it reads a number of W), take loads straight into registers,
+    and need no row that pads. Tensor cores pad to 16 rows and go through shared memory, but their
+    time does not grow with the rows. They would round a float16 that may overflow before the norm,
+    and cut float32. Each warp has a part of K, because all would else do the same product.
+
+    A program has few columns, so that a weight of 1,024 rows occupies all of 132 processors, and
+    all programs of a small weight have their loads in flight at once."""
+    padded = triton.next_power_of_2(rows)
     if rows > 4 and dtype == torch.bfloat16:
-        return padded, 8 if N < 16 * 132 else 16, max(64, min(256, widest)), 8 if paired else 4, 1
-    return padded, 4, min(1024 if padded <= 4 else 256, widest), 4, 0
+        return padded, 8 if N < 16 * 132 else 16, 64 * WARPS, WARPS
+    widest = max(VECTOR.value, triton.next_power_of_2(K))
+    return padded, 4, min(1024 if rows <= 4 else 256, widest), 1
 
 
 def linear(
@@ -167,12 +174,12 @@ def linear(
         *(weight.stride(0), other.stride(0), added.stride(0)),
     )
     paired = second is not None
-    padded, columns, block, warps, dot = _tiles(flat.shape[0], N, K, paired, x.dtype)
+    padded, columns, block, parts = _tiles(flat.shape[0], N, K, x.dtype)
     before, early = (eps is not None, gain is not None, gate is not None), can_begin_early(x)
-    flags = (*before, paired, swish, residual is not None, bool(dot), early)
+    flags = (*before, paired, swish, residual is not None, parts, early)
     widths = (K, pieces.shape[2], padded, columns, block)
     aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     key = (x.dtype, aligned, strides, N, widths, flags)
     arguments = (*tensors, *strides, flat.shape[0], N, float(eps or 0), *widths, *flags)
-    launch(few_rows_kernel, x, key, -(-N // columns), arguments, warps=warps, early=early)
+    launch(few_rows_kernel, x, key, -(-N // columns), arguments, warps=WARPS, early=early)
     return output
