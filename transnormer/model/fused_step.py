@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.dispatch import choose, product_dtype
+from ..ops.dispatch import choose, product_dtype, triton_refusal
 from ..ops.few_rows import few_rows_linear
 from ..ops.few_rows import refusal as few_rows_refusal
 from .layers import Linear, SimpleGLU, SimpleRMSNorm, SwiGLU, TokenPositions
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 def refusal(block: Block, x: Tensor, *, named: bool) -> str | None:
     """Why the block cannot read x [S, T, D] in this way, or None."""
-    mixer, glu = block.mixer, block.glu
-    norms = (block.mixer_norm, block.glu_norm, mixer.norm)
-    if why := _refusal(x, mixer.out_proj.weight, *norms, named=named):
+    if why := triton_refusal(x, named=named):  # first, because it costs least
         return why
+    mixer, glu = block.mixer, block.glu
     if type(glu) not in (SimpleGLU, SwiGLU):
         return f"the GLU is {type(glu).__name__}"
     assert isinstance(glu, SimpleGLU)
@@ -43,7 +42,8 @@ def refusal(block: Block, x: Tensor, *, named: bool) -> str | None:
             return "a linear map has hooks"
     if mixer.reads_input:
         return "more than one product reads what the mixer is given"
-    return None
+    norms = (block.mixer_norm, block.glu_norm, mixer.norm)
+    return _refusal(x, mixer.out_proj.weight, *norms, named=named)
 
 
 def step_(block: Block, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:

@@ -115,10 +115,8 @@ def few_rows_kernel(
     y = tl.sum(sums, axis=0 if DOT else 2)  # [ROWS, COLUMNS]
     z = tl.sum(others, axis=0 if DOT else 2)
     if NORMED:
-        mean = (
-            tl.sum(squares, axis=0)[:, None] if DOT else tl.sum(squares, axis=2)
-        ) / K  # [ROWS, 1]
-        factor = tl.rsqrt(mean + eps)
+        squares = tl.sum(squares, axis=0)[:, None] if DOT else tl.sum(squares, axis=2)
+        factor = tl.rsqrt(squares / K + eps)  # [ROWS, 1]
         y *= factor
         z *= factor
     if PAIRED:
