@@ -119,21 +119,16 @@ class Skipping(Mixer):
             q, k, v, self.log_decay, state=before, cu_seqlens=tokens.cu_seqlens,
             return_state=True, context=self.context,
         )
-        return self._written(mixed, v, gate), (after, *last)
+        return self._project_out(mixed + local(self.skip) * v, gate), (after, *last)
 
-    def step_(self, x, memory, tokens):
-        x, qkvu, _ = self._qkvu(x, memory[1:], tokens, step=True)
+    def mix_(self, x, qkvu, memory, tokens):
         q, k, v, gate = self._project(x, qkvu, tokens)
         mixed = []
         for t in range(x.shape[1]):
             one = (part[:, t : t + 1] for part in (q, k, v))
             slots = tokens.owners(t)
             mixed.append(lightning_step_(*one, self.log_decay, memory[0], slots=slots))
-        return self._written(torch.cat(mixed, dim=1), v, gate)
-
-    def _written(self, mixed, v, gate):
-        mixed = mixed + local(self.skip) * v
-        return self.out_proj((mixed if gate is None else mixed * gate).flatten(-2))
+        return torch.cat(mixed, dim=1) + local(self.skip) * v, gate
 
 class Sharp(SoftmaxAttention):
     """Softmax attention whose scores are three times as large."""

@@ -203,6 +203,23 @@ def test_step_in_place():
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_with_swish_is_that_of_the_swish(dtype):
+    case = draw(1, 40, 24, dtype=dtype, device=DEVICE)
+    found, state = {}, {"triton": case.state.float(), "torch": case.state.float()}
+    for backend, s in state.items():
+        arguments = case.q, case.k, case.v, case.log_decay, s
+        found[backend] = lightning_step_(*arguments, swish=True, backend=backend)
+    swish = [torch.nn.functional.silu(x.double()) for x in (case.q, case.k)]
+    last = case.state.double()
+    true = lightning_step_(*swish, case.v.double(), case.log_decay, last)
+    for ours, usual, want in (
+        (found["triton"], found["torch"], true),
+        (state["triton"], state["torch"], last),
+    ):
+        assert distance(ours, want) <= 2 * (1 + (not GPU)) * distance(usual, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_a_step_by_slots_is_the_step_of_those_states(dtype):
     case = draw(1, 40, 24, rows=3, device=DEVICE)
@@ -262,7 +279,7 @@ def test_registration(packed):
         torch.library.opcheck(ops.lightning_triton_step, (*token, case.log_decay, state))
         for slots in (None, torch.zeros(1, dtype=torch.int64, device=DEVICE)):
             torch.library.opcheck(
-                ops.lightning_triton_step_, (*token, case.log_decay, state, slots)
+                ops.lightning_triton_step_, (*token, case.log_decay, state, slots, True)
             )
 
 

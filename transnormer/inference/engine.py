@@ -107,7 +107,7 @@ class Engine:
     piece: how many tokens of prompts a step reads at most. A prompt's pieces are cut at its
         multiples, counted from the prompt's first token.
     record: whether decoding steps are recorded as CUDA graphs, one for each power of two of texts,
-        and then replayed; None: on a GPU.
+        and then replayed. It needs a model on a GPU, and has not been measured there yet.
     Raises ValueError for numbers that make no sense.
     """
 
@@ -118,7 +118,7 @@ class Engine:
         slots: int = 16,
         capacity: int = 0,
         piece: int = PIECE,
-        record: bool | None = None,
+        record: bool = False,
     ):
         given = (("slots", slots, 1), ("capacity", capacity, 0), ("piece", piece, 1))
         for name, value, least in given:
@@ -136,12 +136,9 @@ class Engine:
         self._longest = min(limits, default=None)
         self._slots = Slots.new(model, slots, capacity)
         self._sampling = SlotSampling(slots, config.vocab_size, model.device)
-        on_gpu = model.device.type == "cuda"
-        if record and not on_gpu:
+        if record and model.device.type != "cuda":
             raise ValueError("record = True needs a model on a GPU")
-        self._steps = DecodingSteps(
-            model, self._slots, self._sampling, record=on_gpu if record is None else record
-        )
+        self._steps = DecodingSteps(model, self._slots, self._sampling, record=record)
         self._scheduler = Scheduler(slots, piece)
         self._rows: tuple[list[Request], Tensor, StepKind] | None = None
         self._requests: WeakSet[Request] = WeakSet()  # those that somebody still holds

@@ -17,7 +17,9 @@ from torch.distributed import ProcessGroup
 from ..config import ModelConfig
 from ..files import FINGERPRINT, WEIGHTS, read_weights, write_tensors, write_text
 from ..ops.context import Context
+from ..ops.dispatch import choose
 from ..ops.loss import linear_cross_entropy
+from . import fused_step
 from .card import write_card
 from .layers import GLUS, NORMS, Embedding, Linear, TokenPositions, added, fill, rotation
 from .mixer import LayerState
@@ -42,8 +44,13 @@ class Block(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(x), state, tokens)
         return self._add_and_glu(x, mixed), state
 
-    def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
-        """As the mixer's `step_`."""
+    def step_(
+        self, x: Tensor, memory: LayerState, tokens: TokenPositions, backend: str = "auto"
+    ) -> Tensor:
+        """As the mixer's `step_`. backend: as in `LanguageModel.step_`."""
+        refused = fused_step.refusal(self, x, named=backend == "fused")
+        if choose("a decoding step", backend, {"fused": refused, "parts": None}) == "fused":
+            return fused_step.step_(self, x, memory, tokens)
         mixed = self.mixer.step_(self.mixer_norm(x), memory, tokens)
         return self._add_and_glu(x, mixed)
 
@@ -205,6 +212,7 @@ class LanguageModel(nn.Module):
         slots: Slots,
         rows: Tensor | None = None,
         lengths: Tensor | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """Decoding: logits [S, T, vocab] of the next token after each of ids; the slots' states
         move on in place.
@@ -216,8 +224,11 @@ class LanguageModel(nn.Module):
             None: row i is slot i. Only linear layers check the numbers, and only on a CPU.
         lengths: [S] integers from 0 to T, how many of a row's tokens are read; the logits of the
             others mean nothing. None: all.
+        backend: "fused" (`fused_step.py`: few kernels where S T is small), "parts" (the modules one
+            after another) or "auto".
         Logits are NaN where a slot is full, or a position is past the learned table. Raises
-        ValueError where the shapes do not fit."""
+        ValueError where the shapes do not fit, RuntimeError where the named backend cannot run the
+        call."""
         if ids.dim() != 2 or not (rows is not None or len(ids) == len(slots.seen)):
             raise ValueError(
                 f"ids must be [S, T] integers, S the slots where rows are not given; got "
@@ -237,13 +248,13 @@ class LanguageModel(nn.Module):
             learned = self.embed_positions(positions.clamp(max=table - 1))
             x = x + learned.masked_fill((positions >= table)[..., None], torch.nan)
         for block, memory in zip(self.blocks(), slots.layers, strict=True):
-            x = block.step_(x, memory, tokens)
+            x = block.step_(x, memory, tokens, backend)
         read = torch.full_like(seen, ids.shape[1]) if lengths is None else lengths.to(seen)
         if rows is None:
             slots.seen.add_(read)
         else:
             slots.seen.index_add_(0, rows.clamp(min=0), read.where(rows >= 0, 0))
-        return F.linear(self.norm(x), self.head_weight)
+        return fused_step.logits(x, self.norm, self.head_weight, backend)
 
     def loss(
         self,

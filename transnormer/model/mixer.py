@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..ops.context import Context
 from ..ops.norm import simple_rms_norm
-from .layers import ACTIVATIONS, LRPE, POSITIONS, Linear, ShortConvolution, TokenPositions
+from .layers import ACTIVATIONS, LRPE, POSITIONS, Linear, ShortConvolution, TokenPositions, gated
 
 LayerState = tuple[Tensor, ...]
 
@@ -57,6 +57,9 @@ class Mixer(nn.Module, ABC):
                 Linear(d, rank, bias=config.bias), Linear(rank, inner, bias=config.bias)
             )
         self.out_proj = Linear(inner, d, bias=config.bias)
+        # of what is mixed, where a mixer has one: over all heads together, or over each by itself
+        self.norm: nn.Module | None = None
+        self.head_norm: nn.Module | None = None
         self.activation = ACTIVATIONS[own.activation]
         self.qk_eps = config.norm_eps if config.qk_norm else None
         self.convolution, self.convolves_input = None, config.convolution == "input"
@@ -139,13 +142,30 @@ class Mixer(nn.Module, ABC):
         """The state as it is. Raises ValueError where it is another mixer's."""
         return state
 
-    @abstractmethod
     def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
         """Decoding: x [S, T, D] -> [S, T, D], and the states move on in place.
 
         memory: as `new_slots` makes it. tokens: `tokens.owners` says which slot each row's state is
         in, and which tokens are read; the outputs of all others mean nothing. There is no gradient.
         """
+        x, qkvu, _ = self._qkvu(x, memory[-1:], tokens, step=True)
+        return self._project_out(*self.mix_(x, qkvu, memory, tokens))
+
+    @abstractmethod
+    def mix_(
+        self, x: Tensor, qkvu: Tensor, memory: LayerState, tokens: TokenPositions
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies between the projections of a decoding step: mixed [S, T, H, V] and the gate,
+        [S, T, H, V] or [S, T, H V] or None; the states move on in place.
+
+        x: [S, T, D], which only a mixer that `reads_input` looks at. qkvu: [S, T, G, parts, V], its
+        projection, which the convolution has read where there is one. Other arguments as in
+        `step_`."""
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether anything but `qkvu_proj` reads what the mixer is given."""
+        return self.gate_proj is not None or self.convolves_input
 
     @abstractmethod
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
@@ -166,7 +186,11 @@ class Mixer(nn.Module, ABC):
         qkvu = self.qkvu_proj(x)
         if not self.convolves_input:
             qkvu, last = self._convolved(qkvu, past, tokens, step)
-        return x, qkvu.unflatten(-1, (self.key_value_heads, self.parts, self.head_dim)), last
+        return x, self.by_head(qkvu), last
+
+    def by_head(self, qkvu: Tensor) -> Tensor:
+        """What `qkvu_proj` gives as [B, T, G, parts, V]."""
+        return qkvu.unflatten(-1, (self.key_value_heads, self.parts, self.head_dim))
 
     def _convolved(
         self, x: Tensor, past: LayerState, tokens: TokenPositions, step: bool
@@ -196,6 +220,20 @@ class Mixer(nn.Module, ABC):
         if self.qk_eps is not None:
             q, k = (simple_rms_norm(x, self.qk_eps).to(v.dtype) for x in (q, k))
         return q, k, v, self.gate_proj(x) if self.gate_proj is not None else _heads(u)
+
+    def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """mixed: [B, T, H, V]."""
+        return self.out_proj(self.gated_heads(mixed, gate))  # type: ignore[no-any-return]
+
+    def gated_heads(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """What `out_proj` reads, [B, T, H V]: mixed [B, T, H, V], normed where there is a norm,
+        times the gate."""
+        if self.norm is not None:
+            return gated(self.norm, mixed.flatten(-2), gate)
+        gate = None if gate is None else gate.reshape(mixed.shape)
+        if self.head_norm is not None:
+            return gated(self.head_norm, mixed, gate).flatten(-2)
+        return (mixed if gate is None else mixed * gate).flatten(-2)
 
 
 def _heads(vectors: Sequence[Tensor]) -> Any:

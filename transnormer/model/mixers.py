@@ -13,7 +13,7 @@ from ..ops.decay import STRONGEST
 from ..ops.gated_decay import gated_decay_attention, gated_decay_step_
 from ..ops.gla import gated_linear_attention
 from ..ops.lightning import lightning_attention, lightning_step_
-from .layers import NORMS, Linear, SimpleRMSNorm, TokenPositions, gated
+from .layers import NORMS, Linear, SimpleRMSNorm, TokenPositions
 from .mixer import LayerState, Mixer
 from .softmax_attention import SoftmaxAttention
 
@@ -24,7 +24,6 @@ class GatedLinearAttention(Mixer):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        # over all heads together, or over each by itself
         norm, own = NORMS[config.norm], config.head_norm
         self.norm = None if own else norm(config.inner_size, config.norm_eps)
         self.head_norm = norm(config.head_dim, config.norm_eps) if own else None
@@ -51,10 +50,20 @@ class GatedLinearAttention(Mixer):
         own = self.log_decay.new_zeros(rows, self.heads, self.key_dim, self.head_dim)
         return own, *self._new_past(rows)
 
-    def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
-        x, qkvu, _ = self._qkvu(x, memory[1:], tokens, step=True)
-        q, k, v, gate = self._project(x, qkvu, tokens)
-        q, k = self._to_length_1(q, k)
+    @property
+    def reads_input(self) -> bool:
+        return super().reads_input or self.decay_proj is not None
+
+    def mix_(
+        self, x: Tensor, qkvu: Tensor, memory: LayerState, tokens: TokenPositions
+    ) -> tuple[Tensor, Tensor | None]:
+        swish = self._is_plain()
+        if swish:  # which the step takes along
+            q, k, v, *gates = qkvu.unbind(-2)
+            gate = gates[0] if gates else None
+        else:
+            q, k, v, gate = self._project(x, qkvu, tokens)
+            q, k = self._to_length_1(q, k)
         outputs = []
         for t in range(x.shape[1]):
             qt, kt, vt = (part[:, t : t + 1] for part in (q, k, v))
@@ -63,9 +72,10 @@ class GatedLinearAttention(Mixer):
                 decay, replaced = self._set_by(x[:, t : t + 1])
                 outputs.append(gated_decay_step_(qt, kt, vt, decay, memory[0], slots, replaced))
                 continue
-            outputs.append(lightning_step_(qt, kt, vt, self.log_decay, memory[0], slots=slots))
-        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self._project_out(mixed, gate)
+            outputs.append(
+                lightning_step_(qt, kt, vt, self.log_decay, memory[0], slots=slots, swish=swish)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), gate
 
     def _to_length_1(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as the delta rule takes them."""
@@ -75,16 +85,6 @@ class GatedLinearAttention(Mixer):
         wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k)]
         lengths = [(x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in wide]
         return (wide[0] / lengths[0]).to(q.dtype), (wide[1] / lengths[1]).to(k.dtype)
-
-    def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        """mixed: [B, T, H, V]."""
-        if self.norm is not None:
-            y = gated(self.norm, mixed.flatten(-2), gate)
-        else:
-            assert self.head_norm is not None
-            gate = None if gate is None else gate.reshape(mixed.shape)
-            y = gated(self.head_norm, mixed, gate).flatten(-2)
-        return self.out_proj(y)  # type: ignore[no-any-return]
 
     def _past(self, state: LayerState) -> LayerState:
         if len(state) != (wanted := 1 if self.convolution is None else 2):
@@ -140,9 +140,14 @@ class GatedLinearAttention(Mixer):
 
     def _is_one_op(self) -> bool:
         """Whether `gated_linear_attention` computes all that lies between the projections."""
-        plain = self.position is None and self.activation is F.silu and self.parts == 4
-        plain &= self.qk_eps is None and self.decay_proj is None
-        return plain and isinstance(self.norm, SimpleRMSNorm) and self.context is None
+        one = self._is_plain() and self.parts == 4 and self.context is None
+        return one and isinstance(self.norm, SimpleRMSNorm)
+
+    def _is_plain(self) -> bool:
+        """Whether swish is all that happens to q and k before linear attention, with decays that
+        are constants."""
+        plain = self.position is None and self.activation is F.silu and self.qk_eps is None
+        return plain and self.gate_proj is None and self.decay_proj is None
 
 
 MIXERS: dict[str, Callable[[ModelConfig, int], Mixer]] = {

@@ -80,8 +80,9 @@ class SoftmaxAttention(Mixer):
         for part, values in zip(memory[2:], state[2:], strict=True):
             part[slots] = values.to(part.dtype)
 
-    def step_(self, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:
-        x, qkvu, _ = self._qkvu(x, memory[2:], tokens, step=True)
+    def mix_(
+        self, x: Tensor, qkvu: Tensor, memory: LayerState, tokens: TokenPositions
+    ) -> tuple[Tensor, Tensor | None]:
         q, k, v, gate = self._project(x, qkvu, tokens)
         places = memory[0].shape[1] - 1
         slots = tokens.slots
@@ -110,8 +111,7 @@ class SoftmaxAttention(Mixer):
             if self.window is None:
                 mixed = mixed.masked_fill((position >= places)[:, None, None, None], torch.nan)
             outputs.append(mixed)
-        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self._project_out(mixed, gate)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), gate
 
     def flops_per_token(self, seq_len: int, chunk: int) -> float:
         window = seq_len if self.window is None else min(self.window, seq_len)
@@ -132,10 +132,6 @@ class SoftmaxAttention(Mixer):
             attend = self._attend if tokens.cu_seqlens is None else self._attend_packed
             mixed, after = attend(q, k, v, state, tokens)
         return self._project_out(mixed, gate), (*after, *last)
-
-    def _project_out(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
-        mixed = mixed.flatten(-2)
-        return self.out_proj(mixed if gate is None else mixed * gate.reshape(mixed.shape))  # type: ignore[no-any-return]
 
     def _past(self, state: LayerState) -> LayerState:
         heads = self.key_value_heads

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .dispatch import check_devices, choose, triton_refusal
 
+# Whether the kernel is taken where nobody names it. Off until it has been measured on a GPU.
+BY_DEFAULT = False
 COLDEST = 1e-30  # a temperature below it counts as it
 
 
@@ -28,13 +30,18 @@ def draw(
     counts.
     logits: [S, vocab]; not finite ones are allowed where they are -inf. temperature, top_p, min_p,
     uniform: [S, 1] float64. top_k: [S, 1] int64, at least 1.
-    backend: "auto"; "torch", which sorts every row and computes in float64; or "triton", which does
-    not sort, and takes each probability in float32. Where `uniform` is within rounding of the
-    border between two tokens, they may differ. Raises ValueError where the tensors are not on one
-    device, RuntimeError where the named backend cannot run the call."""
+    backend: "auto", which is "torch" as yet; "torch", which sorts every row and computes in
+    float64; or "triton", which does not sort, and takes each probability in float32. Where
+    `uniform` is within rounding of the border between two tokens, they may differ. Raises
+    ValueError where the tensors are not on one device, RuntimeError where the named backend cannot
+    run the call."""
     settings = (temperature, top_k, top_p, min_p, uniform)
     check_devices("draw", logits=logits, temperature=temperature, uniform=uniform)
-    refusals = {"triton": triton_refusal(logits, named=backend == "triton"), "torch": None}
+    named = backend == "triton"
+    refusal = triton_refusal(logits, named=named)
+    if not (named or BY_DEFAULT):
+        refusal = "it has not been measured on a GPU yet"
+    refusals = {"triton": refusal, "torch": None}
     if choose("draw", backend, refusals) == "triton":
         from . import draw_triton
 

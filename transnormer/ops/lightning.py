@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import lightning_torch
@@ -96,6 +97,7 @@ def lightning_step_(
     state: Tensor,
     *,
     slots: Tensor | None = None,
+    swish: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """One token of inference: the state moves on in place, the output [B, 1, H, V] is returned.
@@ -103,6 +105,7 @@ def lightning_step_(
     q, k: [B, 1, H, K]; v: [B, 1, H, V]. state: [B, H, K, V], or with slots [N, H, K, V].
     slots: [B] integers, which of the N states is each row's; no two rows may share one. A row of
         slot -1 has none: nothing is written, and its output means nothing.
+    swish: take swish(q) and swish(k) for q and k.
     One launch on a GPU, fit for CUDA graphs. There is no gradient: raises ValueError where one
     would be wanted, and as `lightning_attention` does. Slots on a GPU are not looked at."""
     check_devices("lightning_step_", q=q, k=k, v=v, log_decay=log_decay, state=state, slots=slots)
@@ -122,7 +125,9 @@ def lightning_step_(
     if choose("lightning_step_", backend, refusals) == "triton":
         from . import lightning_triton
 
-        return lightning_triton.attend_in_place(q, k, v, log_decay, state, slots)
+        return lightning_triton.attend_in_place(q, k, v, log_decay, state, slots, swish)
+    if swish:
+        q, k = F.silu(q), F.silu(k)
     if slots is None:
         output, new = lightning_torch.step(q, k, v, log_decay, state)
         state.copy_(new)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch_triton import wait_for_previous
 from .lightning_walk_triton import state_offsets
 
 
@@ -36,11 +37,14 @@ def step_kernel(
     SLICE: tl.constexpr,  # columns of V that a program has
     HAS_STATE: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    SWISH: tl.constexpr,  # of q and k
+    EARLY: tl.constexpr,
 ):
-    """state <- lambda state + k^T v; output = q state.
+    """state <- lambda state + k^T v; output = q state. With SWISH, of swish(q) and swish(k).
 
     Without slots, a row's state is where the row is. Of a row whose slot is -1 no state is read or
     written."""
+    wait_for_previous(EARLY)  # because a step of the same state may have been just before
     SLICES: tl.constexpr = (V + SLICE - 1) // SLICE
     column = tl.program_id(0) % SLICES * SLICE
     rest = tl.program_id(0) // SLICES
@@ -51,6 +55,9 @@ def step_kernel(
     qt = _load(q, q_strides, row, head, r, K)  # [BLOCK]
     kt = _load(k, k_strides, row, head, r, K)  # [BLOCK]
     vt = _load(v, v_strides, row, head, c, V)  # [SLICE]
+    if SWISH:
+        qt *= tl.sigmoid(qt)
+        kt *= tl.sigmoid(kt)
     s = kt[:, None] * vt[None, :]  # [BLOCK, SLICE]
     place = row
     if HAS_SLOTS:

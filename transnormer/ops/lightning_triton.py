@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_triton import launch
+from .launch_triton import can_begin_early, launch
 from .lightning_kernels_triton import backward_kernel, forward_kernel
 from .lightning_segments_triton import segments_kernel
 from .lightning_step_triton import step_kernel
@@ -88,7 +88,13 @@ class _Call:
         return None
 
     def launch(
-        self, kernel: Any, programs: int, tiles: Tiles, stages: int, arguments: Sequence[Any]
+        self,
+        kernel: Any,
+        programs: int,
+        tiles: Tiles,
+        stages: int,
+        arguments: Sequence[Any],
+        early: bool = False,
     ) -> None:
         launch(
             kernel,
@@ -98,6 +104,7 @@ class _Call:
             arguments,
             warps=tiles.warps,
             stages=stages,
+            early=early,
         )
 
     def cut(self, parts: int, sums: int) -> tuple[int, int]:
@@ -318,10 +325,12 @@ def step(
     new_state: Tensor,
     output: Tensor,
     slots: Tensor | None = None,
+    swish: bool = False,
 ) -> None:
     """One token, [B, 1, H, K]: fills `output` and `new_state`, which may be `state`.
 
-    slots: [B], where each row's state is among [N, H, K, V], or -1; by default where the row is."""
+    slots: [B], where each row's state is among [N, H, K, V], or -1; by default where the row is.
+    swish: of q and k."""
     slots = None if slots is None else slots.contiguous()
     call = _Call(q, k, v, log_decay, None, None, None, (state, new_state, slots))
     if call.B * call.H == 0:
@@ -337,13 +346,15 @@ def step(
         *(_strides(state), new_state.stride()),
     )
     widths = (call.K, call.V, triton.next_power_of_2(call.K), wide)
-    flags = (state is not None, slots is not None)
+    early = can_begin_early(q)
+    flags = (state is not None, slots is not None, swish, early)
     arguments = (*tensors, *strides, call.H, *widths, *flags)
     programs = call.B * call.H * over(call.V, wide)
+    call.key = (*call.key, swish, early)
     call.run(
         "step",
         lambda: [Tiles(1, wide, 4, 1)],
-        lambda tiles: call.launch(step_kernel, programs, tiles, 1, arguments),
+        lambda tiles: call.launch(step_kernel, programs, tiles, 1, arguments, early),
     )
 
 
@@ -351,10 +362,16 @@ def step(
 
 
 def attend_in_place(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    slots: Tensor | None,
+    swish: bool,
 ) -> Tensor:
     """One token; `state` moves on."""
-    inputs = q, k, v, log_decay, state, slots
+    inputs = q, k, v, log_decay, state, slots, swish
     return (_step_in_place if direct(*inputs) else step_in_place_op)(*inputs)  # type: ignore[no-any-return]
 
 
@@ -367,10 +384,16 @@ def _step(
 
 
 def _step_in_place(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, slots: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    slots: Tensor | None,
+    swish: bool,
 ) -> Tensor:
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
-    step(q, k, v, log_decay, state, state, output, slots)
+    step(q, k, v, log_decay, state, state, output, slots, swish)
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
     return output
@@ -405,7 +428,7 @@ _backward = define_backward(
 )
 step_in_place_op = define(
     "lightning_triton_step_",
-    f"({_TENSORS}, Tensor(a!) state, Tensor? slots) -> Tensor",
+    f"({_TENSORS}, Tensor(a!) state, Tensor? slots, bool swish) -> Tensor",
     _step_in_place,
     lambda q, k, v, *_: torch.empty_like(v, memory_format=torch.contiguous_format),
 )

@@ -26,7 +26,7 @@ from .register import define_backward, differentiable
 
 
 @triton.jit
-def _gate_offsets(row, c, g_row, g_head, HEAD: tl.constexpr):
+def gate_offsets(row, c, g_row, g_head, HEAD: tl.constexpr):
     """Where column c of a row of the gate lies: its rows are cut into pieces of HEAD columns,
     g_head elements apart."""
     return row * g_row + c // HEAD * g_head + c % HEAD
@@ -51,7 +51,7 @@ def norm_kernel(
     result = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
     if GATED:
         result *= tl.load(
-            gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0
+            gate + gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0
         ).to(tl.float32)
     tl.store(y + row * D + c, result.to(y.dtype.element_ty), mask=mask)
 
@@ -71,9 +71,9 @@ def norm_backward_kernel(
     h = tl.load(dy + row * dy_row + c, mask=mask, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)[:, None]
     if GATED:
-        to = _gate_offsets(row, c, dg_row, dg_head, HEAD)
+        to = gate_offsets(row, c, dg_row, dg_head, HEAD)
         tl.store(d_gate + to, (h * wide * r).to(d_gate.dtype.element_ty), mask=mask)
-        h *= tl.load(gate + _gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(
+        h *= tl.load(gate + gate_offsets(row, c, g_row, g_head, HEAD), mask=mask, other=0.0).to(
             tl.float32
         )
     result = h * r - wide * (r * r * r * (tl.sum(wide * h, axis=1) / D)[:, None])
@@ -82,13 +82,13 @@ def norm_backward_kernel(
     tl.store(dx + row * D + c, result.to(dx.dtype.element_ty), mask=mask)
 
 
-def _rows(x: Tensor) -> Tensor:
+def flat_rows(x: Tensor) -> Tensor:
     """x as [rows, D], columns adjacent; without a copy where strides allow."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _pieces(gate: Tensor | None, flat: Tensor) -> Tensor:
+def gate_pieces(gate: Tensor | None, flat: Tensor) -> Tensor:
     """A gate [..., D] or [..., H, V] as [rows, H, V], columns adjacent; any such tensor where there
     is none."""
     if gate is None:
@@ -121,9 +121,9 @@ def forward(
     """(s, y); s, in x's dtype, is empty without an update. y comes in the dtype asked for."""
     s, y = _fake(x, update, gate, eps, dtype)
     if x.numel():
-        flat = _rows(x)
-        pieces = _pieces(gate, flat)
-        added = flat if update is None else _rows(update)
+        flat = flat_rows(x)
+        pieces = gate_pieces(gate, flat)
+        added = flat if update is None else flat_rows(update)
         strides = (flat.stride(0), added.stride(0), *pieces.stride()[:2])
         flags = (update is not None, gate is not None)
         _launch(norm_kernel, (flat, added, pieces, s, y), strides, pieces.shape[2], flags, eps)
@@ -151,10 +151,10 @@ def backward(
             else torch.empty_like(gate, memory_format=torch.contiguous_format)
         )
     if s.numel():
-        flat, g = _rows(s), _rows(dy)
-        pieces = _pieces(gate, flat)
+        flat, g = flat_rows(s), flat_rows(dy)
+        pieces = gate_pieces(gate, flat)
         written = pieces if gate is None else d_gate.view(flat.shape[0], *pieces.shape[1:])
-        along = g if d_sum is None else _rows(d_sum)
+        along = g if d_sum is None else flat_rows(d_sum)
         strides = (
             flat.stride(0),
             *pieces.stride()[:2],
