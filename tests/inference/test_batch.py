@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transnormer.inference.batch import read_lines, write_texts
 @pytest.fixture(scope="module")
 def model(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small model with a tokenizer."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     config = ModelConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -58,6 +60,30 @@ def test_each_line_is_answered_as_generate_answers_it(model: Path, tmp_path: Pat
     before = out.read_bytes()
     call(*verb, "--seed", 3, "--max-tokens", 20, "--slots", 1)
     assert out.read_bytes() == before
+
+
+def test_what_prompts_share_is_read_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    beginning = "Before we proceed any further, hear me speak. "
+    lines = [{"prompt": beginning + end} for end in ("Speak", "No", "You are", "What", "Resolved")]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    engines: list[Engine] = []
+
+    def remembered(engine: Engine, *arguments: Any, **options: Any) -> None:
+        make(engine, *arguments, **options)
+        engines.append(engine)
+
+    make = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", remembered)
+    verb = ("generate", "--model", model, "--prompts", prompts, "--out", out, "--temperature", 0)
+    texts = []
+    for options in ((), ("--prefix-mib", 0)):
+        call(*verb, "--slots", 1, "--max-tokens", 5, *options)
+        texts.append(out.read_text(encoding="utf-8"))
+    assert texts[0] == texts[1]
+    assert [engine.stats().prefix_hits for engine in engines] == [3, 0]
 
 
 def test_a_bad_line_is_named_before_anything_is_written(model: Path, tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ def generate(
     slots: Annotated[
         int, typer.Option(min=1, help="With --prompts, how many texts are written at a time.")
     ] = 16,
+    prefix_mib: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With --prompts, MiB for the states of shared beginnings, which are read once.",
+        ),
+    ] = 256,
     device: Device = "auto",
 ) -> None:
     """Write on from a prompt, streaming; or from each prompt of a file, into a file."""
@@ -68,7 +75,7 @@ def generate(
             raise ValueError(
                 "--prompts and --out belong together, without --prompt, --chat and --system"
             )
-        _write_file(model, prompts, out, sampling, max_tokens, ends, slots, device)
+        _write_file(model, prompts, out, sampling, max_tokens, ends, slots, prefix_mib, device)
     else:
         _write_one(model, prompt, sampling, max_tokens, ends, chat, system, device)
 
@@ -81,6 +88,7 @@ def _write_file(
     max_tokens: int,
     ends: Sequence[str],
     slots: int,
+    prefix_mib: int,
     device: str,
 ) -> None:
     """`generate` from each prompt of a file."""
@@ -99,7 +107,8 @@ def _write_file(
         def progress(done: int, total: int) -> None:
             report("writing (texts)", done, total)
 
-        write_texts(loaded, lines, out, slots=slots, progress=progress)
+        prefix_bytes = prefix_mib * 2**20
+        write_texts(loaded, lines, out, slots=slots, prefix_bytes=prefix_bytes, progress=progress)
 
 
 def _write_one(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..inference.prefixes import count_alike
 from ..model.language_model import LanguageModel
 from ..model.state import State
 from ..ops.loss import SLICE_ELEMENTS
@@ -138,8 +139,9 @@ def _tree(requests: Sequence[Request], longest: int) -> list[_Piece]:
     """What there is to read, in pieces of at most `longest` tokens; the last token of a request is
     only a target."""
     requests = sorted(requests, key=lambda request: request.tokens[:-1].astype(">u4").tobytes())
-    lengths = [len(request.tokens) - 1 for request in requests]
-    alike = [0, *(_alike(a.tokens[:-1], b.tokens[:-1]) for a, b in itertools.pairwise(requests))]
+    read = [request.tokens[:-1] for request in requests]
+    lengths = [*map(len, read)]
+    alike = [0, *itertools.starmap(count_alike, itertools.pairwise(read))]
     roots: list[_Piece] = []
     waiting = [(0, len(requests), 0, roots)]
     while waiting:
@@ -157,13 +159,6 @@ def _tree(requests: Sequence[Request], longest: int) -> list[_Piece]:
             waiting.append((low, n, stop, pieces[-1].children))
             low = n
     return roots
-
-
-def _alike(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
-    size = min(len(a), len(b))
-    differ = a[:size] != b[:size]
-    return int(differ.argmax()) if differ.any() else size
 
 
 def _size(pieces: list[_Piece]) -> int:

@@ -12,6 +12,7 @@ from ..data.tokenizer import encode
 from ..files import check_can_write, write_text
 from ..model.language_model import LanguageModel
 from .engine import Engine
+from .prefixes import share_beginnings
 from .scheduler import RequestSettings, Result
 from .session import NO_TOKENIZER, Progress
 
@@ -84,12 +85,14 @@ def write_texts(
     out: str | Path,
     *,
     slots: int = 16,
+    prefix_bytes: int = 2**28,
     progress: Progress | None = None,
 ) -> None:
     """Write on from each prompt, and at the end all texts to the file `out`, whole or not at all:
     for each a line {"id", "text", "tokens", "finish_reason"}, in the order of the prompts.
 
-    slots: how many are written at a time. progress: called with (texts done, texts in all).
+    slots: how many are written at a time. prefix_bytes: of the store of prefixes, which is on where
+        prompts share beginnings. progress: called with (texts done, texts in all).
     Raises ValueError naming the line of a prompt that cannot be read, before any is; at the end
     where texts ended with an error, which their lines then hold; OSError naming `out`."""
     check_can_write(out)
@@ -100,7 +103,12 @@ def write_texts(
         max(1, len(ids)) + line.settings.max_tokens
         for ids, line in zip(prompts, lines, strict=True)
     )
-    engine = Engine(model, slots=min(slots, len(lines)), capacity=longest)
+    engine = Engine(
+        model,
+        slots=min(slots, len(lines)),
+        capacity=longest,
+        prefix_bytes=prefix_bytes if share_beginnings(prompts) else 0,
+    )
     handles = []
     for ids, line in zip(prompts, lines, strict=True):
         try:

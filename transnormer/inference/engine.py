@@ -19,6 +19,7 @@ from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from ..model.state import State
 from .decode import DecodingSteps
+from .prefixes import Prefixes
 from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SlotSampling, StepKind
 from .scheduler import Request, RequestSettings, Result, Scheduler
 from .session import NO_TOKENIZER, PIECE, Progress, end_token
@@ -32,7 +33,9 @@ class EngineStats:
 
     slots, used: how many there are, and in how many a text is written. waiting: requests without a
     slot. state_bytes: of all slots and of the states held beside them. tokens_read, tokens_written:
-    since the engine was made; tokens that are drawn count as written, not as read."""
+    since the engine was made; tokens that are drawn count as written, not as read. prefix_hits:
+    requests that began from a state of the store of prefixes. tokens_saved: those that were not
+    read because of it. prefix_states, prefix_bytes: what the store holds now."""
 
     slots: int
     used: int
@@ -40,6 +43,10 @@ class EngineStats:
     state_bytes: int
     tokens_read: int
     tokens_written: int
+    prefix_hits: int
+    tokens_saved: int
+    prefix_states: int
+    prefix_bytes: int
 
 
 class Handle:
@@ -108,6 +115,9 @@ class Engine:
         multiples, counted from the prompt's first token.
     record: whether decoding steps are recorded as CUDA graphs, one for each power of two of texts,
         and then replayed. It needs a model on a GPU, and has not been measured there yet.
+    prefix_bytes: how much memory the states of what prompts begin with may take, so that a shared
+        beginning is read once (`prefixes.py`); 0: none are kept. They belong to the weights that
+        there are: call `forget_prefixes` after weights were changed in place.
     Raises ValueError for numbers that make no sense.
     """
 
@@ -119,9 +129,10 @@ class Engine:
         capacity: int = 0,
         piece: int = PIECE,
         record: bool = False,
+        prefix_bytes: int = 0,
     ):
         given = (("slots", slots, 1), ("capacity", capacity, 0), ("piece", piece, 1))
-        for name, value, least in given:
+        for name, value, least in (*given, ("prefix_bytes", prefix_bytes, 0)):
             if value < least:
                 raise ValueError(f"{name} = {value}, but must be {least} or more")
         config = model.config
@@ -139,7 +150,9 @@ class Engine:
         if record and model.device.type != "cuda":
             raise ValueError("record = True needs a model on a GPU")
         self._steps = DecodingSteps(model, self._slots, self._sampling, record=record)
-        self._scheduler = Scheduler(slots, piece)
+        # as many requests may begin together before the first state is kept
+        self._prefixes = Prefixes(model, prefix_bytes, patience=max(50, 4 * slots))
+        self._scheduler = Scheduler(slots, piece, self._prefixes)
         self._rows: tuple[list[Request], Tensor, StepKind] | None = None
         self._requests: WeakSet[Request] = WeakSet()  # those that somebody still holds
         self._asked = self._read_count = self._written_count = 0
@@ -150,17 +163,27 @@ class Engine:
         settings: RequestSettings | None = None,
         *,
         id: str | int | None = None,
+        keep_prefix: Sequence[int] = (),
     ) -> Handle:
         """Ask for the text that continues a prompt.
 
         prompt: text, or token ids; an empty one starts a new text. id: what the result is called;
-        by default the number of the request. Raises ValueError at once for a token outside the
-        vocabulary, a text longer than the capacity, or text without a tokenizer."""
+        by default the number of the request. keep_prefix: after how many of the prompt's tokens
+        the state is put into the store of prefixes, where there is one: at the ends of a chat's
+        system prompt and of its last user turn. The whole prompt stands for all but its last token,
+        which is read when the text is written.
+        Raises ValueError at once for a token outside the vocabulary, a text longer than the
+        capacity, text without a tokenizer, or a keep_prefix outside the prompt."""
         settings = settings or RequestSettings()
         ids = self._encode(prompt) or ([] if self._end is None else [self._end])
         if not ids:
             raise ValueError("the prompt is empty, and the model has no end-of-text token to begin")
-        return self._add(self._request(id, settings, ids, len(ids)))
+        if not all(0 < place <= len(ids) for place in keep_prefix):
+            raise ValueError(f"keep_prefix = {[*keep_prefix]}, of a prompt of {len(ids):,} tokens")
+        request = self._request(id, settings, ids, len(ids))
+        if self._prefixes.limit:
+            request.keep_at = [min(place, len(ids) - 1) for place in keep_prefix]
+        return self._add(request)
 
     def generate(
         self,
@@ -265,6 +288,7 @@ class Engine:
         scheduler = self._scheduler
         # several requests may share one state
         states = {id(r.state): r.state.nbytes for r in self._requests if r.state is not None}
+        states |= {id(state): state.nbytes for state in self._prefixes.states}
         return EngineStats(
             slots=len(self._slots.seen),
             used=len(scheduler.running),
@@ -272,7 +296,16 @@ class Engine:
             state_bytes=self._slots.nbytes + sum(states.values()),
             tokens_read=self._read_count,
             tokens_written=self._written_count,
+            prefix_hits=self._prefixes.hits,
+            tokens_saved=self._prefixes.saved,
+            prefix_states=len(self._prefixes.states),
+            prefix_bytes=self._prefixes.nbytes,
         )
+
+    def forget_prefixes(self) -> None:
+        """Empty the store of prefixes. Call this after weights were changed in place, because its
+        states were computed with the old ones; so were those of texts under way, which go on."""
+        self._prefixes.forget()
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -315,6 +348,9 @@ class Engine:
         for (request, stop), state in zip(pieces, states, strict=True):
             self._read_count += stop - request.read
             request.state, request.read = state, stop
+        for request, stop in pieces:
+            if stop == request.branch or stop in request.keep_at:
+                self._scheduler.keep(request)
 
     def _join(self, request: Request) -> None:
         """Put a request whose prompt was read into its slot."""
@@ -363,6 +399,8 @@ class Engine:
             request.state = None
         elif request.slot is not None and request.state is None and request.read:
             request.state = self._slots.read(self.model, [request.slot])
+        if request.state is not None:
+            self._scheduler.keep(request)
         request.finish_reason = reason
         self._scheduler.remove(request)
         self._rows = None
@@ -410,6 +448,7 @@ class Engine:
                 )
             request.take(token, logprob)
         request.state, request.read = state, 0 if state is None else int(state.seen[0])
+        request.begun = state is not None
         return self._add(request)
 
     def _request(

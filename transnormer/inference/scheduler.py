@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..model.state import State
+    from .prefixes import Prefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,9 @@ class Request:
     read: how many of ids the state has read; all but the last while the text is written.
     slot: where the state is while the text is written; else None.
     state: after `read` tokens, outside of the slots; None: nothing was read, or it is in a slot.
+    begun: whether it is settled from which state the reading begins.
+    keep_at, branch: how many tokens are read when the state is put into the store of prefixes, as
+        the caller says, and where the text parts from another one (0: nowhere).
     logprobs: of the tokens written, in nats, where the settings ask for them.
     finish_reason: None until the end; then "stop" (a stop string, or a token of `ends`), "length",
         "cancelled" or "error", which `error` explains.
@@ -86,6 +90,9 @@ class Request:
     read: int = 0
     slot: int | None = None
     state: State | None = None
+    begun: bool = False
+    keep_at: Sequence[int] = ()
+    branch: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
@@ -154,10 +161,11 @@ class Scheduler:
     A waiting request is read before it gets a slot, but never more requests than there are free
     slots, so that none waits with a state for long. `piece`: how many tokens of prompts a step
     reads at most. Pieces of a prompt are cut at multiples of it, counted from the text's own first
-    token: what else is read beside it changes nothing of how it is cut."""
+    token: what else is read beside it changes nothing of how it is cut. They are also cut where a
+    state is to be kept in the store of prefixes."""
 
-    def __init__(self, slots: int, piece: int):
-        self.piece = piece
+    def __init__(self, slots: int, piece: int, prefixes: Prefixes):
+        self.piece, self._slots, self._prefixes = piece, slots, prefixes
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # slot -> request
         self._free = list(range(slots))[::-1]
@@ -169,14 +177,23 @@ class Scheduler:
         """The requests that read next, each with the place in its ids up to which it does."""
         pieces, left = [], self.piece
         for request in islice(self.waiting, len(self._free)):
-            last = len(request.ids) - 1
-            stop = min(last, (request.read // self.piece + 1) * self.piece)
+            self._prefixes.find(request)
+            ends = ((request.read // self.piece + 1) * self.piece, request.branch, *request.keep_at)
+            stop = min(len(request.ids) - 1, *(end for end in ends if end > request.read))
             if stop - request.read > left:
                 break
+            self._prefixes.begin(request)
             left -= stop - request.read
             if stop > request.read:
                 pieces.append((request, stop))
         return pieces
+
+    def keep(self, request: Request) -> None:
+        """Put a request's state, after the tokens that it has read, into the store of prefixes."""
+        assert request.state is not None
+        next_ids = (other.ids for other in self.waiting if not other.begun)
+        kept = request.ids[: request.read]
+        self._prefixes.keep(kept, request.state, islice(next_ids, self._slots))
 
     def join(self) -> list[Request]:
         """Give slots to the requests that have read their prompts, and say which these are."""
@@ -201,5 +218,5 @@ class Scheduler:
         their slots are lost. They are read anew; what was written stays."""
         for request in reversed([*self.running.values()]):
             self.remove(request)
-            request.read, request.state = 0, None
+            request.read, request.state, request.begun = 0, None, False
             self.waiting.appendleft(request)

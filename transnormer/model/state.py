@@ -64,6 +64,20 @@ class State:
             [tuple(part.clone() for part in layer) for layer in self.layers], self.seen.clone()
         )
 
+    def trimmed(self, model: LanguageModel) -> State:
+        """The same state, in the same memory, without places of keys and values that are empty in
+        every row, which reading several texts together may leave."""
+        most, layers = int(self.seen.max()), []
+        for own, layer in zip(model.config.layers, self.layers, strict=True):
+            spare = 0 if own.linear else layer[0].shape[1] - own.kept(most)
+            layers.append((*(part[:, spare:] for part in layer[:2]), *layer[2:]))
+        return State(layers, self.seen)
+
+    def finite(self) -> bool:
+        """Whether every number in it is finite. On a GPU this waits for the device."""
+        checks = [part.isfinite().all() for layer in self.layers for part in layer]
+        return bool(torch.stack(checks).all())
+
     def for_autograd(self) -> State:
         """Itself or, where it was made under torch.inference_mode, a copy that gradients can be
         computed with."""
