@@ -18,17 +18,22 @@ from transnormer.__main__ import interrupt
 from transnormer.data.tokenizer import load_tokenizer
 from transnormer.inference.batch import read_lines, write_texts
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "initializer_range": 0.3,
+}
+
 
 @pytest.fixture(scope="module")
 def model(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small model with a tokenizer."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=48, initializer_range=0.3,
-    )  # fmt: skip
-    model = LanguageModel(config)
+    model = LanguageModel(ModelConfig(**SMALL))
     model.tokenizer = load_tokenizer(prepared)
     model.save_pretrained(folder)
     return folder
@@ -60,6 +65,18 @@ def test_each_line_is_answered_as_generate_answers_it(model: Path, tmp_path: Pat
     before = out.read_bytes()
     call(*verb, "--seed", 3, "--max-tokens", 20, "--slots", 1)
     assert out.read_bytes() == before
+
+
+def test_what_would_be_lost_or_too_large_is_refused(model: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "To be"}\n{"prompt": "", "max_tokens": 1000000000000}\n')
+    verb = ("generate", "--model", model, "--prompts", prompts, "--out")
+    assert "would overwrite the prompts" in refused(*verb, prompts)
+    growing = LanguageModel(ModelConfig(**{**SMALL, "mixer": "softmax", "position": "rope"}))
+    growing.tokenizer = load_tokenizer(model)
+    lines = read_lines(prompts, RequestSettings())
+    with pytest.raises(ValueError, match=r"line 2: a text of 1,000,000,000,001 tokens needs"):
+        write_texts(growing, lines, out)
 
 
 def test_what_prompts_share_is_read_once(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from tests.model.test_language_model import small
 from transnormer import Engine, LanguageModel, RequestSettings, State
 from transnormer.data.tokenizer import load_tokenizer
+from transnormer.files import read_tensors, write_tensors
 from transnormer.inference.engine import Handle
 from transnormer.inference.sampling import Sampling, SamplingBatch, sample
 from transnormer.inference.scheduler import Request, Result
@@ -215,7 +216,8 @@ def test_whoever_shares_the_engine_each_text_is_as_if_alone(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_recorded_steps_write_what_others_do(name: str, models: dict[str, LanguageModel]) -> None:
-    model = copy.deepcopy(models[name]).to("cuda", torch.float32)
+    wide = {"hidden_size": 64, "num_attention_heads": 4}  # the kernels want heads of 16 and more
+    model = small(vocab_size=VOCAB, **{**MODELS[name], **wide}).to("cuda", torch.float32)
     prompts = [[7], [3, 9, 4], [5] * 20, [8] * 11, [2, 6]]
     kinds = ({}, {"temperature": 0}, {"repetition_penalty": 1.5, "bias": {3: 2.0}}, {"top_k": 9})
     found = []
@@ -419,6 +421,88 @@ def test_a_step_that_is_interrupted_anywhere_loses_nothing(
         check(handle.result(), alone(model, [n + 1, 5, 6, 7, 8, 9], settings))
 
 
+@pytest.mark.parametrize("name", ["published", "hybrid"])
+def test_an_interrupt_at_any_line_loses_nothing(
+    name: str, models: dict[str, LanguageModel]
+) -> None:
+    files = tuple(f"inference/{each}.py" for each in ("engine", "scheduler", "prefixes"))
+    draw, lines, stopped = random.Random(5), 60, 0
+
+    def interrupted(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines, stopped
+        lines -= event == "line"
+        if lines < 0:
+            lines, stopped = draw.randint(20, 300), stopped + 1
+            raise KeyboardInterrupt
+        return interrupted
+
+    def watched(frame: Any, event: str, _: Any) -> Any:
+        return interrupted if frame.f_code.co_filename.endswith(files) else None
+
+    prompts = [[7, 3, 9] * 4, [7, 3, 9, 1], [5], [7, 3, 9] * 3, [4] * 12]
+    settings = [
+        RequestSettings(max_tokens=6, seed=n, logprobs=n == 1, keep=n == 2, stop_ids=(n,))
+        for n in range(len(prompts))
+    ]
+    engine = Poisoned(models[name], slots=2, piece=5, prefix_bytes=100_000)
+    handles = [engine.submit(*pair) for pair in zip(prompts, settings, strict=True)]
+    before = sys.gettrace()
+    while any(handle.finish_reason is None for handle in handles):
+        sys.settrace(watched)
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert stopped < 2_000
+    assert stopped > 5
+    while engine.step():
+        pass
+    assert (engine.stats().used, engine.stats().waiting) == (0, 0)
+    for handle, ids, wanted in zip(handles, prompts, settings, strict=True):
+        found, plain = handle.result(), alone(models[name], ids, wanted)
+        check(found, plain)
+
+
+def test_a_request_that_cannot_join_ends_alone(models: dict[str, LanguageModel]) -> None:
+    engine = Engine(models["published"], slots=2)
+    first, second = engine.submit([1], GREEDY), engine.submit([2], GREEDY)
+    first._request.settings = dataclasses.replace(GREEDY)
+    object.__setattr__(first._request.settings, "top_k", 2**70)
+    assert first.result().finish_reason == "error"
+    assert "Overflow" in (first.result().error or "")
+    assert second.result().finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seen": torch.tensor([-1])},
+        {"seen": torch.tensor([1.0])},
+        {"seen": torch.tensor([[1]])},
+        {"tokens": torch.tensor([1.0, 2.0, 3.0])},
+        {"tokens": torch.tensor([[1, 2, 3]])},
+        {"logprobs": torch.zeros(7, dtype=torch.float64)},
+        {"0.0": torch.zeros(0, 3, 8, 8, dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused(
+    wrong: dict[str, torch.Tensor], models: dict[str, LanguageModel], tmp_path: Path
+) -> None:
+    engine, path = Engine(models["published"]), tmp_path / "state.safetensors"
+    handle = engine.submit([1, 2, 3], dataclasses.replace(GREEDY, keep=True))
+    handle.result()
+    engine.save_state(handle, path)
+    tensors, metadata = read_tensors(path)
+    if "0.0" in wrong:
+        wrong = {"0.0": tensors["0.0"][:0]}
+    write_tensors(path, {**tensors, **wrong}, metadata)
+    with pytest.raises(ValueError, match=str(path)):
+        engine.load_state(path)
+
+
 def test_a_file_goes_on_in_the_same_model_alone(
     models: dict[str, LanguageModel], tmp_path: Path
 ) -> None:
@@ -497,6 +581,13 @@ def test_what_cannot_be_done_is_refused_at_once(models: dict[str, LanguageModel]
         (lambda: RequestSettings(max_tokens=-1), "max_tokens = -1, but must be 0 or more"),
         (lambda: RequestSettings(stop=["a", ""]), "stop: an empty string"),
         (lambda: RequestSettings(bias={3: float("nan")}), "bias of token 3 = nan"),
+        (
+            lambda: RequestSettings(bias={3: 1e39}),
+            "bias of token 3 = 1e.39, but must be from",
+        ),
+        (lambda: RequestSettings(top_k=10**30), "top_k must be below"),
+        (lambda: RequestSettings(temperature=10.0**40), "temperature = 1e.40, but must be at most"),
+        (lambda: RequestSettings(repetition_penalty=1e-60), "must be from 1e-6 to 1e6"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             call()

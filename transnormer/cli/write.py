@@ -101,6 +101,8 @@ def _write_file(
     from ..inference.scheduler import RequestSettings
 
     settings = RequestSettings(**asdict(sampling), max_tokens=max_tokens, stop=ends)
+    if prompts.resolve() == out.resolve():
+        raise ValueError(f"{out}: --out would overwrite the prompts")
     lines, loaded = read_lines(prompts, settings), load_model(model, device)
     with progress_bar(MofNCompleteColumn()) as report:
 

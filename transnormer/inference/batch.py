@@ -16,6 +16,8 @@ from .prefixes import share_beginnings
 from .scheduler import RequestSettings, Result
 from .session import NO_TOKENIZER, Progress
 
+# What the keys and values of all texts that are written at a time may take, where layers keep them.
+STATE_BYTES = 2**33
 # What a line may set beside its prompt and its id, and the types of the values.
 FIELDS: dict[str, tuple[type, ...]] = {
     "max_tokens": (int,),
@@ -91,7 +93,8 @@ def write_texts(
     """Write on from each prompt, and at the end all texts to the file `out`, whole or not at all:
     for each a line {"id", "text", "tokens", "finish_reason"}, in the order of the prompts.
 
-    slots: how many are written at a time. prefix_bytes: of the store of prefixes, which is on where
+    slots: how many are written at a time, or fewer where layers keep all keys and values and these
+        would take more than STATE_BYTES. prefix_bytes: of the store of prefixes, which is on where
         prompts share beginnings. progress: called with (texts done, texts in all).
     Raises ValueError naming the line of a prompt that cannot be read, before any is; at the end
     where texts ended with an error, which their lines then hold; OSError naming `out`."""
@@ -99,13 +102,23 @@ def write_texts(
     if model.tokenizer is None:
         raise ValueError(NO_TOKENIZER)
     prompts = [encode(model.tokenizer, line.prompt) for line in lines]
-    longest = max(
+    lengths = [
         max(1, len(ids)) + line.settings.max_tokens
         for ids, line in zip(prompts, lines, strict=True)
-    )
+    ]
+    longest = max(lengths)
+    each = 0
+    if not model.config.bounded:  # every slot is as large as the longest text
+        each = model.config.state_bytes(longest, itemsize=model.head_weight.itemsize)
+        if each > STATE_BYTES:
+            where = lines[lengths.index(longest)].where
+            raise ValueError(
+                f"{where}: a text of {longest:,} tokens needs {each / 2**30:,.0f} GiB of keys and "
+                f"values, more than {STATE_BYTES >> 30}; lower max_tokens"
+            )
     engine = Engine(
         model,
-        slots=min(slots, len(lines)),
+        slots=min(slots, len(lines), max(1, STATE_BYTES // max(1, each))),
         capacity=longest,
         prefix_bytes=prefix_bytes if share_beginnings(prompts) else 0,
     )

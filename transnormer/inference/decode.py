@@ -22,7 +22,8 @@ def decode_(
     are not finite), and their log-probabilities in nats, zeros where `kind` does not ask for them.
 
     All tensors stay where they are and have the sizes that S gives them, and nothing is waited for
-    on a GPU, so that a CUDA graph can hold the call."""
+    on a GPU, so that a CUDA graph can hold the call. Layers with keys and values, and decays that
+    tokens set, allocate memory while they step."""
     logits = model.step_(sampling.last[rows][:, None], slots, rows)[:, 0]  # [S, vocab]
     tokens = sample(logits, sampling.batch(rows, kind), sampling.number[rows])
     logprobs = torch.zeros_like(tokens, dtype=torch.float64)

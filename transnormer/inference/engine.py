@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakSet
 
@@ -21,32 +20,10 @@ from ..model.state import State
 from .decode import DecodingSteps
 from .prefixes import Prefixes
 from .sampling import NOT_FINITE, NOT_FINITE_MESSAGE, SlotSampling, StepKind
-from .scheduler import Request, RequestSettings, Result, Scheduler
+from .scheduler import EngineStats, Request, RequestSettings, Result, Scheduler
 from .session import NO_TOKENIZER, PIECE, Progress, end_token
 from .session import Session as Session  # as before there was a module for it
 from .session import generate_text as generate_text
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine holds and has done.
-
-    slots, used: how many there are, and in how many a text is written. waiting: requests without a
-    slot. state_bytes: of all slots and of the states held beside them. tokens_read, tokens_written:
-    since the engine was made; tokens that are drawn count as written, not as read. prefix_hits:
-    requests that began from a state of the store of prefixes. tokens_saved: those that were not
-    read because of it. prefix_states, prefix_bytes: what the store holds now."""
-
-    slots: int
-    used: int
-    waiting: int
-    state_bytes: int
-    tokens_read: int
-    tokens_written: int
-    prefix_hits: int
-    tokens_saved: int
-    prefix_states: int
-    prefix_bytes: int
 
 
 class Handle:
@@ -97,6 +74,7 @@ class Handle:
 
     def cancel(self) -> None:
         """End the request as it is. Nothing happens where it has ended."""
+        self._engine._settle()
         if self.finish_reason is None:
             self._engine._finish(self._request, "cancelled")
 
@@ -156,6 +134,7 @@ class Engine:
         self._rows: tuple[list[Request], Tensor, StepKind] | None = None
         self._requests: WeakSet[Request] = WeakSet()  # those that somebody still holds
         self._asked = self._read_count = self._written_count = 0
+        self._moving = False  # whether the states in slots are being moved on
 
     def submit(
         self,
@@ -272,17 +251,25 @@ class Engine:
         weights; and as `fork`."""
         tensors, metadata = read_tensors(path)
         tokens, logprobs = tensors.pop("tokens", None), tensors.pop("logprobs", None)
-        if tokens is None or not metadata.get("first", "").isdigit():
+        place = metadata.get("first", "")
+        if tokens is None or not (place.isascii() and place.isdigit() and len(place) < 19):
             raise ValueError(f"{path}: not a request that an engine saved")
         if metadata.get("model") != weights_hash(self.model):
-            raise ValueError(f"{path}: saved with another model, or with other weights of this one")
+            raise ValueError(
+                f"{path}: saved with another model, or with other weights or another dtype of this "
+                "one"
+            )
         state = State.of_tensors(tensors, metadata, self.model, path)
-        ids, first = tokens.tolist(), int(metadata["first"])
-        if len(state.seen) != 1 or not state.seen[0] < len(ids) or not 0 < first <= len(ids):
+        first, written = int(place), len(tokens) - int(place)
+        fits = tokens.dtype == torch.int64 and tokens.dim() == 1 and len(state.seen) == 1
+        fits = fits and int(state.seen[0]) < len(tokens) and 0 < first <= len(tokens)
+        if logprobs is not None:
+            fits = fits and logprobs.dtype == torch.float64 and logprobs.shape == (written,)
+        if not fits:
             raise ValueError(f"{path}: damaged: its tokens and its state do not fit")
         scores = [] if logprobs is None else logprobs.tolist()
         settings = settings or RequestSettings()
-        return self._go_on(ids, first, scores, state, prompt, settings, id)
+        return self._go_on(tokens.tolist(), first, scores, state, prompt, settings, id)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -315,18 +302,30 @@ class Engine:
         be followed by another step: no request is lost, and those whose states were being moved on
         are read again."""
         scheduler = self._scheduler
+        self._settle()
         if pieces := scheduler.next_pieces():
             self._read(pieces)  # makes new states, and leaves the old as they are
+        self._moving = True
         try:
             for request in scheduler.join():
-                self._join(request)
+                try:
+                    self._join(request)
+                except (ValueError, TypeError, OverflowError) as error:  # of this request alone
+                    request.error = str(error)
+                    self._finish(request, "error")
             if scheduler.running:
                 self._decode()
-        except BaseException:  # some layers may have moved on, and others not
-            scheduler.read_again()
-            self._rows = None
-            raise
+            self._moving = False
+        finally:
+            self._settle()
         return bool(scheduler.running or scheduler.waiting)
+
+    def _settle(self) -> None:
+        """After a step that was interrupted some layers may have moved on, and others not."""
+        if self._moving:
+            self._rows = None
+            self._scheduler.read_again()
+            self._moving = False
 
     def _read(self, pieces: list[tuple[Request, int]]) -> None:
         """Read these requests up to a place in each, in one forward pass."""
@@ -407,6 +406,7 @@ class Engine:
 
     def _state_of(self, handle: Handle) -> State | None:
         """The state after the tokens that a request has read; None: it has read none."""
+        self._settle()
         request = handle._request
         if handle._engine is not self:
             raise ValueError(

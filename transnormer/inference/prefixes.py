@@ -86,9 +86,10 @@ class Prefixes:
         if not self.limit or request.begun:
             return
         request.begun = True
-        self._asked += 1
+        first, request.counted = not request.counted, True
+        self._asked += first
         if request.state is not None:
-            self.hits += 1
+            self.hits += first
             self.saved += request.read
         elif self._asked == self._patience and not self.hits:
             _log.warning(
@@ -107,7 +108,7 @@ class Prefixes:
         waiting: texts that are read next; the states that they would begin from are not dropped.
         Nothing is kept where the state is not finite, or is larger than the room that there is or
         can be made."""
-        if not self.limit:
+        if not self.limit or not ids:
             return
         wanted, state = _array(ids), state.trimmed(self._model)
         node = self._deepest(wanted)

@@ -39,21 +39,29 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature}, but must be 0 or more")
+        # what is larger would not fit the numbers on a device
+        if self.temperature > 1e9:
+            raise ValueError(f"temperature = {self.temperature:.3g}, but must be at most 1e9")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed}, but must be from 0 to 2^63 - 1")
+        if self.top_k >= 2**63:
+            raise ValueError("top_k must be below 2^63")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}, but must be 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}, but must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p = {self.min_p}, but must be from 0 to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
             raise ValueError(
-                f"repetition_penalty = {self.repetition_penalty}, but must be above 0 (1: none)"
+                f"repetition_penalty = {self.repetition_penalty}, but must be from 1e-6 to 1e6 "
+                "(1: none)"
             )
         for token, value in self.bias.items():
-            if math.isnan(value) or value == math.inf:
-                raise ValueError(f"bias of token {token} = {value}, but must be finite or -inf")
+            if value != -math.inf and not abs(value) <= 1e30:
+                raise ValueError(
+                    f"bias of token {token} = {value}, but must be from -1e30 to 1e30, or -inf"
+                )
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,8 @@ class SamplingBatch:
 
     temperature, top_p, min_p: [S, 1] float64. top_k: [S, 1] int64, the largest int64 where it cuts
     nothing off. seed: [S] int64. draws: whether any row's temperature is not 0.
-    penalty: [S, 1] float64. held: [S, vocab] bool, the tokens that it lowers; None: of no row any.
+    penalty: [S, 1] float64. held: [S, vocab] bool, the tokens that it lowers; None where no row
+    has a penalty.
     bias: [S, vocab] float32, or None.
     """
 
@@ -182,7 +191,8 @@ class SlotSampling:
 ALL = torch.iinfo(torch.int64).max  # as a top_k: cuts nothing off
 NOT_FINITE = -1  # in the place of a token
 NOT_FINITE_MESSAGE = (
-    "the model's logits are not finite: its weights are damaged, or its dtype is too narrow"
+    "the model's logits are not finite: its weights are damaged, its dtype is too narrow, or the "
+    "bias forbids every token"
 )
 
 
@@ -204,7 +214,8 @@ def sample(logits: Tensor, samplings: SamplingBatch, number: Tensor) -> Tensor:
         logits = lowered.where(samplings.held, logits)
     if samplings.bias is not None:
         logits = logits + samplings.bias
-    token = logits.argmax(-1)
+    largest, token = logits.max(-1)
+    finite &= largest.isfinite()  # where every token is forbidden
     if samplings.draws:
         filters = (samplings.temperature, samplings.top_k, samplings.top_p, samplings.min_p)
         drawn = draw(logits, *filters, _uniform(samplings.seed, number)[:, None])

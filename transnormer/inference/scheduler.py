@@ -73,7 +73,8 @@ class Request:
     read: how many of ids the state has read; all but the last while the text is written.
     slot: where the state is while the text is written; else None.
     state: after `read` tokens, outside of the slots; None: nothing was read, or it is in a slot.
-    begun: whether it is settled from which state the reading begins.
+    begun: whether it has begun to read, from a stored state or from the start. counted: whether the
+        store of prefixes has counted it.
     keep_at, branch: how many tokens are read when the state is put into the store of prefixes, as
         the caller says, and where the text parts from another one (0: nowhere).
     logprobs: of the tokens written, in nats, where the settings ask for them.
@@ -91,6 +92,7 @@ class Request:
     slot: int | None = None
     state: State | None = None
     begun: bool = False
+    counted: bool = False
     keep_at: Sequence[int] = ()
     branch: int = 0
     logprobs: list[float] = field(default_factory=list)
@@ -122,12 +124,26 @@ class Request:
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
+        self._judge(token)
+
+    def _judge(self, token: int) -> None:
         if token in self.ends:
             self.finish_reason = "stop"
         elif self.settings.stop:
             self.decode()
         if self.finish_reason is None and self.written >= self.settings.max_tokens:
             self.finish_reason = "length"
+
+    def settle(self) -> None:
+        """Finish what an interrupt may have left half done in `take`: each token has its
+        log-probability, the last one was judged, and the text is decoded anew."""
+        if self.settings.logprobs:
+            known = min(self.written, len(self.logprobs))
+            del self.ids[self.first + known :], self.logprobs[known:]
+        self._decoder, self._until = None, UntilStop(check_stop(self.settings.stop))
+        self._decoded, self._whole, self.text = self.first, False, ""
+        if self.written and self.finish_reason is None:
+            self._judge(self.ids[-1])
 
     def decode(self) -> str:
         """The text of all tokens so far, as far as it is known."""
@@ -155,6 +171,29 @@ class Request:
         return Result(self.id, self.decode(), tokens, self.finish_reason, logprobs, self.error)
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine holds and has done.
+
+    slots, used: how many there are, and in how many a text is written. waiting: requests without a
+    slot. state_bytes: of all slots and of the states held beside them. tokens_read, tokens_written:
+    since the engine was made. tokens_read counts what forward passes read of prompts: not a
+    prompt's last token, which a decoding step reads, and again what is read again. prefix_hits:
+    requests that began from a state of the store of prefixes. tokens_saved: those that were not
+    read because of it. prefix_states, prefix_bytes: what the store holds now."""
+
+    slots: int
+    used: int
+    waiting: int
+    state_bytes: int
+    tokens_read: int
+    tokens_written: int
+    prefix_hits: int
+    tokens_saved: int
+    prefix_states: int
+    prefix_bytes: int
+
+
 class Scheduler:
     """Who is in which of N slots, and who waits, in the order of arrival.
 
@@ -168,7 +207,11 @@ class Scheduler:
         self.piece, self._slots, self._prefixes = piece, slots, prefixes
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # slot -> request
-        self._free = list(range(slots))[::-1]
+
+    @property
+    def free(self) -> list[int]:
+        """The slots that no request has."""
+        return [slot for slot in range(self._slots) if slot not in self.running]
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -176,7 +219,9 @@ class Scheduler:
     def next_pieces(self) -> list[tuple[Request, int]]:
         """The requests that read next, each with the place in its ids up to which it does."""
         pieces, left = [], self.piece
-        for request in islice(self.waiting, len(self._free)):
+        for request in islice(self.waiting, len(self.free)):
+            if not left:
+                break
             self._prefixes.find(request)
             ends = ((request.read // self.piece + 1) * self.piece, request.branch, *request.keep_at)
             stop = min(len(request.ids) - 1, *(end for end in ends if end > request.read))
@@ -197,26 +242,31 @@ class Scheduler:
 
     def join(self) -> list[Request]:
         """Give slots to the requests that have read their prompts, and say which these are."""
-        ready = [r for r in islice(self.waiting, len(self._free)) if not r.unread]
-        for request in ready:
+        free = self.free
+        ready = [r for r in islice(self.waiting, len(free)) if not r.unread]
+        for request, slot in zip(ready, free, strict=False):
+            # An interrupt may come between any two lines: none leaves a request nowhere.
+            request.slot = slot
+            self.running[slot] = request
             self.waiting.remove(request)
-            request.slot = self._free.pop()
-            self.running[request.slot] = request
         return ready
 
     def remove(self, request: Request) -> None:
         """Let a request go, wherever it is; its slot is free."""
-        if request.slot is not None:
+        if request.slot is not None and self.running.get(request.slot) is request:
             del self.running[request.slot]
-            self._free.append(request.slot)
-            request.slot = None
-        elif request in self.waiting:
+        request.slot = None
+        if request in self.waiting:
             self.waiting.remove(request)
 
     def read_again(self) -> None:
         """Send all running requests back to the head of those that wait, because the states in
         their slots are lost. They are read anew; what was written stays."""
-        for request in reversed([*self.running.values()]):
-            self.remove(request)
+        lost = [*self.running.values()]
+        for request in lost:
+            request.settle()
             request.read, request.state, request.begun = 0, None, False
-            self.waiting.appendleft(request)
+        self.waiting = deque([*lost, *(r for r in self.waiting if r not in lost)])
+        for request in lost:
+            request.slot = None
+        self.running.clear()

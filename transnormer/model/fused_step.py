@@ -49,7 +49,11 @@ def refusal(block: Block, x: Tensor, *, named: bool) -> str | None:
     if mixer.reads_input:
         return "more than one product reads what the mixer is given"
     norms = (block.mixer_norm, block.glu_norm, mixer.norm)
-    return _refusal(x, mixer.out_proj.weight, *norms, named=named)
+    weights = (mixer.qkvu_proj.weight, glu.gate_proj.weight, glu.up_proj.weight)
+    if why := _refusal(x, mixer.out_proj.weight, *norms, named=named):
+        return why
+    gains = (norm.weight for norm in norms if isinstance(norm, nn.RMSNorm))
+    return few_rows_refusal(x, glu.down_proj.weight, *weights, *gains, named=named)
 
 
 def step_(block: Block, x: Tensor, memory: LayerState, tokens: TokenPositions) -> Tensor:

@@ -84,9 +84,13 @@ class Mixer(nn.Module, ABC):
     def reset_decay(self, device: torch.device | None = None) -> None:
         """Give log_decay its values, which no file stores; on another device, where one is
         named."""
-        self.log_decay = torch.tensor(
+        decays = torch.tensor(
             self._decays, dtype=torch.float32, device=device or self.log_decay.device
         )
+        old = self.log_decay
+        if (old.dtype, old.device, old.shape) == (decays.dtype, decays.device, decays.shape):
+            decays = old.copy_(decays)  # a recorded graph may read it where it is
+        self.log_decay = decays
 
     def keep_heads(self, rank: int, ranks: int) -> None:
         """Keep only the heads of tensor rank `rank` of `ranks`, as its weights and inputs do."""

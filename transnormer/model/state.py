@@ -150,11 +150,15 @@ class State:
         names = {f"{n}.{m}" for n, layer in enumerate(fresh.layers) for m in range(len(layer))}
         if metadata.get("state") != _shape(fresh) or tensors.keys() != {"seen", *names}:
             raise ValueError(f"{path}: not a state of this model ({len(fresh.layers)} layers)")
-        layers, most = [], int(tensors["seen"].max()) if tensors["seen"].numel() else 0
+        seen = tensors["seen"]
+        if seen.dtype != torch.int64 or seen.dim() != 1 or (seen < 0).any():
+            raise ValueError(f"{path}: damaged: `seen` must be [B] counts of tokens")
+        layers, most = [], int(seen.max()) if seen.numel() else 0
         for n, layer in enumerate(fresh.layers):
             parts = tuple(tensors[f"{n}.{m}"] for m in range(len(layer)))
             for part, wanted in zip(parts, layer, strict=True):
-                fits = part.dim() == wanted.dim()
+                fits = part.dim() == wanted.dim() and part.shape[0] == len(seen)
+                fits &= part.is_floating_point() and part.itemsize > 1
                 fits &= all(
                     size == need
                     for size, need in zip(part.shape[1:], wanted.shape[1:], strict=False)
@@ -175,7 +179,7 @@ class State:
             layers.append(
                 tuple(part.to(wanted.device) for part, wanted in zip(parts, layer, strict=True))
             )
-        return cls(layers, tensors["seen"].to(model.device))
+        return cls(layers, seen.to(model.device))
 
 
 def _padded_left(part: Tensor, most: int) -> Tensor:

@@ -23,7 +23,7 @@ def draw(
     backend: str = "auto",
 ) -> Tensor:
     """The token at which the sum of the probabilities, the largest first, passes `uniform` times
-    their whole sum; of equal ones that with the lower number comes first. [S] int64.
+    their whole sum; tokens of equal probability come in the order of their ids. [S] int64.
 
     Only the top_k likeliest count; of these the fewest whose probabilities sum to at least top_p of
     their sum; of these those at least min_p times as likely as the likeliest. The likeliest always

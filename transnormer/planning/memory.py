@@ -197,8 +197,8 @@ def saved_bytes(
             # keys and values repeated; with copied queries nothing is kept of the projection
             mixer += 4 * inner + (2 * inner - 2 * keys * layer.parts) * copied
         if layer.gate:
-            # what is gated; the gate, apart from q, k and v
-            mixer += 2 * inner * (1 if rank else 2)
+            # what is gated; the gates of a group are put together in a copy
+            mixer += 2 * inner * (2 if layer.group > 1 and not rank else 1)
     if rank:
         mixer += 2 * inner
     # before and after GELU; or both branches and their product
