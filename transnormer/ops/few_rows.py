@@ -43,8 +43,8 @@ def few_rows_linear(
     second: [N, K], whose product multiplies the first one. swish: of the first one, before that.
     residual: [..., N], which is added.
     backend: "auto", "triton" (one kernel; at most MOST_ROWS rows, no gradient, no compiler or mode
-        that watches) or "torch". Raises ValueError where shapes or devices do not fit, RuntimeError where the
-        named backend cannot run the call."""
+        that watches) or "torch". Raises ValueError where shapes or devices do not fit, RuntimeError
+        where the named backend cannot run the call."""
     others = {"gain": gain, "gate": gate, "second": second, "residual": residual}
     check_devices("few_rows_linear", x=x, weight=weight, **others)
     _check(x, weight, eps, gain, gate, second, swish, residual)
