@@ -377,6 +377,16 @@ def test_logits_that_are_not_finite_end_one_request_alone(
     check(again, alone(model, [2, 2], settings))
 
 
+def test_a_long_prompt_keeps_no_short_one_waiting(models: dict[str, LanguageModel]) -> None:
+    engine = Engine(models["published"], slots=3, piece=4)
+    long, short = engine.submit([5] * 80, GREEDY), engine.submit([7, 8, 9], GREEDY)
+    for _ in range(3):
+        engine.step()
+    assert short.tokens
+    assert not long.tokens
+    assert long.result().tokens == alone(models["published"], [5] * 80, GREEDY).tokens
+
+
 def test_a_long_prompt_stops_no_text_that_is_written(models: dict[str, LanguageModel]) -> None:
     model, engine = models["published"], Poisoned(models["published"], slots=2, piece=8)
     short = engine.submit([5], dataclasses.replace(GREEDY, max_tokens=20))

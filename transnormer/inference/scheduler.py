@@ -198,10 +198,12 @@ class Scheduler:
     """Who is in which of N slots, and who waits, in the order of arrival.
 
     A waiting request is read before it gets a slot, but never more requests than there are free
-    slots, so that none waits with a state for long. `piece`: how many tokens of prompts a step
-    reads at most. Pieces of a prompt are cut at multiples of it, counted from the text's own first
-    token: what else is read beside it changes nothing of how it is cut. They are also cut where a
-    state is to be kept in the store of prefixes."""
+    slots, so that none waits with a state for long. These take turns.
+
+    piece: how many tokens of prompts a step reads at most. Pieces of a prompt are cut at multiples
+        of it, counted from the text's own first token: what else is read beside it changes nothing
+        of how it is cut. They are also cut where a state is to be kept in the store of prefixes.
+    """
 
     def __init__(self, slots: int, piece: int, prefixes: Prefixes):
         self.piece, self._slots, self._prefixes = piece, slots, prefixes
@@ -219,7 +221,8 @@ class Scheduler:
     def next_pieces(self) -> list[tuple[Request, int]]:
         """The requests that read next, each with the place in its ids up to which it does."""
         pieces, left = [], self.piece
-        for request in islice(self.waiting, len(self.free)):
+        first = [*islice(self.waiting, len(self.free))]
+        for request in first:
             if not left:
                 break
             self._prefixes.find(request)
@@ -231,6 +234,11 @@ class Scheduler:
             left -= stop - request.read
             if stop > request.read:
                 pieces.append((request, stop))
+        # Those that are not done come after the others that may read, so that a short prompt does
+        # not wait until a long one was read.
+        again = [request for request, stop in pieces if stop < len(request.ids) - 1]
+        turn = [request for request in first if request not in again] + again
+        self.waiting = deque([*turn, *islice(self.waiting, len(first), None)])
         return pieces
 
     def keep(self, request: Request) -> None:
