@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one arm to the reference, over paired seeds: mean, half the width of its 95 % interval, p
-    before correction."""
+    """How far one arm lies from the reference over paired seeds: the mean, half the width of its
+    95 % interval, and p before correction."""
 
     mean: float
     half: float

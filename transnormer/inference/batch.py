@@ -17,7 +17,7 @@ from .scheduler import RequestSettings, Result
 from .session import NO_TOKENIZER, Progress
 
 # What the keys and values of all texts that are written at a time may take, where layers keep them.
-STATE_BYTES = 2**33
+GROWING_BYTES = 2**33
 # What a line may set beside its prompt and its id, and the types of the values.
 FIELDS: dict[str, tuple[type, ...]] = {
     "max_tokens": (int,),
@@ -94,8 +94,9 @@ def write_texts(
     for each a line {"id", "text", "tokens", "finish_reason"}, in the order of the prompts.
 
     slots: how many are written at a time, or fewer where layers keep all keys and values and these
-        would take more than STATE_BYTES. prefix_bytes: of the store of prefixes, which is on where
-        prompts share beginnings. progress: called with (texts done, texts in all).
+        would take more than GROWING_BYTES.
+    prefix_bytes: of the store of prefixes, which is on where prompts share beginnings.
+    progress: called with (texts done, texts in all).
     Raises ValueError naming the line of a prompt that cannot be read, before any is; at the end
     where texts ended with an error, which their lines then hold; OSError naming `out`."""
     check_can_write(out)
@@ -110,15 +111,15 @@ def write_texts(
     each = 0
     if not model.config.bounded:  # every slot is as large as the longest text
         each = model.config.state_bytes(longest, itemsize=model.head_weight.itemsize)
-        if each > STATE_BYTES:
+        if each > GROWING_BYTES:
             where = lines[lengths.index(longest)].where
             raise ValueError(
                 f"{where}: a text of {longest:,} tokens needs {each / 2**30:,.0f} GiB of keys and "
-                f"values, more than {STATE_BYTES >> 30}; lower max_tokens"
+                f"values, more than {GROWING_BYTES >> 30}; lower max_tokens"
             )
     engine = Engine(
         model,
-        slots=min(slots, len(lines), max(1, STATE_BYTES // max(1, each))),
+        slots=min(slots, len(lines), max(1, GROWING_BYTES // max(1, each))),
         capacity=longest,
         prefix_bytes=prefix_bytes if share_beginnings(prompts) else 0,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.cuda_graph import WARM, recording_stream
+from ..model.cuda_graph import WARM, capture, recording_stream
 from ..model.language_model import LanguageModel
 from ..model.slots import Slots
 from .sampling import SlotSampling, StepKind, sample
@@ -76,17 +76,10 @@ class DecodingSteps:
                 decode_(*arguments)
         torch.cuda.current_stream(rows.device).wait_stream(stream)
         pool = next((graph.pool() for graph, _, _ in self._recorded.values()), None)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                drawn = decode_(*arguments)
-        except RuntimeError as error:
-            # ending the recording fails as well, with an error that gives no reason
-            cause = error.__context__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
+            graph, drawn = capture(lambda: decode_(*arguments), rows.device, pool)
+        except ValueError as error:
             raise ValueError(
-                f"the decoding step cannot be recorded, try Engine(record=False): "
-                f"{str(cause).splitlines()[0]}"
-            ) from cause
+                f"the decoding step cannot be recorded, try Engine(record=False): {error}"
+            ) from error
         return graph, rows, drawn

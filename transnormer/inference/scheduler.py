@@ -237,8 +237,9 @@ class Scheduler:
         # Those that are not done come after the others that may read, so that a short prompt does
         # not wait until a long one was read.
         again = [request for request, stop in pieces if stop < len(request.ids) - 1]
-        turn = [request for request in first if request not in again] + again
-        self.waiting = deque([*turn, *islice(self.waiting, len(first), None)])
+        if again:
+            turn = [request for request in first if request not in again] + again
+            self.waiting = deque([*turn, *islice(self.waiting, len(first), None)])
         return pieces
 
     def keep(self, request: Request) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,28 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream to record on. There is one a device, because cuBLAS keeps memory for every stream
     that it has seen."""
     return torch.cuda.Stream(device)
+
+
+def capture(
+    compute: Callable[[], Tensor], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Record one call; returns the graph, and where it leaves what `compute` returns.
+
+    pool: the memory of another graph, to be shared. Raises OutOfMemoryError where the memory does
+    not suffice, and ValueError with the reason where `compute` cannot be recorded for another
+    one."""
+    graph = torch.cuda.CUDAGraph()
+    options: dict[str, Any] = {"pool": pool, "stream": recording_stream(device)}
+    try:  # other threads, such as the one that reads data ahead, may allocate memory meanwhile
+        with torch.cuda.graph(graph, **options, capture_error_mode="thread_local"):
+            found = compute()
+    except RuntimeError as error:
+        # ending the recording fails as well, with an error that gives no reason
+        cause = error.__context__ or error
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        raise ValueError(str(cause).splitlines()[0]) from cause
+    return graph, found
 
 
 class Graph:
@@ -87,16 +110,7 @@ class Graph:
                     _forget(parameters)
         torch.cuda.current_stream(device).wait_stream(aside)
         torch.cuda.set_rng_state(drawn, device)
-        graph = torch.cuda.CUDAGraph()
-        try:  # other threads, such as the one that reads data ahead, may allocate memory meanwhile
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                self._loss = self._compute(*self._inputs)
-        except RuntimeError as error:
-            # ending the recording fails as well, with an error that gives no reason
-            cause = error.__context__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-            raise ValueError(str(cause).splitlines()[0]) from cause
+        graph, self._loss = capture(lambda: self._compute(*self._inputs), device)
         self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
         _forget(parameters)
         self._graph = graph

@@ -136,7 +136,7 @@ def _triton_refusal(x: Tensor, weight: Tensor, past: Tensor | None, *, named: bo
 
 
 def _packed(x: Tensor, weight: Tensor, past: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a row that holds N sequences; past: [N, J - 1, C]."""
+    """`short_convolution` of a row that holds N sequences. past: [N, J - 1, C]."""
     # Before the tokens of each sequence stand its own J - 1 earlier ones.
     rows, before, channels = past.shape
     cu = cu_seqlens.to(torch.int64)

@@ -46,8 +46,8 @@ def _weights(x, largest, temperature):
 def _above(
     logits, largest, temperature, key, V: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr
 ):
-    """Of the tokens with a larger key, the sum of their weights and their number; of those with
-    this key, the number and the weight of one."""
+    """Four numbers: the sum of the weights of all tokens with a larger key, how many these are, how
+    many tokens have this key, and the weight of one of them."""
     mass = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)

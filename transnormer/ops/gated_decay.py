@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .decay import STRONGEST
 from .dispatch import check_devices
-from .lightning_torch import CHUNK, first_state, work_dtype
+from .lightning_torch import CHUNK, first_state, put_, work_dtype
 
 
 def gated_decay_attention(
@@ -99,11 +99,7 @@ def gated_decay_step_(
     if slots is None:
         state.copy_(after)
     else:
-        # the row that owns each slot; a slot more takes the rows without one
-        owner = slots.new_full((len(state) + 1,), -1)
-        owner[slots] = torch.arange(len(slots), device=slots.device)
-        owned = (owner[:-1] >= 0)[:, None, None, None]
-        state.copy_(after[owner[:-1].clamp(min=0)].where(owned, state))
+        put_(state, slots, after)
     return output
 
 
@@ -115,7 +111,7 @@ def _rows(
     replaced: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Of rows that hold one sequence each."""
+    """`gated_decay_attention` of rows that hold one sequence each."""
     work, length = work_dtype(q), q.shape[1]
     s = first_state(q, v, state, work)
     if not length:

@@ -133,16 +133,7 @@ def lightning_step_(
         state.copy_(new)
         return output
     output, new = lightning_torch.step(q, k, v, log_decay, state[slots])
-    if slots.is_cpu:
-        owned = slots >= 0
-        state[slots[owned]] = new[owned].to(state.dtype)
-        return output
-    # the row that owns each slot, without waiting for the device; rows without one go to a place
-    # more
-    owner = slots.new_full((len(state) + 1,), -1, dtype=torch.int64)
-    owner[slots.to(torch.int64)] = torch.arange(len(slots), device=slots.device)
-    owned = (owner[:-1] >= 0)[:, None, None, None]
-    state.copy_(new.to(state.dtype)[owner[:-1].clamp(min=0)].where(owned, state))
+    lightning_torch.put_(state, slots, new)
     return output
 
 

@@ -42,8 +42,8 @@ def step_kernel(
 ):
     """state <- lambda state + k^T v; output = q state. With SWISH, of swish(q) and swish(k).
 
-    Without slots, a row's state is where the row is. Of a row whose slot is -1 no state is read or
-    written."""
+    Without slots, a row's state is where the row is. No state is read or written for a row whose
+    slot is -1."""
     wait_for_previous(EARLY)  # because a step of the same state may have been just before
     SLICES: tl.constexpr = (V + SLICE - 1) // SLICE
     column = tl.program_id(0) % SLICES * SLICE

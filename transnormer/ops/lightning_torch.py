@@ -245,3 +245,19 @@ chunked_backward = define_backward(
     op="lightning_attention",
     instead="those of backend='reference'",
 )
+
+
+def put_(state: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Write rows [S, ...] to the slots [S] of state [N, ...] that are theirs; those of slot -1 are
+    written nowhere."""
+    rows = rows.to(state.dtype)
+    if slots.is_cpu:
+        owned = slots >= 0
+        state[slots[owned]] = rows[owned]
+        return
+    # A GPU is not waited for: each slot looks for the row that owns it, and a slot more takes the
+    # rows without one.
+    owner = slots.new_full((len(state) + 1,), -1, dtype=torch.int64)
+    owner[slots.to(torch.int64)] = torch.arange(len(slots), device=slots.device)
+    owned = (owner[:-1] >= 0).view(-1, *[1] * (state.dim() - 1))
+    state.copy_(rows[owner[:-1].clamp(min=0)].where(owned, state))
